@@ -1,0 +1,475 @@
+"""The command line.  Modules that take long to import are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import click
+
+from swarmpull import __version__
+from swarmpull.errors import ConfigError, SwarmpullError
+
+if TYPE_CHECKING:
+    from swarmpull.layers import Loaded
+    from swarmpull.registry.client import Progress, RegistryClient, StatusAnswer
+    from swarmpull.registry.layouts import ImageName, ProgressOf
+    from swarmpull.roles.addresses import RoleAddresses
+
+_ROLES: Final = ("tracker", "index", "origin", "agent")
+_DEFAULT_REGISTRY: Final = "http://127.0.0.1:5000"
+# Where agents and the other roles put their admin listeners by default, see docs/configuration.md.
+_ADMIN_PORTS: Final = range(7500, 7600)
+
+EXIT_FAILED: Final = 1
+EXIT_UNAVAILABLE: Final = 69  # EX_UNAVAILABLE of sysexits.h
+EXIT_CONFIG: Final = 78  # EX_CONFIG
+EXIT_INTERRUPTED: Final = 130
+
+_T = TypeVar("_T")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status.  Errors are one line each on standard error."""
+    try:
+        status = cli.main(arguments, prog_name="swarmpull", standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as exc:
+        return _usage(exc)
+    except click.Abort:
+        return EXIT_INTERRUPTED
+    except ConfigError as exc:
+        return _fail(EXIT_CONFIG, *exc.problems)
+    except BrokenPipeError:
+        # The interpreter flushes once more at exit; there is nobody to read it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _fail(EXIT_FAILED, "whoever read the standard output went away")
+    except OSError as exc:
+        name = f"{exc.filename}: " if exc.filename else ""
+        return _fail(EXIT_FAILED, f"{name}{exc.strerror or exc}")
+    except SwarmpullError as exc:
+        return _fail(_status_of(exc), exc)
+    return status if isinstance(status, int) else 0
+
+
+def _usage(exc: click.ClickException) -> int:
+    if type(exc).__name__ == "NoArgsIsHelpError":  # click has it since 8.2
+        exc.show()
+        return exc.exit_code
+    context = getattr(exc, "ctx", None)
+    command = context.command_path if context is not None else "swarmpull"
+    # click spreads lists of choices over several lines
+    message = " ".join(exc.format_message().split()).rstrip(".")
+    return _fail(exc.exit_code, f"{message}. See: {command} --help")
+
+
+def _status_of(error: SwarmpullError) -> int:
+    from swarmpull.registry.client import ServerUnavailable
+    from swarmpull.runtime import Interrupted
+
+    if isinstance(error, Interrupted):
+        return 128 + error.signal_number
+    return EXIT_UNAVAILABLE if isinstance(error, ServerUnavailable) else EXIT_FAILED
+
+
+def _fail(status: int, *reasons: object) -> int:
+    for reason in reasons:
+        for line in str(reason).splitlines():
+            click.echo(f"swarmpull: {line}", err=True)
+    return status
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="swarmpull %(version)s")
+def cli() -> None:
+    """Peer-to-peer distribution of container images and other content-addressed blobs."""
+
+
+# --- configuration options ------------------------------------------------------------------------
+
+
+def _configured(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that every command takes which reads the configuration."""
+    for option in (
+        click.option(
+            "-o",
+            "overrides",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Set one key, for example -o log.level=debug. Wins over everything else.",
+        ),
+        click.option("--agents", type=int, metavar="N", help="Number of agents, 1 to 100."),
+        click.option("--data-dir", metavar="DIR", help="Where the roles keep their data."),
+        click.option(
+            "--config",
+            "file",
+            envvar="SWARMPULL_CONFIG",
+            type=click.Path(path_type=Path),
+            help="TOML file; else the one that SWARMPULL_CONFIG names, else none.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _role_option(*, required: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return click.option(
+        "--role",
+        "roles",
+        multiple=True,
+        required=required,
+        type=click.Choice([*_ROLES, "all"]),
+        help="What to run; may be repeated. 'all' runs a whole cluster on one machine.",
+    )
+
+
+def _load(
+    roles: Sequence[str],
+    file: Path | None,
+    data_dir: str | None,
+    agents: int | None,
+    overrides: Sequence[str],
+) -> Loaded:
+    from swarmpull.layers import Sources, load
+
+    options = [("-o", text) for text in overrides]
+    if data_dir is not None:
+        # before the others, so that -o wins
+        options.insert(0, ("--data-dir", f"data_dir={data_dir}"))
+    return load(Sources(file, os.environ, options), roles=_role_set(roles), agents=agents)
+
+
+def _role_set(roles: Sequence[str]) -> frozenset[str]:
+    return frozenset(_ROLES if "all" in roles else roles)
+
+
+# --- run ------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@_role_option(required=True)
+@_configured
+def run(
+    roles: tuple[str, ...],
+    file: Path | None,
+    data_dir: str | None,
+    agents: int | None,
+    overrides: tuple[str, ...],
+) -> int:
+    """Run one or more roles until SIGTERM or SIGINT.
+
+    The first signal lets requests under way end (drain_timeout), the second ends at once.
+    """
+    loaded = _load(roles, file, data_dir, agents, overrides)
+    from swarmpull import runtime
+
+    return runtime.run(loaded, _role_set(roles), _announce)
+
+
+def _announce(running: Sequence[RoleAddresses]) -> None:
+    try:
+        click.echo("\n".join(_announcement(running)))
+    except OSError as exc:
+        # A closed standard output is no reason to stop serving.
+        click.echo(f"swarmpull: cannot write to standard output: {exc}", err=True)
+
+
+def _announcement(running: Sequence[RoleAddresses]) -> Iterator[str]:
+    """What listens where, and for a whole cluster in one process what to type next."""
+    counts: dict[str, int] = {}
+    for each in running:
+        counts[each.role] = counts.get(each.role, 0) + 1
+        listeners = "  ".join(f"{name} {address}" for name, address in each.listeners.items())
+        number = f" {counts[each.role]}" if each.role == "agent" else ""
+        yield f"{each.role + number:<10} {listeners}"
+    if set(counts) == set(_ROLES):
+        yield from _next_steps([each for each in running if each.role == "agent"])
+
+
+def _next_steps(agents: Sequence[RoleAddresses]) -> Iterator[str]:
+    first = agents[0].listeners["registry"]
+    last = agents[-1].listeners["registry"]
+    yield ""
+    yield "Push an image, and pull it through an agent:"
+    yield "  skopeo copy --dest-tls-verify=false "
+    yield f"      docker-daemon:IMAGE:TAG docker://{first}/IMAGE:TAG"
+    yield f"  docker pull {last}/IMAGE:TAG"
+    yield "Push any file, and pull it by the digest that is printed:"
+    yield f"  swarmpull push --registry http://{first} FILE"
+    yield f"  swarmpull pull --registry http://{last} DIGEST -o FILE"
+    yield "See what the agents hold and where it came from:"
+    yield f"  swarmpull status {' '.join(agent.listeners['admin'] for agent in agents[:3])}"
+    yield "Stop with Ctrl-C."
+
+
+# --- config ---------------------------------------------------------------------------------------
+
+
+@cli.group()
+def config() -> None:
+    """Check or show the configuration."""
+
+
+@config.command()
+@_role_option(required=False)
+@_configured
+def check(
+    roles: tuple[str, ...],
+    file: Path | None,
+    data_dir: str | None,
+    agents: int | None,
+    overrides: tuple[str, ...],
+) -> None:
+    """Report everything that is wrong with the configuration.
+
+    With --role also what those roles need.
+    """
+    _load(roles, file, data_dir, agents, overrides)
+    click.echo("The configuration is valid.")
+
+
+@config.command()
+@_role_option(required=False)
+@_configured
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def show(
+    roles: tuple[str, ...],
+    file: Path | None,
+    data_dir: str | None,
+    agents: int | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Print every key with its value and where that comes from."""
+    loaded = _load(roles, file, data_dir, agents, overrides)
+    from swarmpull.layers import toml_values
+
+    values = toml_values(loaded.config)
+    if as_json:
+        document = {
+            key: {"value": value, "from": loaded.provenance[key]} for key, value in values.items()
+        }
+        click.echo(json.dumps(document, indent=2))
+    else:
+        click.echo("\n".join(_toml(values, loaded.provenance)))
+
+
+def _toml(values: Mapping[str, Any], provenance: Mapping[str, str]) -> Iterator[str]:
+    """The configuration as a TOML file, with the place of each value behind it."""
+    table = ""
+    sections = [key.partition(".")[0] if "." in key else "" for key in values]
+    order = {
+        key: (sections.index(top), key.count("."))
+        for key, top in zip(values, sections, strict=True)
+    }
+    # TOML needs the keys of a table before its subtables, and those outside any table first
+    for key in sorted(values, key=order.__getitem__):
+        section, _, name = key.rpartition(".")
+        if section != table:
+            table = section
+            yield f"\n[{section}]"
+        # JSON texts, numbers, booleans and lists of texts are TOML too
+        assignment = f"{name} = {json.dumps(values[key], ensure_ascii=False)}"
+        yield f"{assignment:<50}  # {provenance[key]}"
+
+
+# --- push and pull --------------------------------------------------------------------------------
+
+_registry_option = click.option(
+    "--registry",
+    metavar="URL",
+    help=f"Registry of an agent or origin.  [default: {_DEFAULT_REGISTRY}]",
+)
+_quiet_option = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+
+
+@cli.command()
+@click.argument("source", type=click.Path(exists=True, path_type=Path))
+@click.argument("image", required=False)
+@_registry_option
+@_quiet_option
+def push(source: Path, image: str | None, registry: str | None, quiet: bool) -> None:
+    """Push a file, or the image of an OCI layout directory as IMAGE (NAME:TAG).
+
+    Prints the digest under which it can be pulled.
+    """
+    if source.is_dir() and image is None:
+        raise click.UsageError("A directory is pushed as an image: name it, NAME:TAG.")
+    if not source.is_dir() and image is not None:
+        raise click.UsageError("An image is pushed from an OCI layout directory, not from a file.")
+    if image is None:
+        work = partial(_push_file, source)
+    else:
+        name = _image_name(image)
+        registry = _registry_of(name, registry)
+        work = partial(_push_image, source, name)
+    click.echo(_transfer(work, registry, quiet=quiet))
+
+
+async def _push_file(file: Path, client: RegistryClient, progress: ProgressOf) -> str:
+    from swarmpull.registry.client import hash_file
+
+    digest = await hash_file(file, progress=progress("hashing"))
+    if not await client.exists(f"/blobs/{digest}"):
+        await client.put_blob(f"/blobs/{digest}", file, progress=progress("pushing"))
+    return str(digest)
+
+
+async def _push_image(
+    directory: Path, image: ImageName, client: RegistryClient, progress: ProgressOf
+) -> str:
+    from swarmpull.registry.layouts import push_image
+
+    return str((await push_image(client, directory, image, progress)).digest)
+
+
+@cli.command()
+@click.argument("name", metavar="DIGEST|IMAGE")
+@click.option(
+    "-o",
+    "output",
+    metavar="PATH",
+    required=True,
+    help="File for a blob (- is standard output), directory for an image.",
+)
+@_registry_option
+@_quiet_option
+def pull(name: str, output: str, registry: str | None, quiet: bool) -> None:
+    """Pull a blob by its digest, or an image (NAME[:TAG|@DIGEST]) as an OCI layout directory.
+
+    Everything is verified; a blob appears under its name only when it is complete.
+    """
+    if name.startswith(("sha256:", "sha512:")):
+        _transfer(partial(_pull_blob, name, output), registry, quiet=quiet)
+        return
+    if output == "-":
+        raise click.UsageError("An image is written to a directory: name one with -o.")
+    image = _image_name(name)
+    registry = _registry_of(image, registry)
+    click.echo(_transfer(partial(_pull_image, image, Path(output)), registry, quiet=quiet))
+
+
+async def _pull_blob(text: str, output: str, client: RegistryClient, progress: ProgressOf) -> None:
+    from swarmpull.digest import Digest
+    from swarmpull.registry.client import file_at, standard_output
+
+    digest = Digest.parse(text)
+    target = standard_output(digest) if output == "-" else file_at(Path(output), digest)
+    with target as sink:
+        await client.get_blob(f"/blobs/{digest}", sink, progress=progress("pulling"))
+
+
+async def _pull_image(
+    image: ImageName, directory: Path, client: RegistryClient, progress: ProgressOf
+) -> str:
+    from swarmpull.registry.layouts import pull_image
+
+    return str((await pull_image(client, image, directory, progress)).digest)
+
+
+def _image_name(text: str) -> ImageName:
+    from swarmpull.registry.layouts import ImageName
+
+    return ImageName.parse(text)
+
+
+def _registry_of(image: ImageName, registry: str | None) -> str | None:
+    """The registry that is part of the name, if any; it must not contradict the option."""
+    if image.registry is None:
+        return registry
+    if registry is not None:
+        raise click.UsageError(f"{image.registry} is part of the name: leave out --registry.")
+    return image.registry
+
+
+def _transfer(
+    work: Callable[[RegistryClient, ProgressOf], Awaitable[_T]],
+    registry: str | None,
+    *,
+    quiet: bool,
+) -> _T:
+    """Run a transfer with its progress bars on standard error."""
+    from swarmpull.registry.client import open_client
+    from swarmpull.runtime import run_command
+
+    async def command() -> _T:
+        async with open_client(registry or _DEFAULT_REGISTRY) as client:
+            return await work(client, progress)
+
+    with _progress_bars(quiet=quiet) as progress:
+        return run_command(command)
+
+
+@contextmanager
+def _progress_bars(*, quiet: bool) -> Iterator[ProgressOf]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TransferSpeedColumn
+    from rich.progress import Progress as ProgressBars
+
+    console = Console(stderr=True)
+    columns = (
+        "[progress.description]{task.description}",
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+    )
+    disabled = quiet or not console.is_terminal
+    with ProgressBars(*columns, console=console, disable=disabled) as bars:
+
+        def progress_of(name: str) -> Progress:
+            task = bars.add_task(name if len(name) <= 20 else f"{name[:19]}…", total=None)
+
+            def show(done: int, total: int | None) -> None:
+                bars.update(task, completed=done, total=total)
+
+            return show
+
+        yield progress_of
+
+
+# --- status ---------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("addresses", nargs=-1, metavar="[HOST:PORT]...")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(addresses: tuple[str, ...], as_json: bool) -> int:
+    """Show roles by their admin listeners: readiness, torrents, bytes by source.
+
+    Without addresses, all that answer on 127.0.0.1, ports 7500 to 7599.
+    """
+    from swarmpull.registry.client import get_statuses
+    from swarmpull.runtime import run_command
+
+    asked = addresses or tuple(f"127.0.0.1:{port}" for port in _ADMIN_PORTS)
+    answers = run_command(partial(get_statuses, asked))
+    found = [answer for answer in answers if answer.document is not None]
+    if as_json:
+        documents = [{"address": answer.address, **(answer.document or {})} for answer in found]
+        click.echo(json.dumps(documents, indent=2))
+    elif found:
+        _print_statuses(found)
+    if not addresses:
+        ports = f"{_ADMIN_PORTS[0]} to {_ADMIN_PORTS[-1]}"
+        nobody = f"no role answers on 127.0.0.1, ports {ports}: name its admin listener"
+        return 0 if found else _fail(EXIT_UNAVAILABLE, nobody)
+    failures = [f"{each.address}: {each.failure}" for each in answers if each.document is None]
+    return _fail(EXIT_UNAVAILABLE, *failures) if failures else 0
+
+
+def _print_statuses(answers: Sequence[StatusAnswer]) -> None:
+    from rich.console import Console
+
+    from swarmpull.status import role_table, torrent_table
+
+    console = Console()
+    console.print(role_table(answers))
+    torrents = torrent_table(answers)
+    if torrents.row_count:
+        console.print(torrents)

@@ -1,0 +1,381 @@
+"""The configuration as frozen attrs classes: every key, its default, its meaning, its bounds.
+
+`swarmpull.layers` fills these classes from defaults, file, environment and command line; they know
+nothing of layers, and roles get them ready made.  Help texts are the source of
+``docs/configuration.md``; metadata ``default`` is how the documentation shows a default that
+depends on another key.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, Literal, NewType
+from urllib.parse import urlsplit
+
+import attrs
+
+ROLES: Final = ("tracker", "index", "origin", "agent")
+AGENTS_MAX: Final = 100
+
+# How a value is written where it is configured; in the classes they are plain seconds and bytes.
+Duration = NewType("Duration", float)
+Size = NewType("Size", int)
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["console", "json"]
+
+_HOST: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?", re.ASCII)
+_HOST_PORT: Final = re.compile(r"(?:\[([^\[\]]+)\]|([^\[\]:]+)):([0-9]{1,5})", re.ASCII)
+_WILDCARDS: Final = ("0.0.0.0", "::")
+
+
+@attrs.frozen(order=True)
+class Address:
+    """A host and a TCP port; ``str()`` gives ``host:port``, IPv6 hosts in brackets."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """Parse ``host:port``.
+
+        Raises:
+            ValueError: for anything else; the message says what is allowed.
+        """
+        match = _HOST_PORT.fullmatch(text)
+        if match is None:
+            raise ValueError(f"must be host:port, such as 127.0.0.1:7300 or [::1]:7300: {text!r}")
+        host = match[1] or match[2]
+        if not (_is_ipv6(host) if match[1] else _HOST.fullmatch(host)):
+            raise ValueError(f"must name a host or an IP address before the port: {text!r}")
+        port = int(match[3])
+        if port > 65535:
+            raise ValueError(f"must have a port from 0 to 65535: {text!r}")
+        return cls(host, port)
+
+    @property
+    def is_wildcard(self) -> bool:
+        """Bound to every address of the host."""
+        return self.host in _WILDCARDS
+
+    def local(self) -> Address:
+        """The address at which the same host reaches a listener that is bound here."""
+        loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+        return Address(loopback.get(self.host, self.host), self.port)
+
+    def shifted(self, offset: int) -> Address:
+        """``offset`` ports further on; port 0, "any free port", stays 0."""
+        return self if self.port == 0 else Address(self.host, self.port + offset)
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        ipaddress.IPv6Address(host)
+    except ValueError:
+        return False
+    return True
+
+
+# --- validators: each message begins with the quoted name of the field, as in attrs.validators ----
+
+
+def _cluster_list(_: object, attribute: attrs.Attribute[Any], value: tuple[str, ...]) -> None:
+    for entry in value:
+        try:
+            address = Address.parse(entry.removeprefix("dns+"))
+        except ValueError as exc:
+            raise ValueError(f"'{attribute.name}' each entry {exc}") from exc
+        if address.port == 0 or address.is_wildcard:
+            raise ValueError(
+                f"'{attribute.name}' must hold addresses that others can dial: {entry!r}"
+            )
+    if len(set(value)) < len(value):
+        raise ValueError(f"'{attribute.name}' must not name a member twice: {', '.join(value)}")
+
+
+def _host(_: object, attribute: attrs.Attribute[Any], value: str) -> None:
+    if value and not (_HOST.fullmatch(value) or _is_ipv6(value)):
+        raise ValueError(
+            f"'{attribute.name}' must be a host name or an IP address without a port: {value!r}"
+        )
+    if value in _WILDCARDS:
+        raise ValueError(f"'{attribute.name}' must be an address that others can dial: {value!r}")
+
+
+def _backend_url(_: object, attribute: attrs.Attribute[Any], value: str) -> None:
+    example = "such as file:///var/lib/swarmpull/backend"
+    try:
+        parts = urlsplit(value)
+    except ValueError as exc:
+        raise ValueError(f"'{attribute.name}' must be a URL, {example}: {value!r}") from exc
+    if not parts.scheme or not value.startswith(f"{parts.scheme}://"):
+        raise ValueError(f"'{attribute.name}' must be a URL, {example}: {value!r}")
+    if parts.scheme == "file" and (parts.netloc or not parts.path.startswith("/")):
+        raise ValueError(
+            f"'{attribute.name}' must be an absolute directory after file://, {example}: {value!r}"
+        )
+
+
+def _at_least_one(_: object, attribute: attrs.Attribute[Any], value: int) -> None:
+    if value < 1:
+        raise ValueError(f"'{attribute.name}' must be at least 1: {value}")
+
+
+def _meaning(text: str, *, default: str | None = None) -> dict[str, str]:
+    """Field metadata: the help line, and how to show a default that depends on another key."""
+    return {"help": text} if default is None else {"help": text, "default": default}
+
+
+def _default_backend() -> BackendConfig:
+    return BackendConfig(url=Path("swarmpull-data/backend").absolute().as_uri())
+
+
+# --- listeners ------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class ListenerConfig:
+    """A TCP listener."""
+
+    listen: Address = attrs.field(
+        metadata=_meaning("Address and port to bind; port 0 takes any free one.")
+    )
+
+
+@attrs.frozen(kw_only=True)
+class AgentRegistryConfig(ListenerConfig):
+    """The registry of an agent, and whether it takes pushes."""
+
+    push: bool = attrs.field(
+        default=False,
+        metadata=_meaning(
+            "Take pushes too and forward them to an origin.",
+            default="false; true in --role all",
+        ),
+    )
+
+
+@attrs.frozen(kw_only=True)
+class PeerListenerConfig(ListenerConfig):
+    """The peer protocol listener, and the host name under which others find it."""
+
+    advertise: str = attrs.field(
+        default="",
+        validator=_host,
+        metadata=_meaning(
+            "Host name or IP address that other peers dial, without a port; "
+            "empty: the address at which the tracker sees this host.",
+        ),
+    )
+
+
+@attrs.frozen(kw_only=True)
+class BackendConfig:
+    """Where blobs or tags are kept for good."""
+
+    url: str = attrs.field(
+        validator=_backend_url,
+        metadata=_meaning(
+            "The backend: file:///absolute/directory.", default="file://<data_dir>/backend"
+        ),
+    )
+
+
+def _listener(host: str, port: int) -> ListenerConfig:
+    return ListenerConfig(listen=Address(host, port))
+
+
+def _peer_listener(port: int) -> PeerListenerConfig:
+    return PeerListenerConfig(listen=Address("0.0.0.0", port))
+
+
+# --- roles ----------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class AgentConfig:
+    """One agent."""
+
+    registry: AgentRegistryConfig = attrs.field(
+        factory=lambda: AgentRegistryConfig(listen=Address("127.0.0.1", 5000)),
+        metadata=_meaning("The registry for this host's container runtime."),
+    )
+    peer: PeerListenerConfig = attrs.field(
+        factory=partial(_peer_listener, 7100), metadata=_meaning("The peer protocol of the agent.")
+    )
+    admin: ListenerConfig = attrs.field(
+        factory=partial(_listener, "127.0.0.1", 7500),
+        metadata=_meaning("Health, readiness, metrics and status of the agent."),
+    )
+    data_dir: Path = attrs.field(
+        default=Path("swarmpull-data/agent"),
+        metadata=_meaning("Directory of the agent's cache.", default="<data_dir>/agent"),
+    )
+
+
+@attrs.frozen(kw_only=True)
+class OriginConfig:
+    """One origin."""
+
+    registry: ListenerConfig = attrs.field(
+        factory=partial(_listener, "127.0.0.1", 5100),
+        metadata=_meaning("The registry of the origin; it takes pushes."),
+    )
+    rpc: ListenerConfig = attrs.field(
+        factory=partial(_listener, "0.0.0.0", 7200),
+        metadata=_meaning("Calls from other roles to the origin."),
+    )
+    peer: PeerListenerConfig = attrs.field(
+        factory=partial(_peer_listener, 7201), metadata=_meaning("The peer protocol of the origin.")
+    )
+    admin: ListenerConfig = attrs.field(
+        factory=partial(_listener, "127.0.0.1", 7520),
+        metadata=_meaning("Health, readiness, metrics and status of the origin."),
+    )
+    backend: BackendConfig = attrs.field(
+        factory=_default_backend, metadata=_meaning("Where the origin keeps blobs for good.")
+    )
+    data_dir: Path = attrs.field(
+        default=Path("swarmpull-data/origin"),
+        metadata=_meaning("Directory of the origin's cache.", default="<data_dir>/origin"),
+    )
+
+
+@attrs.frozen(kw_only=True)
+class TrackerConfig:
+    """One tracker; it keeps everything in memory."""
+
+    rpc: ListenerConfig = attrs.field(
+        factory=partial(_listener, "0.0.0.0", 7300),
+        metadata=_meaning("Calls from other roles to the tracker."),
+    )
+    admin: ListenerConfig = attrs.field(
+        factory=partial(_listener, "127.0.0.1", 7530),
+        metadata=_meaning("Health, readiness, metrics and status of the tracker."),
+    )
+
+
+@attrs.frozen(kw_only=True)
+class IndexConfig:
+    """One index."""
+
+    rpc: ListenerConfig = attrs.field(
+        factory=partial(_listener, "0.0.0.0", 7400),
+        metadata=_meaning("Calls from other roles to the index."),
+    )
+    admin: ListenerConfig = attrs.field(
+        factory=partial(_listener, "127.0.0.1", 7540),
+        metadata=_meaning("Health, readiness, metrics and status of the index."),
+    )
+    backend: BackendConfig = attrs.field(
+        factory=_default_backend,
+        metadata=_meaning("Where the index keeps tags and repositories for good."),
+    )
+    data_dir: Path = attrs.field(
+        default=Path("swarmpull-data/index"),
+        metadata=_meaning("Directory of the index's working state.", default="<data_dir>/index"),
+    )
+
+
+# --- what all roles share -------------------------------------------------------------------------
+
+
+def _members(role: str, by: str) -> dict[str, str]:
+    return _meaning(
+        f"The {role} of the cluster: a list of host:port, or dns+name:port for every address "
+        f"of a name. Needed by {by}.",
+        default="none; the local one in --role all",
+    )
+
+
+@attrs.frozen(kw_only=True)
+class ClusterConfig:
+    """Where the other roles are."""
+
+    trackers: tuple[str, ...] = attrs.field(
+        default=(), validator=_cluster_list, metadata=_members("trackers", "agent and origin")
+    )
+    origins: tuple[str, ...] = attrs.field(
+        default=(),
+        validator=_cluster_list,
+        metadata=_members("origins (origin.rpc)", "agent, origin and tracker"),
+    )
+    indexes: tuple[str, ...] = attrs.field(
+        default=(), validator=_cluster_list, metadata=_members("indexes", "agent and origin")
+    )
+
+
+@attrs.frozen(kw_only=True)
+class SwarmConfig:
+    """Limits of the peer protocol, for agents and origins."""
+
+    max_connections: int = attrs.field(
+        default=20, validator=_at_least_one, metadata=_meaning("Peer connections per torrent.")
+    )
+    max_total_connections: int = attrs.field(
+        default=200,
+        validator=_at_least_one,
+        metadata=_meaning("Peer connections of all torrents together."),
+    )
+    pipeline_per_peer: int = attrs.field(
+        default=3,
+        validator=_at_least_one,
+        metadata=_meaning("Pieces requested from one peer and not yet received."),
+    )
+    upload_slots: int = attrs.field(
+        default=4, validator=_at_least_one, metadata=_meaning("Pieces sent at the same time.")
+    )
+    max_inbound_pieces: int = attrs.field(
+        default=8,
+        validator=_at_least_one,
+        metadata=_meaning("Pieces of one torrent received at the same time."),
+    )
+
+
+@attrs.frozen(kw_only=True)
+class LogConfig:
+    """What is logged, and how it looks."""
+
+    level: LogLevel = attrs.field(
+        default="info", metadata=_meaning("The least important level that is logged.")
+    )
+    format: LogFormat = attrs.field(
+        default="console",
+        metadata=_meaning("Lines for people (console) or one JSON object per line (json)."),
+    )
+
+
+@attrs.frozen(kw_only=True)
+class Config:
+    """The whole configuration; ``Config()`` has every default."""
+
+    data_dir: Path = attrs.field(
+        default=Path("swarmpull-data"),
+        metadata=_meaning(
+            "Directory under which roles keep their data; --data-dir sets it too.",
+            default="./swarmpull-data",
+        ),
+    )
+    drain_timeout: Duration = attrs.field(
+        default=Duration(10.0),
+        metadata=_meaning("How long requests under way may take to end after SIGTERM."),
+    )
+    cluster: ClusterConfig = attrs.field(
+        factory=ClusterConfig, metadata=_meaning("Where the other roles are.")
+    )
+    agent: AgentConfig = attrs.field(factory=AgentConfig, metadata=_meaning("The agent."))
+    origin: OriginConfig = attrs.field(factory=OriginConfig, metadata=_meaning("The origin."))
+    tracker: TrackerConfig = attrs.field(factory=TrackerConfig, metadata=_meaning("The tracker."))
+    index: IndexConfig = attrs.field(factory=IndexConfig, metadata=_meaning("The index."))
+    swarm: SwarmConfig = attrs.field(
+        factory=SwarmConfig,
+        metadata=_meaning("Limits of the peer protocol, for agents and origins."),
+    )
+    log: LogConfig = attrs.field(factory=LogConfig, metadata=_meaning("Logs, on standard error."))

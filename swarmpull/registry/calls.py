@@ -1,0 +1,62 @@
+"""One request to the registry API, as its handlers see it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import attrs
+
+from swarmpull.registry.asgi import Request, Response, Send
+from swarmpull.registry.errors import Code, RegistryError
+from swarmpull.registry.routes import Route
+from swarmpull.registry.service import RegistryService
+from swarmpull.store.uploads import UploadStore
+
+
+@attrs.frozen
+class Call:
+    """A routed request.
+
+    Attributes:
+        service: the role behind.
+        request: its headers, query and body.
+        send: for handlers that send their response themselves.
+        route: what it addresses.
+        upstream: the registry that the client takes us for (the ``ns`` parameter), or None.
+    """
+
+    service: RegistryService
+    request: Request
+    send: Send
+    route: Route
+    upstream: str | None
+
+    @property
+    def repository(self) -> str | None:
+        """The repository, None for a generic blob."""
+        return self.route.repository or None
+
+    @property
+    def uploads(self) -> UploadStore:
+        """The upload sessions.  Raises RegistryError (405) where the role has none."""
+        return _require(self.service.uploads)
+
+    def check_takes_pushes(self) -> None:
+        """Raises RegistryError (405) where the role takes neither pushes nor deletions."""
+        _require(self.service.uploads)
+
+
+def _require(uploads: UploadStore | None) -> UploadStore:
+    if uploads is None:
+        raise RegistryError(
+            Code.UNSUPPORTED,
+            405,
+            "this registry takes neither pushes nor deletions: use an origin, or set "
+            "agent.registry.push = true in the configuration of this agent",
+            headers=(("Allow", "GET, HEAD"),),
+        )
+    return uploads
+
+
+# Returns the response, or None when the handler has sent it.
+Handler = Callable[[Call], Awaitable[Response | None]]

@@ -1,0 +1,501 @@
+"""The HTTP client behind ``swarmpull push``, ``pull`` and ``status``.
+
+Content is verified against its digest before it is visible under its name.  A connection that is cut
+is made again, and a download goes on where it stopped (``Range``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import ssl
+import stat
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
+from http import HTTPStatus
+from pathlib import Path
+from typing import IO, Any, Final, TypeVar
+
+import attrs
+import httpx
+import trio
+
+from swarmpull import __version__
+from swarmpull.digest import Digest
+from swarmpull.errors import DigestMismatch, LengthMismatch, SwarmpullError
+
+CHUNK_BYTES: Final = 1 << 20
+# Status replies are small; whoever answers with more on that port is not one of ours.
+_DOCUMENT_BYTES_MAX: Final = 8 << 20
+_BUSY: Final = (
+    HTTPStatus.TOO_MANY_REQUESTS,
+    HTTPStatus.BAD_GATEWAY,
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    HTTPStatus.GATEWAY_TIMEOUT,
+)
+_BACKOFF_MAX: Final = 5.0
+# A cold blob may keep a reader waiting while the cluster fetches what comes next.
+_TIMEOUT: Final = httpx.Timeout(60.0, connect=5.0, pool=None)
+_STATUS_TIMEOUT: Final = 3.0
+
+_T = TypeVar("_T")
+
+# Called with the bytes of the content done so far, and its length if it is known.
+Progress = Callable[[int, int | None], None]
+
+
+def no_progress(_done: int, _total: int | None) -> None:
+    """Progress that nobody watches."""
+
+
+# --- what can go wrong ----------------------------------------------------------------------------
+
+
+@attrs.define(slots=False)
+class ServerUnavailable(SwarmpullError):
+    """No server there, or it went away for longer than the retries last."""
+
+    url: str
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.url} is not available: {self.reason}. "
+            "Check that it runs, or name another with --registry"
+        )
+
+
+@attrs.define(slots=False)
+class RequestRefused(SwarmpullError):
+    """The server answered with an error; ``reason`` is its own."""
+
+    method: str
+    url: str
+    status: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.method} {self.url}: {self.reason} (HTTP {self.status})"
+
+
+@attrs.define(slots=False)
+class UnexpectedAnswer(SwarmpullError):
+    """What came back does not fit what was asked for: perhaps not a registry."""
+
+    url: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.url}: {self.reason}"
+
+
+@attrs.define(slots=False)
+class _Interrupted(SwarmpullError):
+    """An attempt failed in a way that the next one may not."""
+
+    reason: str
+
+
+# --- sinks ----------------------------------------------------------------------------------------
+
+
+class Sink:
+    """Where a download goes: bytes are written and hashed in order, in a thread."""
+
+    def __init__(self, file: IO[bytes], digest: Digest) -> None:
+        self.received = 0
+        self._file = file
+        self._digest = digest
+        self._hash = digest.hasher()
+
+    async def write(self, data: bytes) -> None:
+        await trio.to_thread.run_sync(self._write, data)
+        self.received += len(data)
+
+    def _write(self, data: bytes) -> None:
+        self._hash.update(data)
+        view = memoryview(data)
+        while view:
+            # a raw standard output may take less than it was given
+            view = view[self._file.write(view) :]
+
+    def verify(self, length: int | None) -> None:
+        """Raises LengthMismatch, DigestMismatch."""
+        if length is not None and self.received != length:
+            raise LengthMismatch(str(self._digest), length, self.received)
+        actual = f"{self._digest.algorithm}:{self._hash.hexdigest()}"
+        if actual != str(self._digest):
+            raise DigestMismatch(str(self._digest), actual)
+
+
+@contextmanager
+def standard_output(digest: Digest) -> Iterator[Sink]:
+    """Download to standard output, where a wrong digest can only be reported afterwards."""
+    yield Sink(sys.stdout.buffer, digest)
+    sys.stdout.buffer.flush()
+
+
+@contextmanager
+def file_at(path: Path, digest: Digest) -> Iterator[Sink]:
+    """Download to a temporary name beside ``path``, which appears when the block ends well.
+
+    A device or a pipe is written to as it is.
+    """
+    path = path.resolve()
+    if path.is_dir():
+        raise IsADirectoryError(21, "is a directory, give the name of a file", str(path))
+    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+        with path.open("wb", buffering=0) as file:
+            yield Sink(file, digest)
+        return
+    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.part")
+    try:
+        with temporary.open("xb") as file:
+            yield Sink(file, digest)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --- the client -----------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class Retries:
+    """Limits of trying again: attempts in a row that bring nothing, and seconds before the second."""
+
+    attempts: int = 5
+    backoff: float = 0.25
+
+
+@attrs.frozen
+class Document:
+    """A small answer held in memory."""
+
+    content: bytes = attrs.field(repr=False)
+    content_type: str
+    headers: Mapping[str, str]
+
+
+class RegistryClient:
+    """Requests to one registry.  Make one with `open_client`."""
+
+    def __init__(self, http: httpx.AsyncClient, retries: Retries) -> None:
+        self._http = http
+        self._retries = retries
+
+    async def get_blob(
+        self,
+        path: str,
+        sink: Sink,
+        *,
+        length: int | None = None,
+        progress: Progress = no_progress,
+    ) -> None:
+        """Download ``path`` into ``sink`` and verify it; ``length`` if it is known beforehand.
+
+        Raises:
+            ServerUnavailable, RequestRefused, UnexpectedAnswer, DigestMismatch, LengthMismatch.
+        """
+        rest = partial(self._get_rest, path, sink, length, progress)
+        await self._retry(path, rest, received=lambda: sink.received)
+        sink.verify(length)
+
+    async def _get_rest(
+        self, path: str, sink: Sink, length: int | None, progress: Progress
+    ) -> None:
+        """One request for what is missing; returns when the whole body has come."""
+        start = sink.received
+        headers = {"Range": f"bytes={start}-"} if start else {}
+        async with self._http.stream("GET", path, headers=headers) as response:
+            await _check(response)
+            total, skip = _extent(response, start)
+            if length is not None and total not in (None, length):
+                raise UnexpectedAnswer(
+                    str(response.url), f"offers {total} bytes where {length} were declared"
+                )
+            progress(start, total)
+            async for chunk in response.aiter_raw(CHUNK_BYTES):
+                dropped = min(skip, len(chunk))
+                skip -= dropped
+                await sink.write(chunk[dropped:])
+                progress(sink.received, total)
+                if length is not None and sink.received > length:
+                    return
+        if total is not None and sink.received < total:
+            raise _Interrupted(f"the body ended after {sink.received} of {total} bytes")
+
+    async def get_document(self, path: str, *, accept: tuple[str, ...], limit: int) -> Document:
+        """GET something small, such as a manifest; ``limit`` in bytes."""
+        headers = {"Accept": ", ".join(accept)}
+
+        async def attempt() -> Document:
+            async with self._http.stream("GET", path, headers=headers) as response:
+                await _check(response)
+                content = await _read_bounded(response, limit)
+                content_type = response.headers.get("Content-Type", "").partition(";")[0]
+                return Document(content, content_type.strip(), response.headers)
+
+        return await self._retry(path, attempt)
+
+    async def exists(self, path: str) -> bool:
+        """HEAD: is there something at ``path``?"""
+
+        async def attempt() -> bool:
+            response = await self._http.head(path)
+            if response.status_code == HTTPStatus.NOT_FOUND:
+                return False
+            await _check(response)
+            return True
+
+        return await self._retry(path, attempt)
+
+    async def put_blob(self, path: str, file: Path, *, progress: Progress = no_progress) -> None:
+        """PUT a whole file to the generic blob API; ``path`` ends in its digest."""
+        await self._retry(path, partial(self._send_file, path, file, progress))
+
+    async def upload_blob(
+        self, repository: str, digest: Digest, file: Path, *, progress: Progress = no_progress
+    ) -> None:
+        """Push a whole file into a repository: POST a session, PUT the content."""
+        path = f"/v2/{repository}/blobs/uploads/"
+
+        async def attempt() -> None:
+            response = await self._http.post(path)
+            await _check(response)
+            location = response.headers.get("Location")
+            if response.status_code != HTTPStatus.ACCEPTED or location is None:
+                raise UnexpectedAnswer(str(response.url), "did not open an upload session")
+            url = response.url.join(location).copy_add_param("digest", str(digest))
+            await self._send_file(str(url), file, progress)
+
+        await self._retry(path, attempt)
+
+    async def put_manifest(self, path: str, content: bytes, media_type: str) -> None:
+        """PUT a manifest under a tag or its digest."""
+
+        async def attempt() -> None:
+            headers = {"Content-Type": media_type}
+            await _check(await self._http.put(path, content=content, headers=headers))
+
+        await self._retry(path, attempt)
+
+    async def _send_file(self, url: str, file: Path, progress: Progress) -> None:
+        length = (await trio.Path(file).stat()).st_size
+        headers = {"Content-Length": str(length), "Content-Type": "application/octet-stream"}
+        body = _file_chunks(file, length, progress)
+        await _check(await self._http.put(url, content=body, headers=headers))
+
+    async def _retry(
+        self,
+        path: str,
+        attempt: Callable[[], Awaitable[_T]],
+        received: Callable[[], int] = lambda: 0,
+    ) -> _T:
+        """Try until it succeeds or several attempts in a row have brought nothing."""
+        failures = 0
+        while True:
+            before = received()
+            try:
+                return await attempt()
+            except httpx.UnsupportedProtocol as exc:
+                raise UnexpectedAnswer(path, str(exc)) from exc
+            except httpx.LocalProtocolError as exc:
+                raise UnexpectedAnswer(path, f"the content changed meanwhile: {exc}") from exc
+            except (_Interrupted, httpx.TransportError) as exc:
+                failures = 1 if received() > before else failures + 1
+                # Nobody there at the first attempt is an answer; later it may be a restart.
+                absent = isinstance(exc, httpx.ConnectError) and not received()
+                if absent or failures >= self._retries.attempts:
+                    url = str(self._http.base_url).rstrip("/")
+                    raise ServerUnavailable(url, _reason(exc)) from exc
+                await trio.sleep(min(self._retries.backoff * 2 ** (failures - 1), _BACKOFF_MAX))
+
+
+@asynccontextmanager
+async def open_client(
+    registry: str, *, retries: Retries | None = None
+) -> AsyncIterator[RegistryClient]:
+    """A client of the registry at a URL; ``host:port`` alone means plain HTTP.
+
+    Raises:
+        UnexpectedAnswer: the text is not the URL of a registry.
+    """
+    url = registry_url(registry)
+    # The system's certificates rather than a bundle of our own.  No proxy from the environment: it
+    # would be asked for registries on loopback.
+    verify = ssl.create_default_context() if url.startswith("https:") else False
+    async with httpx.AsyncClient(
+        base_url=url,
+        timeout=_TIMEOUT,
+        verify=verify,
+        trust_env=False,
+        headers={"Accept-Encoding": "identity", "User-Agent": f"swarmpull/{__version__}"},
+    ) as http:
+        yield RegistryClient(http, retries or Retries())
+
+
+def registry_url(text: str) -> str:
+    """The base URL of a registry that is given as URL or as ``host:port``."""
+    url = text if "://" in text else f"http://{text}"
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as exc:
+        raise UnexpectedAnswer(text, f"is not the URL of a registry: {exc}") from exc
+    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.path not in ("", "/"):
+        raise UnexpectedAnswer(text, "is not the URL of a registry, such as http://127.0.0.1:5000")
+    return url.rstrip("/")
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+async def _check(response: httpx.Response) -> None:
+    """Turn an answer that is not a success into an error with the server's own words."""
+    if response.is_success:
+        return
+    url = str(response.url)
+    if response.is_redirect:
+        target = response.headers.get("Location", "elsewhere")
+        raise UnexpectedAnswer(url, f"redirects to {target}: name that server instead")
+    reason = _error_message(await _read_bounded(response, _DOCUMENT_BYTES_MAX))
+    reason = reason or response.reason_phrase or "no reason given"
+    if response.status_code in _BUSY:
+        raise _Interrupted(f"{reason} (HTTP {response.status_code})")
+    raise RequestRefused(response.request.method, url, response.status_code, reason)
+
+
+async def _read_bounded(response: httpx.Response, limit: int) -> bytes:
+    if response.is_stream_consumed:
+        return response.content
+    content = bytearray()
+    async for chunk in response.aiter_raw(CHUNK_BYTES):
+        content += chunk
+        if len(content) > limit:
+            raise UnexpectedAnswer(str(response.url), f"answers with more than {limit} bytes")
+    return bytes(content)
+
+
+def _error_message(body: bytes) -> str:
+    """The messages of an OCI error body, or the first line of plain text."""
+    text = body[:4096].decode("utf-8", "replace").strip()
+    try:
+        errors = json.loads(body)["errors"]
+        messages = [_one_error(error) for error in errors]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return text.splitlines()[0][:200] if text and not text.startswith("<") else ""
+    return "; ".join(messages)
+
+
+def _one_error(error: dict[str, Any]) -> str:
+    code, message = error.get("code") or "", error.get("message") or ""
+    return f"{code}: {message}" if code and message else str(code or message)
+
+
+def _extent(response: httpx.Response, start: int) -> tuple[int | None, int]:
+    """(length of the whole content if known, bytes of this body that we have already)."""
+    if response.status_code == HTTPStatus.OK:
+        length = response.headers.get("Content-Length", "")
+        return (int(length) if length.isdecimal() else None), start
+    content_range = response.headers.get("Content-Range", "")
+    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", content_range, re.ASCII)
+    if response.status_code != HTTPStatus.PARTIAL_CONTENT or not match or int(match[1]) != start:
+        raise UnexpectedAnswer(
+            str(response.url),
+            f"answers bytes={start}- with HTTP {response.status_code} {content_range}".rstrip(),
+        )
+    return (None if match[2] == "*" else int(match[2])), 0
+
+
+def _reason(failure: BaseException) -> str:
+    """What the operating system said, if it is among the causes, else the failure itself."""
+    seen: BaseException | None = failure
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno:
+            # name look-ups have negative numbers and texts of their own
+            return os.strerror(seen.errno) if seen.errno > 0 else str(seen.strerror)
+        if isinstance(seen, BaseExceptionGroup):
+            return _reason(seen.exceptions[0])
+        seen = seen.__cause__ or seen.__context__
+    if isinstance(failure, _Interrupted):
+        return failure.reason
+    return str(failure) or type(failure).__name__
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+async def hash_file(
+    file: Path, *, algorithm: str = "sha256", progress: Progress = no_progress
+) -> Digest:
+    """The digest of a file, computed in a thread."""
+    length = (await trio.Path(file).stat()).st_size
+    done, hasher = 0, hashlib.new(algorithm)
+    with file.open("rb") as stream:
+        while chunk := await trio.to_thread.run_sync(stream.read, CHUNK_BYTES):
+            await trio.to_thread.run_sync(hasher.update, chunk)
+            done += len(chunk)
+            progress(done, length)
+    return Digest(algorithm, hasher.hexdigest())
+
+
+async def _file_chunks(file: Path, length: int, progress: Progress) -> AsyncIterator[bytes]:
+    sent = 0
+    with file.open("rb") as stream:
+        while chunk := await trio.to_thread.run_sync(stream.read, CHUNK_BYTES):
+            yield chunk
+            sent += len(chunk)
+            progress(sent, length)
+
+
+# --- status ---------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class StatusAnswer:
+    """What one admin listener said: its status document, or why there is none."""
+
+    address: str
+    document: dict[str, Any] | None = None
+    failure: str = ""
+
+
+async def get_statuses(addresses: Sequence[str]) -> list[StatusAnswer]:
+    """Ask every admin listener at once; the answers come in the order of the addresses."""
+    answers: dict[str, StatusAnswer] = {}
+
+    async def ask(address: str) -> None:
+        answers[address] = await _get_status(address)
+
+    async with trio.open_nursery() as nursery:
+        for address in addresses:
+            nursery.start_soon(ask, address)
+    return [answers[address] for address in addresses]
+
+
+async def _get_status(address: str) -> StatusAnswer:
+    try:
+        with trio.fail_after(_STATUS_TIMEOUT):
+            async with open_client(address, retries=Retries(attempts=1)) as client:
+                answer = await client.get_document(
+                    "/status", accept=("application/json",), limit=_DOCUMENT_BYTES_MAX
+                )
+        document = json.loads(answer.content)
+    except trio.TooSlowError:
+        return StatusAnswer(address, failure=f"no answer within {_STATUS_TIMEOUT:.0f} seconds")
+    except ServerUnavailable as exc:
+        return StatusAnswer(address, failure=exc.reason)
+    except SwarmpullError as exc:
+        return StatusAnswer(address, failure=str(exc))
+    except ValueError:
+        return StatusAnswer(address, failure="the answer is not JSON: not an admin listener")
+    if not isinstance(document, dict) or "role" not in document:
+        return StatusAnswer(address, failure="the answer names no role: not an admin listener")
+    return StatusAnswer(address, document)

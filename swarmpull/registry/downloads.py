@@ -1,0 +1,153 @@
+"""Blobs out: GET and HEAD of a blob, whole or in ranges, perhaps while it is still downloading."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from typing import Final
+
+import structlog
+
+from swarmpull.digest import Digest
+from swarmpull.errors import SwarmpullError
+from swarmpull.registry.asgi import (
+    Headers,
+    Response,
+    Send,
+    send_chunk,
+    send_response,
+    start_response,
+    until_disconnect,
+)
+from swarmpull.registry.calls import Call
+from swarmpull.registry.errors import Code, RegistryError
+from swarmpull.registry.ranges import ByteRange, RangeNotSatisfiable, multipart, parse_range
+from swarmpull.registry.service import BlobReader
+
+# Read and sent at once: 1.7 GB/s over loopback where 1 MiB gives 1.4 (each chunk costs a hop into a thread),
+# and what one download holds in memory.
+CHUNK_BYTES: Final = 2 << 20
+BLOB_TYPE: Final = "application/octet-stream"
+
+log = structlog.get_logger()
+
+
+def _headers(digest: Digest) -> Headers:
+    return (
+        ("Content-Type", BLOB_TYPE),
+        ("Docker-Content-Digest", str(digest)),
+        ("ETag", f'"{digest}"'),
+        ("Accept-Ranges", "bytes"),
+    )
+
+
+async def head_blob(call: Call) -> Response:
+    """Answer HEAD of a blob; never starts a download.  Raises BlobNotFound, InvalidDigest."""
+    digest = Digest.parse(call.route.argument)
+    length = await call.service.stat_blob(call.repository, digest, upstream=call.upstream)
+    return Response(200, (*_headers(digest), ("Content-Length", str(length))))
+
+
+async def get_blob(call: Call) -> None:
+    """Answer GET of a blob, for as long as the client stays.
+
+    Raises:
+        SwarmpullError: the head of the answer was not sent.  A failure after it cuts the body short.
+    """
+    digest = Digest.parse(call.route.argument)
+    failures: list[SwarmpullError] = []
+
+    async def respond() -> None:
+        try:
+            await _respond(call, digest)
+        except SwarmpullError as error:
+            # Raised again outside: the nursery would hand it on inside a group.
+            failures.append(error)
+
+    await until_disconnect(call.request, respond)
+    if failures:
+        raise failures[0]
+
+
+async def _respond(call: Call, digest: Digest) -> None:
+    request, send, headers = call.request, call.send, _headers(digest)
+    etag = f'"{digest}"'
+    async with call.service.open_blob(call.repository, digest, upstream=call.upstream) as reader:
+        if request.header("if-none-match") == etag:
+            await send_response(request, send, Response(304, headers))
+            return
+        # Content never changes under a digest, so another validator in If-Range names other content.
+        asked = request.header("range") if request.header("if-range") in (None, etag) else None
+        try:
+            ranges = parse_range(asked, reader.length)
+        except RangeNotSatisfiable as error:
+            raise _unsatisfiable(error) from error
+        if ranges is None:
+            await start_response(send, 200, (*headers, ("Content-Length", str(reader.length))))
+            await _send_body(reader, send, digest, [(b"", ByteRange(0, reader.length))])
+        elif len(ranges) == 1:
+            await start_response(send, 206, (*headers, *_single(ranges[0], reader.length)))
+            await _send_body(reader, send, digest, [(b"", ranges[0])])
+        else:
+            await _send_multipart(reader, send, digest, ranges)
+
+
+def _single(byte_range: ByteRange, length: int) -> Headers:
+    return (
+        ("Content-Range", byte_range.content_range(length)),
+        ("Content-Length", str(byte_range.length)),
+    )
+
+
+def _unsatisfiable(error: RangeNotSatisfiable) -> RegistryError:
+    return RegistryError(
+        Code.SIZE_INVALID,
+        416,
+        str(error),
+        headers=(("Content-Range", f"bytes */{error.length}"),),
+    )
+
+
+async def _send_multipart(
+    reader: BlobReader, send: Send, digest: Digest, ranges: Sequence[ByteRange]
+) -> None:
+    boundary = secrets.token_hex(16)
+    layout = multipart(ranges, reader.length, part_type=BLOB_TYPE, boundary=boundary)
+    headers = dict(_headers(digest)) | {
+        "Content-Type": layout.content_type,
+        "Content-Length": str(layout.length),
+    }
+    await start_response(send, 206, tuple(headers.items()))
+    parts = list(zip(layout.preambles, ranges, strict=True))
+    await _send_body(reader, send, digest, parts, layout.epilogue)
+
+
+async def _send_body(
+    reader: BlobReader,
+    send: Send,
+    digest: Digest,
+    parts: Sequence[tuple[bytes, ByteRange]],
+    epilogue: bytes = b"",
+) -> None:
+    """Send what follows the head: preambles and ranges, to the end, or cut short and never padded."""
+    try:
+        for preamble, byte_range in parts:
+            if preamble:
+                await send_chunk(send, preamble)
+            offset = byte_range.start
+            while offset < byte_range.stop:
+                chunk = await reader.read_at(offset, min(CHUNK_BYTES, byte_range.stop - offset))
+                await send_chunk(send, chunk)
+                offset += len(chunk)
+    except SwarmpullError as error:
+        # With no last chunk the server closes the connection, so the client sees that bytes are missing.
+        log.warning("response_cut_short", digest=str(digest), reason=str(error))
+        return
+    await send_chunk(send, epilogue, last=True)
+
+
+async def delete_blob(call: Call) -> Response:
+    """Take a blob out of a repository.  Raises BlobNotFound, InvalidDigest."""
+    digest = Digest.parse(call.route.argument)
+    await call.service.delete_blob(call.route.repository, digest)
+    return Response(202)

@@ -1,0 +1,1 @@
+"""Rendezvous hashing: which members of a ring answer for a digest."""

@@ -1,0 +1,247 @@
+"""The agent: answers this host's container runtime as a registry, and gets blobs through the swarm."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Final
+
+import structlog
+import trio
+
+from swarmpull.config import AgentConfig, Config
+from swarmpull.digest import Digest
+from swarmpull.errors import BlobNotFound, RpcUnavailable, StoreUnavailable
+from swarmpull.registry.app import create_registry_app
+from swarmpull.registry.manifests import Manifest
+from swarmpull.registry.service import BlobReader, StoredManifest
+from swarmpull.ring.membership import Membership
+from swarmpull.roles.addresses import RoleAddresses
+from swarmpull.roles.cluster import (
+    METAINFO_TIMEOUT,
+    IndexClient,
+    OriginClient,
+    RingClient,
+    TrackerClient,
+)
+from swarmpull.roles.repositories import Repositories
+from swarmpull.roles.serving import serve_role
+from swarmpull.roles.swarm_host import SwarmHost, open_swarm_host
+from swarmpull.roles.swarm_status import swarm_status, unreachable
+from swarmpull.store.blobs import BlobStore, open_store
+from swarmpull.store.uploads import UploadStore
+from swarmpull.swarm.peers import PeerKind
+from swarmpull.telemetry import Metrics
+from swarmpull.wire.api import AnnounceReply, AnnounceRequest
+from swarmpull.wire.rpc import open_rpc_pool
+
+log = structlog.get_logger()
+
+# Until the next try to find a tracker when an origin had to stand in for one, in seconds.
+TRACKERLESS_INTERVAL: Final = 3.0
+
+
+class BlobFinder:
+    """Where the metainfo and the first peers of a blob come from."""
+
+    def __init__(self, trackers: TrackerClient, origins: OriginClient) -> None:
+        self._trackers = trackers
+        self._origins = origins
+
+    async def find(self, request: AnnounceRequest) -> AnnounceReply:
+        """Ask a tracker; while none answers, ask the origins themselves.
+
+        Raises:
+            BlobNotFound: no origin has the blob.
+            SwarmpullError: nobody can say.
+        """
+        try:
+            return await self._trackers.announce(request, timeout=METAINFO_TIMEOUT)
+        except RpcUnavailable as error:
+            log.warning("no_tracker", digest=str(request.digest), reason=str(error))
+        reply = await self._origins.get_metainfo(request.digest, request.namespace)
+        return AnnounceReply((reply.seeder,), TRACKERLESS_INTERVAL, reply.metainfo)
+
+
+class AgentRegistry(Repositories):
+    """The registry of an agent; implements `swarmpull.registry.service.RegistryService`.
+
+    An agent that only pulls answers for any digest that the cluster has: content is its own proof.  One
+    that takes pushes keeps to what belongs to a repository, as an origin does, because clients decide by
+    that what they need to push.
+    """
+
+    def __init__(
+        self,
+        store: BlobStore,
+        host: SwarmHost,
+        index: IndexClient,
+        origins: OriginClient,
+        finder: BlobFinder,
+        *,
+        push: bool,
+    ) -> None:
+        super().__init__(index)
+        self._store = store
+        self._host = host
+        self._origins = origins
+        self._finder = finder
+        self._push = push
+
+    @property
+    def uploads(self) -> UploadStore | None:
+        return self._store.uploads if self._push else None
+
+    async def get_manifest(
+        self, repository: str, reference: str, *, upstream: str | None
+    ) -> StoredManifest:
+        descriptor = await self.resolve(repository, reference, upstream=upstream)
+        async with self._open(repository, descriptor.digest) as reader:
+            content = bytearray()
+            while len(content) < reader.length:
+                content += await reader.read_at(len(content), reader.length - len(content))
+        return StoredManifest(descriptor, bytes(content))
+
+    async def stat_blob(
+        self,
+        repository: str | None,
+        digest: Digest,
+        *,
+        upstream: str | None,  # noqa: ARG002
+    ) -> int:
+        await self._check(repository, digest)
+        download = self._host.downloading(digest)
+        if download is not None:
+            return download.metainfo.length
+        try:
+            return self._store.stat(digest).length
+        except BlobNotFound:
+            return await self._origins.stat_blob(digest, repository or "")
+
+    @asynccontextmanager
+    async def open_blob(
+        self,
+        repository: str | None,
+        digest: Digest,
+        *,
+        upstream: str | None,  # noqa: ARG002
+    ) -> AsyncIterator[BlobReader]:
+        await self._check(repository, digest)
+        async with self._open(repository, digest) as reader:
+            yield reader
+
+    async def accept_blob(self, repository: str | None, digest: Digest) -> None:
+        """Seed a blob that was pushed here, and have an origin fetch it and make it durable."""
+        metainfo = await self._store.metainfo(digest)
+        self._host.seed(metainfo, repository or "")
+        await self._origins.adopt_blob(metainfo, repository or "", self._host.contact)
+
+    async def put_manifest(self, repository: str, reference: str, manifest: Manifest) -> None:
+        await self._origins.put_manifest(
+            repository, reference, manifest.media_type, manifest.content
+        )
+
+    async def delete_blob(self, repository: str, digest: Digest) -> None:
+        await self._index.unlink_blob(repository, digest)
+
+    async def _check(self, repository: str | None, digest: Digest) -> None:
+        if self._push:
+            await self.check_membership(repository, digest)
+
+    @asynccontextmanager
+    async def _open(self, repository: str | None, digest: Digest) -> AsyncIterator[BlobReader]:
+        """A blob of this host's store, or one on its way into it."""
+        while not self._is_stored(digest):
+            download = await self._host.download(digest, repository or "", self._finder.find)
+            reader = download.reader()
+            if reader is not None:
+                try:
+                    yield reader
+                finally:
+                    reader.close()
+                return
+            await download.wait()
+        with self._store.open(digest) as handle:
+            yield handle
+
+    def _is_stored(self, digest: Digest) -> bool:
+        try:
+            self._store.stat(digest)
+        except BlobNotFound:
+            return False
+        return True
+
+
+async def seed_cache(store: BlobStore, host: SwarmHost) -> None:
+    """Offer everything in the store to peers, as after a restart."""
+    seeded = 0
+    for stat in store.list():
+        try:
+            host.seed(await store.metainfo(stat.digest), "")
+        except (BlobNotFound, StoreUnavailable) as error:
+            log.warning("blob_not_seeded", digest=str(stat.digest), reason=str(error))
+        else:
+            seeded += 1
+    if seeded:
+        log.info("cache_seeded", blobs=seeded)
+
+
+async def run_agent(
+    config: Config,
+    settings: AgentConfig,
+    *,
+    drain: trio.Event,
+    task_status: trio.TaskStatus[RoleAddresses] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve until ``drain`` is set and what is under way has ended.
+
+    Raises:
+        StartupError: a listener or the data directory cannot be had.
+    """
+    metrics = Metrics()
+    trackers = Membership(config.cluster.trackers, name="tracker")
+    origins = Membership(config.cluster.origins, name="origin")
+    indexes = Membership(config.cluster.indexes, name="index")
+    async with open_rpc_pool() as pool:
+        tracker_client = TrackerClient(RingClient(pool, trackers, "tracker"))
+        origin_client = OriginClient(RingClient(pool, origins, "origin"))
+        index_client = IndexClient(RingClient(pool, indexes, "index"))
+        async with (
+            open_store(settings.data_dir, name="agent") as store,
+            open_swarm_host(
+                store,
+                PeerKind.AGENT,
+                settings.peer,
+                config.swarm,
+                metrics,
+                announce=tracker_client.announce,
+            ) as host,
+            trio.open_nursery() as nursery,
+        ):
+            for members in (trackers, origins, indexes):
+                nursery.start_soon(members.run)
+            nursery.start_soon(seed_cache, store, host)
+            registry = AgentRegistry(
+                store,
+                host,
+                index_client,
+                origin_client,
+                BlobFinder(tracker_client, origin_client),
+                push=settings.registry.push,
+            )
+            await serve_role(
+                "agent",
+                settings,
+                None,
+                metrics=metrics,
+                readiness=partial(unreachable, trackers, origins, indexes),
+                status=partial(swarm_status, host),
+                drain=drain,
+                grace=config.drain_timeout,
+                registry=create_registry_app(registry),
+                bound={"peer": host.address},
+                on_drain=host.drain,
+                task_status=task_status,
+            )
+            nursery.cancel_scope.cancel()

@@ -1,0 +1,380 @@
+"""The durable state of repositories, as objects of a backend (`catalog_objects` has their keys).
+
+Every change is a sequence of single objects in an order in which each beginning of it is a
+readable state: what is pointed to is written before what points to it, and removed after it.  A change
+that was cut off is made whole by making it again.
+
+Any number of processes may share a backend.  Changes to one repository are in sequence within one
+process; between processes the last one to write a tag wins.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Final, TypeVar
+
+import attrs
+import trio
+
+from swarmpull.digest import Digest
+from swarmpull.errors import (
+    BackendUnavailable,
+    BlobNotFound,
+    InvalidDigest,
+    ManifestInvalid,
+    ManifestNotFound,
+    ManifestReferencesMissing,
+    ObjectNotFound,
+    PushRefused,
+    RepositoryNotFound,
+    SwarmpullError,
+)
+from swarmpull.registry.errors import shorten
+from swarmpull.registry.names import is_tag
+from swarmpull.roles.catalog_objects import (
+    ENTRY_BYTES_MAX,
+    TAG_BYTES_MAX,
+    ManifestEntry,
+    annotation_bytes,
+    blob_key,
+    can_be_kept,
+    check_known,
+    check_writable,
+    digest_at_end,
+    manifest_key,
+    marker_key,
+    pack_entry,
+    pack_tag,
+    referrer_key,
+    referrers_prefix,
+    tag_key,
+    tags_prefix,
+    unpack_entry,
+    unpack_tag,
+    without_annotations,
+)
+from swarmpull.store.backends.base import Backend
+from swarmpull.wire.api import Descriptor, ListReply, RecordManifestRequest
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+# Objects that one operation asks the backend for at the same time.
+CONCURRENCY: Final = 16
+# The most names that one page of a listing has, whatever was asked for.
+PAGE_MAX: Final = 10_000
+# All referrers of a manifest travel in one reply: so many entries, and so many bytes of annotations.
+REFERRERS_MAX: Final = 1000
+ANNOTATION_BYTES_MAX: Final = 4 << 20
+
+
+class Catalog:
+    """Tags, manifests, referrers and blobs of all repositories.
+
+    Every method raises BackendUnavailable when the backend fails.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._locks: dict[str, _SharedLock] = {}
+
+    @property
+    def backend_name(self) -> str:
+        """The URL of the backend, without secrets."""
+        return self._backend.name
+
+    # --- looking up ---------------------------------------------------------------------------
+
+    async def resolve(self, repository: str, reference: str) -> Descriptor:
+        """The manifest that a tag, or a digest as text, names in this repository.
+
+        Raises:
+            ManifestNotFound: no such tag or manifest.
+            RepositoryNotFound: no such repository.
+        """
+        check_known(repository)
+        try:
+            digest = await self._digest_of(repository, reference)
+            return (await self._entry(repository, digest)).descriptor
+        except ObjectNotFound as exc:
+            await self._check_exists(repository)
+            raise ManifestNotFound(repository, reference) from exc
+
+    async def has_blob(self, repository: str, digest: Digest) -> bool:
+        """Whether the blob is part of the repository."""
+        return can_be_kept(repository) and await self._exists(blob_key(repository, digest))
+
+    async def check_references(
+        self, repository: str, blobs: Iterable[Digest], manifests: Iterable[Digest]
+    ) -> None:
+        """Raises ManifestReferencesMissing, with all that are missing; PushRefused for the name."""
+        check_writable(repository)
+        wanted = [(digest, blob_key(repository, digest)) for digest in dict.fromkeys(blobs)]
+        wanted += [
+            (digest, manifest_key(repository, digest)) for digest in dict.fromkeys(manifests)
+        ]
+        found = await _map(self._exists, [key for _, key in wanted])
+        missing = [
+            str(digest) for (digest, _), exists in zip(wanted, found, strict=True) if not exists
+        ]
+        if missing:
+            raise ManifestReferencesMissing(repository, tuple(missing))
+
+    async def list_tags(self, repository: str, after: str, limit: int) -> ListReply:
+        """Tags in byte order, strictly after ``after``.  Raises RepositoryNotFound."""
+        check_known(repository)
+        page = await self._names(tags_prefix(repository), after, limit)
+        if not page.names:
+            await self._check_exists(repository)
+        return page
+
+    async def list_repositories(self, after: str, limit: int) -> ListReply:
+        """Repository names in byte order, strictly after ``after``."""
+        return await self._names("catalog/", after, limit)
+
+    async def list_referrers(self, repository: str, digest: Digest) -> tuple[Descriptor, ...]:
+        """Manifests of the repository whose subject is ``digest``, in the order of their digests.
+
+        Annotations beyond ``ANNOTATION_BYTES_MAX`` in all are left out; the manifests have them.
+        """
+        if not can_be_kept(repository):
+            return ()
+        page = await self._backend.list(referrers_prefix(repository, digest), limit=REFERRERS_MAX)
+        pending = [(repository, digest_at_end(key)) for key in page.keys]
+        found: list[Descriptor] = []
+        room = ANNOTATION_BYTES_MAX
+        while pending:
+            # A few at a time: together they may be larger than what is kept of them.
+            batch, pending = pending[:CONCURRENCY], pending[CONCURRENCY:]
+            for descriptor in await _map(self._descriptor_or_none, batch):
+                # None: a delete that was cut off has left the name of a manifest that is gone.
+                if descriptor is not None:
+                    room -= annotation_bytes(descriptor)
+                    found.append(descriptor if room >= 0 else without_annotations(descriptor))
+        return tuple(found)
+
+    # --- changing -----------------------------------------------------------------------------
+
+    async def record_manifest(self, request: RecordManifestRequest) -> None:
+        """Enter a manifest whose content is durable, and move a tag to it.
+
+        Raises:
+            ManifestReferencesMissing: the repository lacks what the manifest refers to.
+            ManifestInvalid: the tag is outside the grammar, or the entry is too long.
+            PushRefused: the name cannot be kept, or the subject has too many referrers.
+        """
+        repository, digest = request.repository, request.manifest.digest
+        check_writable(repository)
+        if request.tag is not None and not is_tag(request.tag):
+            raise ManifestInvalid(f"{shorten(request.tag)!r} is not a tag")
+        entry = pack_entry(ManifestEntry(request.manifest, request.subject))
+        async with self._exclusive(repository):
+            await self.check_references(repository, request.blobs, request.manifests)
+            await self._check_room_for_referrer(request)
+            await self._mark(repository)
+            await self._backend.put_bytes(manifest_key(repository, digest), entry)
+            if request.subject is not None:
+                key = referrer_key(repository, request.subject, digest)
+                await self._backend.put_bytes(key, b"{}")
+            if request.tag is not None:
+                await self._backend.put_bytes(
+                    tag_key(repository, request.tag), pack_tag(digest, time.time())
+                )
+
+    async def delete_manifest(self, repository: str, digest: Digest) -> None:
+        """Remove a manifest and every tag that points to it.  Raises ManifestNotFound."""
+        check_known(repository)
+        async with self._exclusive(repository):
+            try:
+                entry = await self._entry(repository, digest)
+            except ObjectNotFound as exc:
+                await self._check_exists(repository)
+                raise ManifestNotFound(repository, str(digest)) from exc
+            await self._delete_tags_of(repository, digest)
+            await self._delete_if_there(manifest_key(repository, digest))
+            if entry.subject is not None:
+                await self._delete_if_there(referrer_key(repository, entry.subject, digest))
+
+    async def delete_tag(self, repository: str, tag: str) -> None:
+        """Remove a tag; the manifest stays.  Raises ManifestNotFound."""
+        check_known(repository)
+        if not is_tag(tag):
+            raise ManifestNotFound(repository, shorten(tag))
+        async with self._exclusive(repository):
+            try:
+                await self._backend.delete(tag_key(repository, tag))
+            except ObjectNotFound as exc:
+                await self._check_exists(repository)
+                raise ManifestNotFound(repository, tag) from exc
+
+    async def link_blob(self, repository: str, digest: Digest) -> None:
+        """Make a blob, which is durable already, part of a repository.  Raises PushRefused."""
+        check_writable(repository)
+        await self._mark(repository)
+        await self._backend.put_bytes(blob_key(repository, digest), b"{}")
+
+    async def unlink_blob(self, repository: str, digest: Digest) -> None:
+        """Take a blob out of a repository.  Raises BlobNotFound."""
+        if not can_be_kept(repository):
+            raise BlobNotFound(str(digest), f"repository {shorten(repository)}")
+        async with self._exclusive(repository):
+            try:
+                await self._backend.delete(blob_key(repository, digest))
+            except ObjectNotFound as exc:
+                raise BlobNotFound(str(digest), f"repository {repository}") from exc
+
+    async def check_backend(self) -> None:
+        """Raises BackendUnavailable when the backend does not answer."""
+        await self._backend.list("catalog/", limit=1)
+
+    # --- parts --------------------------------------------------------------------------------
+
+    async def _digest_of(self, repository: str, reference: str) -> Digest:
+        if ":" in reference:
+            try:
+                return Digest.parse(reference)
+            except InvalidDigest as exc:
+                raise ManifestNotFound(repository, shorten(reference)) from exc
+        if not is_tag(reference):
+            raise ManifestNotFound(repository, shorten(reference))
+        return await self._tagged(tag_key(repository, reference))
+
+    async def _tagged(self, key: str) -> Digest:
+        data = await self._backend.get_bytes(key, limit=TAG_BYTES_MAX)
+        return self._unpacked(key, data, unpack_tag)
+
+    async def _entry(self, repository: str, digest: Digest) -> ManifestEntry:
+        key = manifest_key(repository, digest)
+        data = await self._backend.get_bytes(key, limit=ENTRY_BYTES_MAX)
+        return self._unpacked(key, data, partial(unpack_entry, digest))
+
+    async def _descriptor_or_none(self, name: tuple[str, Digest]) -> Descriptor | None:
+        try:
+            return (await self._entry(*name)).descriptor
+        except ObjectNotFound:
+            return None
+
+    def _unpacked(self, key: str, data: bytes, unpack: Callable[[bytes], T]) -> T:
+        """What is in an object of ours.  One that cannot be read is a fault of the backend."""
+        try:
+            return unpack(data)
+        except (ValueError, KeyError, TypeError, InvalidDigest) as exc:
+            reason = f"the object is damaged: {exc!r}"
+            raise BackendUnavailable(self._backend.name, key, reason) from exc
+
+    async def _names(self, prefix: str, after: str, limit: int) -> ListReply:
+        limit = min(limit, PAGE_MAX)
+        if limit < 1:
+            return ListReply((), more=False)
+        names: list[str] = []
+        more = True
+        while more and len(names) < limit:
+            page = await self._backend.list(
+                prefix, after=prefix + after, limit=min(limit - len(names), 1000)
+            )
+            names += [key.removeprefix(prefix) for key in page.keys]
+            more = page.more and bool(page.keys)
+            after = names[-1] if names else after
+        return ListReply(tuple(names), more)
+
+    async def _delete_tags_of(self, repository: str, digest: Digest) -> None:
+        async def delete_if_it_points_here(key: str) -> None:
+            try:
+                if await self._tagged(key) == digest:
+                    await self._backend.delete(key)
+            except ObjectNotFound:
+                return  # another process was faster
+
+        prefix, after, more = tags_prefix(repository), "", True
+        while more:
+            page = await self._backend.list(prefix, after=after, limit=1000)
+            await _map(delete_if_it_points_here, page.keys)
+            more = page.more and bool(page.keys)
+            after = page.keys[-1] if page.keys else after
+
+    async def _check_room_for_referrer(self, request: RecordManifestRequest) -> None:
+        if request.subject is None:
+            return
+        repository, digest = request.repository, request.manifest.digest
+        if await self._exists(referrer_key(repository, request.subject, digest)):
+            return
+        prefix = referrers_prefix(repository, request.subject)
+        page = await self._backend.list(prefix, limit=REFERRERS_MAX)
+        if len(page.keys) >= REFERRERS_MAX:
+            raise PushRefused(
+                f"manifest {request.subject} of repository {repository} has {REFERRERS_MAX} "
+                "referrers, the most that is kept: delete some of them first"
+            )
+
+    async def _mark(self, repository: str) -> None:
+        """Let the repository exist, before anything in it does."""
+        key = marker_key(repository)
+        if not await self._exists(key):
+            await self._backend.put_bytes(key, b"{}")
+
+    async def _check_exists(self, repository: str) -> None:
+        if not await self._exists(marker_key(repository)):
+            raise RepositoryNotFound(repository)
+
+    async def _exists(self, key: str) -> bool:
+        try:
+            await self._backend.stat(key)
+        except ObjectNotFound:
+            return False
+        return True
+
+    async def _delete_if_there(self, key: str) -> None:
+        try:
+            await self._backend.delete(key)
+        except ObjectNotFound:
+            return  # an earlier delete was cut off after this step
+
+    @asynccontextmanager
+    async def _exclusive(self, repository: str) -> AsyncIterator[None]:
+        """One change of a repository at a time.  The lock lives as long as somebody wants it."""
+        shared = self._locks.setdefault(repository, _SharedLock())
+        shared.users += 1
+        try:
+            async with shared.lock:
+                yield
+        finally:
+            shared.users -= 1
+            if not shared.users:
+                del self._locks[repository]
+
+
+@attrs.define(eq=False)
+class _SharedLock:
+    lock: trio.Lock = attrs.Factory(trio.Lock)
+    users: int = 0
+
+
+# --- concurrency ------------------------------------------------------------------------------
+
+
+async def _map(function: Callable[[T], Awaitable[U]], items: Iterable[T]) -> list[U]:
+    """``function`` of each item, in order, ``CONCURRENCY`` at a time; the first error ends it all."""
+    pending = list(enumerate(items))[::-1]
+    results: dict[int, U] = {}
+    failure: SwarmpullError | None = None
+
+    async def work() -> None:
+        nonlocal failure
+        while pending:
+            index, item = pending.pop()
+            try:
+                results[index] = await function(item)
+            except SwarmpullError as exc:
+                # Raised below: out of the nursery it would come wrapped in a group.
+                failure = failure or exc
+                nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(min(CONCURRENCY, len(pending))):
+            nursery.start_soon(work)
+    if failure is not None:
+        raise failure
+    return [results[index] for index in range(len(results))]

@@ -1,0 +1,154 @@
+"""The keys of the objects in which the catalog keeps repositories, and what is in them.
+
+    catalog/<name>                                   the repository exists
+    repositories/<name>/_tags/<tag>                  which manifest the tag names, and since when
+    repositories/<name>/_manifests/<alg>/<hex>       what is known of a manifest
+    repositories/<name>/_referrers/<alg>/<hex>/<alg>/<hex>
+                                                     a subject, then a manifest that refers to it
+    repositories/<name>/_blobs/<alg>/<hex>           the blob is part of the repository
+
+No component of a repository name begins with ``_``, so a repository may be called ``a`` and another
+``a/b``, and neither has a key that is the other's.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Final
+
+import attrs
+
+from swarmpull.digest import Digest
+from swarmpull.errors import ManifestInvalid, PushRefused, RepositoryNotFound
+from swarmpull.registry.errors import shorten
+from swarmpull.registry.names import is_repository
+from swarmpull.store.backends.base import SEGMENT_BYTES_MAX, check_key
+from swarmpull.wire.api import Descriptor
+
+# A manifest has 4 MiB at most, and its annotations are part of it.
+ENTRY_BYTES_MAX: Final = 5 << 20
+TAG_BYTES_MAX: Final = 4096
+
+
+@attrs.frozen
+class ManifestEntry:
+    """What the catalog keeps of one manifest."""
+
+    descriptor: Descriptor
+    subject: Digest | None
+
+
+# --- keys -------------------------------------------------------------------------------------
+
+
+def marker_key(repository: str) -> str:
+    return f"catalog/{repository}"
+
+
+def tags_prefix(repository: str) -> str:
+    return f"repositories/{repository}/_tags/"
+
+
+def tag_key(repository: str, tag: str) -> str:
+    return tags_prefix(repository) + tag
+
+
+def manifest_key(repository: str, digest: Digest) -> str:
+    return f"repositories/{repository}/_manifests/{digest.algorithm}/{digest.hex}"
+
+
+def blob_key(repository: str, digest: Digest) -> str:
+    return f"repositories/{repository}/_blobs/{digest.algorithm}/{digest.hex}"
+
+
+def referrers_prefix(repository: str, subject: Digest) -> str:
+    return f"repositories/{repository}/_referrers/{subject.algorithm}/{subject.hex}/"
+
+
+def referrer_key(repository: str, subject: Digest, referrer: Digest) -> str:
+    return f"{referrers_prefix(repository, subject)}{referrer.algorithm}/{referrer.hex}"
+
+
+def digest_at_end(key: str) -> Digest:
+    algorithm, encoded = key.split("/")[-2:]
+    return Digest.parse(f"{algorithm}:{encoded}")
+
+
+def can_be_kept(repository: str) -> bool:
+    """Whether the text is a repository name, and none that is too long for the keys of a backend."""
+    if not is_repository(repository):
+        return False
+    try:
+        check_key(marker_key(repository))
+    except ValueError:
+        return False
+    return True
+
+
+def check_known(repository: str) -> None:
+    """What is no name of a repository must not become part of a key."""
+    if not can_be_kept(repository):
+        raise RepositoryNotFound(shorten(repository))
+
+
+def check_writable(repository: str) -> None:
+    if not can_be_kept(repository):
+        raise PushRefused(
+            f"{shorten(repository)!r} cannot be the name of a repository: outside the grammar, or with "
+            f"a component of more than {SEGMENT_BYTES_MAX} characters"
+        )
+
+
+# --- values -----------------------------------------------------------------------------------
+
+
+def pack_tag(digest: Digest, changed_at: float) -> bytes:
+    """``changed_at`` is in seconds since the epoch; for people, nothing is decided by it."""
+    return json.dumps({"digest": str(digest), "changed_at": changed_at}).encode()
+
+
+def unpack_tag(data: bytes) -> Digest:
+    """Raises ValueError, KeyError, TypeError or InvalidDigest for what `pack_tag` did not make."""
+    return Digest.parse(json.loads(data)["digest"])
+
+
+def pack_entry(entry: ManifestEntry) -> bytes:
+    """Raises ManifestInvalid for an entry that cannot be kept."""
+    descriptor = entry.descriptor
+    fields = {
+        "media_type": descriptor.media_type,
+        "length": descriptor.length,
+        "artifact_type": descriptor.artifact_type,
+        "annotations": descriptor.annotations,
+        "subject": None if entry.subject is None else str(entry.subject),
+    }
+    try:
+        data = json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError as exc:
+        raise ManifestInvalid("its annotations are not Unicode text") from exc
+    if len(data) > ENTRY_BYTES_MAX:
+        raise ManifestInvalid(f"its annotations have {len(data)} bytes, too many to keep")
+    return data
+
+
+def unpack_entry(digest: Digest, data: bytes) -> ManifestEntry:
+    """Raises ValueError, KeyError, TypeError or InvalidDigest for what `pack_entry` did not make."""
+    fields = json.loads(data)
+    subject = fields["subject"]
+    descriptor = Descriptor(
+        digest,
+        fields["media_type"],
+        fields["length"],
+        fields["artifact_type"],
+        fields["annotations"],
+    )
+    return ManifestEntry(descriptor, None if subject is None else Digest.parse(subject))
+
+
+def annotation_bytes(descriptor: Descriptor) -> int:
+    pairs = (descriptor.annotations or {}).items()
+    return sum(len(key.encode()) + len(value.encode()) for key, value in pairs)
+
+
+def without_annotations(descriptor: Descriptor) -> Descriptor:
+    return attrs.evolve(descriptor, annotations=None)

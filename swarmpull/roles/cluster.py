@@ -1,0 +1,274 @@
+"""The other roles as this role sees them: a ring of members behind typed methods.
+
+Every call goes to the members in ring order until one answers.  An answer is also an error that says
+something about what was asked for (`BlobNotFound`); only a member that does not answer at all is
+passed over, and remembered as failing.
+"""
+
+from __future__ import annotations
+
+from typing import Final, TypeVar
+
+import attrs
+import structlog
+import trio
+
+from swarmpull.config import ClusterConfig
+from swarmpull.digest import Digest
+from swarmpull.errors import RpcUnavailable, SwarmpullError
+from swarmpull.ring.membership import Membership
+from swarmpull.swarm.metainfo import Metainfo
+from swarmpull.swarm.peers import PeerContact
+from swarmpull.wire import api
+from swarmpull.wire.api import (
+    AnnounceReply,
+    AnnounceRequest,
+    Descriptor,
+    ListReply,
+    MetainfoReply,
+    PutManifestReply,
+    RecordManifestRequest,
+)
+from swarmpull.wire.listen import parse_address
+from swarmpull.wire.rpc import Method, RpcPool
+
+log = structlog.get_logger()
+
+Req = TypeVar("Req")
+Rep = TypeVar("Rep")
+
+# Seconds for a member to answer a call that needs no other host: after that the next one is asked.
+LOOKUP_TIMEOUT: Final = 10.0
+# A put or delete may wait for a busy backend, and is better answered late than done twice.
+WRITE_TIMEOUT: Final = 60.0
+# An origin may have to fetch the whole blob before it has its metainfo: 10 GB at 17 MB/s.
+METAINFO_TIMEOUT: Final = 600.0
+# An origin answers when the blob is on its disk and in the backend.
+ADOPT_TIMEOUT: Final = 3600.0
+
+
+class RingClient:
+    """Calls the members of one ring.
+
+    ``name`` says in errors which ring it is: tracker, origin, index; that of ``members`` by default.
+    """
+
+    def __init__(self, pool: RpcPool, members: Membership, name: str | None = None) -> None:
+        self._pool = pool
+        self.members = members
+        self.name = name or members.name
+
+    async def call(
+        self, key: str, method: Method[Req, Rep], request: Req, *, timeout: float
+    ) -> Rep:
+        """Call the first member that answers, in the order that the ring has for ``key``.
+
+        ``timeout`` is in seconds and for each member: a call of a ring whose hosts are all silent takes
+        as often that.  A member that did not answer may have done what was asked.
+
+        Raises:
+            RpcUnavailable: no member answered; the reason has what each of them failed with.
+            RpcFailed: a member failed in a way that has no type.
+            SwarmpullError: the errors of the method.
+        """
+        _, reply = await self.call_member(key, method, request, timeout=timeout)
+        return reply
+
+    async def call_member(
+        self, key: str, method: Method[Req, Rep], request: Req, *, timeout: float
+    ) -> tuple[str, Rep]:
+        """The same as `call`, with the address of the member that answered before its reply."""
+        failures: dict[str, str] = {}
+        for address in self.members.order(key):
+            try:
+                reply = await self._pool.call(address, method, request, timeout=timeout)
+            except RpcUnavailable as exc:
+                self.members.record_failure(address, exc.reason)
+                log.info("rpc_member_passed_over", method=method.name, key=key, error=str(exc))
+                failures[address] = exc.reason
+            except SwarmpullError:
+                self.members.record_success(address)
+                raise
+            else:
+                self.members.record_success(address)
+                return address, reply
+        raise self._nobody_answered(method.name, failures)
+
+    def _nobody_answered(self, method: str, failures: dict[str, str]) -> RpcUnavailable:
+        where = f"{self.name} ring ({', '.join(failures or self.members.entries)})"
+        if not failures:
+            return RpcUnavailable(
+                where, method, f"no {self.name} is known: configure or resolve one"
+            )
+        tried = "; ".join(f"{address}: {reason}" for address, reason in failures.items())
+        return RpcUnavailable(where, method, f"no member answered: {tried}")
+
+
+class TrackerClient:
+    """Announces to the trackers."""
+
+    def __init__(self, ring: RingClient) -> None:
+        self._ring = ring
+
+    async def announce(
+        self, request: AnnounceRequest, *, timeout: float = LOOKUP_TIMEOUT
+    ) -> AnnounceReply:
+        """Announce to the tracker of this blob, or to another one while that is down.
+
+        Give it the time of `OriginClient.get_metainfo` when metainfo is wanted.
+
+        Raises:
+            BlobNotFound: metainfo is wanted and no origin can get the blob.
+            BackendUnavailable: metainfo is wanted and no origin answers.
+            RpcUnavailable: no tracker answers.
+        """
+        return await self._ring.call(str(request.digest), api.ANNOUNCE, request, timeout=timeout)
+
+
+class OriginClient:
+    """What origins do for other roles; the owner of the blob is asked first."""
+
+    def __init__(self, ring: RingClient) -> None:
+        self._ring = ring
+
+    async def stat_blob(
+        self, digest: Digest, namespace: str = "", *, timeout: float = LOOKUP_TIMEOUT
+    ) -> int:
+        """Length in bytes.  Raises BlobNotFound."""
+        request = api.BlobRequest(digest, namespace)
+        reply = await self._ring.call(str(digest), api.STAT_BLOB, request, timeout=timeout)
+        return reply.length
+
+    async def get_metainfo(
+        self, digest: Digest, namespace: str = "", *, timeout: float = METAINFO_TIMEOUT
+    ) -> MetainfoReply:
+        """Metainfo and who seeds the blob from now on, always with a host.  Raises BlobNotFound."""
+        request = api.BlobRequest(digest, namespace)
+        address, reply = await self._ring.call_member(
+            str(digest), api.GET_METAINFO, request, timeout=timeout
+        )
+        if reply.seeder.host:
+            return reply
+        host, _ = parse_address(address)
+        return attrs.evolve(reply, seeder=attrs.evolve(reply.seeder, host=host))
+
+    async def adopt_blob(
+        self,
+        metainfo: Metainfo,
+        namespace: str,
+        source: PeerContact,
+        *,
+        timeout: float = ADOPT_TIMEOUT,
+    ) -> None:
+        """Return when an origin has fetched the blob from ``source`` and it is in the backend."""
+        request = api.AdoptRequest(metainfo, namespace, source)
+        await self._ring.call(str(metainfo.digest), api.ADOPT_BLOB, request, timeout=timeout)
+
+    async def put_manifest(
+        self,
+        repository: str,
+        reference: str,
+        media_type: str,
+        content: bytes,
+        *,
+        timeout: float = WRITE_TIMEOUT,
+    ) -> PutManifestReply:
+        """Push a manifest.  Raises ManifestInvalid, ManifestReferencesMissing."""
+        request = api.PutManifestRequest(repository, reference, media_type, content)
+        key = str(Digest.of(content))
+        return await self._ring.call(key, api.PUT_MANIFEST, request, timeout=timeout)
+
+
+class IndexClient:
+    """Repositories: tags, manifests and what belongs to them.
+
+    Every index can answer for every repository.  All calls about one repository go to the same index
+    while it is healthy, because that is where concurrent puts are put in order.
+    """
+
+    def __init__(self, ring: RingClient) -> None:
+        self._ring = ring
+
+    async def resolve(self, repository: str, reference: str) -> Descriptor:
+        """Look up a tag or a digest.  Raises ManifestNotFound, RepositoryNotFound."""
+        request = api.ReferenceRequest(repository, reference)
+        return await self._read(repository, api.RESOLVE, request)
+
+    async def check_references(
+        self,
+        repository: str,
+        *,
+        blobs: tuple[Digest, ...] = (),
+        manifests: tuple[Digest, ...] = (),
+    ) -> None:
+        """Raises ManifestReferencesMissing when the repository lacks any of these."""
+        request = api.CheckReferencesRequest(repository, blobs, manifests)
+        await self._read(repository, api.CHECK_REFERENCES, request)
+
+    async def record_manifest(self, request: RecordManifestRequest) -> None:
+        """Enter a manifest whose bytes are durable.  Raises ManifestReferencesMissing."""
+        await self._write(request.repository, api.RECORD_MANIFEST, request)
+
+    async def delete_manifest(self, repository: str, digest: Digest) -> None:
+        """Remove a manifest and every tag that points to it.  Raises ManifestNotFound."""
+        request = api.DigestInRepository(repository, digest)
+        await self._write(repository, api.DELETE_MANIFEST, request)
+
+    async def delete_tag(self, repository: str, tag: str) -> None:
+        """Raises ManifestNotFound."""
+        request = api.ReferenceRequest(repository, tag)
+        await self._write(repository, api.DELETE_TAG, request)
+
+    async def link_blob(self, repository: str, digest: Digest) -> None:
+        """Make a blob part of a repository; once more is no error."""
+        request = api.DigestInRepository(repository, digest)
+        await self._write(repository, api.LINK_BLOB, request)
+
+    async def unlink_blob(self, repository: str, digest: Digest) -> None:
+        """Take a blob out of a repository.  Raises BlobNotFound."""
+        request = api.DigestInRepository(repository, digest)
+        await self._write(repository, api.UNLINK_BLOB, request)
+
+    async def has_blob(self, repository: str, digest: Digest) -> bool:
+        request = api.DigestInRepository(repository, digest)
+        return (await self._read(repository, api.HAS_BLOB, request)).found
+
+    async def list_tags(self, repository: str, *, after: str = "", limit: int = 1000) -> ListReply:
+        """A page of tags in byte order.  Raises RepositoryNotFound."""
+        request = api.ListRequest(repository, after, limit)
+        return await self._read(repository, api.LIST_TAGS, request)
+
+    async def list_repositories(self, *, after: str = "", limit: int = 1000) -> ListReply:
+        """A page of repository names in byte order."""
+        request = api.ListRequest("", after, limit)
+        return await self._read("", api.LIST_REPOSITORIES, request)
+
+    async def list_referrers(self, repository: str, digest: Digest) -> tuple[Descriptor, ...]:
+        """The manifests whose subject is ``digest``; none for a digest that is not known."""
+        request = api.DigestInRepository(repository, digest)
+        return (await self._read(repository, api.LIST_REFERRERS, request)).manifests
+
+    async def _read(self, repository: str, method: Method[Req, Rep], request: Req) -> Rep:
+        return await self._ring.call(repository, method, request, timeout=LOOKUP_TIMEOUT)
+
+    async def _write(self, repository: str, method: Method[Req, Rep], request: Req) -> Rep:
+        return await self._ring.call(repository, method, request, timeout=WRITE_TIMEOUT)
+
+
+class Cluster:
+    """The three rings of the configuration, for a role that calls them."""
+
+    def __init__(self, pool: RpcPool, config: ClusterConfig) -> None:
+        self.trackers = RingClient(pool, Membership(config.trackers, name="tracker"))
+        self.origins = RingClient(pool, Membership(config.origins, name="origin"))
+        self.indexes = RingClient(pool, Membership(config.indexes, name="index"))
+        self.tracker = TrackerClient(self.trackers)
+        self.origin = OriginClient(self.origins)
+        self.index = IndexClient(self.indexes)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep DNS names resolved until cancelled; started once each was tried."""
+        async with trio.open_nursery() as nursery:
+            for ring in (self.trackers, self.origins, self.indexes):
+                await nursery.start(ring.members.run)
+            task_status.started()

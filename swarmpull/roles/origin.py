@@ -1,0 +1,220 @@
+"""The origin: a dedicated seeder in front of the backend, and where pushes end up."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+
+import attrs
+import structlog
+import trio
+
+from swarmpull.config import Config, OriginConfig
+from swarmpull.digest import Digest
+from swarmpull.errors import BlobNotFound, PushRefused
+from swarmpull.registry.app import create_registry_app
+from swarmpull.registry.manifests import Manifest, parse_manifest
+from swarmpull.registry.service import BlobReader, StoredManifest
+from swarmpull.ring.membership import Membership
+from swarmpull.roles.addresses import RoleAddresses
+from swarmpull.roles.cluster import IndexClient, RingClient
+from swarmpull.roles.origin_content import OriginContent
+from swarmpull.roles.repositories import Repositories
+from swarmpull.roles.serving import serve_role
+from swarmpull.roles.swarm_host import SwarmHost, open_swarm_host
+from swarmpull.roles.swarm_status import swarm_status, unreachable
+from swarmpull.store.backends import open_backend
+from swarmpull.store.blobs import open_store
+from swarmpull.store.uploads import UploadStore
+from swarmpull.swarm.peers import PeerKind
+from swarmpull.telemetry import Metrics
+from swarmpull.wire import api
+from swarmpull.wire.rpc import RpcContext, RpcService, open_rpc_pool
+
+log = structlog.get_logger()
+
+
+class OriginRegistry(Repositories):
+    """The registry of an origin; implements `swarmpull.registry.service.RegistryService`."""
+
+    def __init__(self, content: OriginContent, index: IndexClient) -> None:
+        super().__init__(index)
+        self._content = content
+
+    @property
+    def uploads(self) -> UploadStore | None:
+        return self._content.store.uploads
+
+    async def get_manifest(
+        self, repository: str, reference: str, *, upstream: str | None
+    ) -> StoredManifest:
+        descriptor = await self.resolve(repository, reference, upstream=upstream)
+        await self._content.ensure_local(descriptor.digest)
+        with self._content.store.open(descriptor.digest) as handle:
+            content = await handle.read_at(0, handle.length)
+        return StoredManifest(descriptor, content)
+
+    async def stat_blob(
+        self,
+        repository: str | None,
+        digest: Digest,
+        *,
+        upstream: str | None,  # noqa: ARG002
+    ) -> int:
+        await self.check_membership(repository, digest)
+        return await self._content.stat(digest)
+
+    @asynccontextmanager
+    async def open_blob(
+        self,
+        repository: str | None,
+        digest: Digest,
+        *,
+        upstream: str | None,  # noqa: ARG002
+    ) -> AsyncIterator[BlobReader]:
+        await self.check_membership(repository, digest)
+        await self._content.ensure_local(digest)
+        with self._content.store.open(digest) as handle:
+            yield handle
+
+    async def accept_blob(self, repository: str | None, digest: Digest) -> None:
+        await self._content.make_durable(digest)
+        if repository is not None:
+            await self._index.link_blob(repository, digest)
+
+    async def put_manifest(self, repository: str, reference: str, manifest: Manifest) -> None:
+        """Check what it refers to, make its bytes durable, and only then let the index know it."""
+        await self._index.check_references(
+            repository, blobs=manifest.blobs, manifests=manifest.manifests
+        )
+        async with self._content.store.create() as writer:
+            await writer.write(manifest.content)
+            await writer.commit(manifest.digest)
+        await self._content.make_durable(manifest.digest)
+        is_tag = (
+            ":" not in reference
+        )  # the grammar of tags has no colon, that of digests requires one
+        await self._index.record_manifest(
+            api.RecordManifestRequest(
+                repository=repository,
+                manifest=api.Descriptor(
+                    digest=manifest.digest,
+                    media_type=manifest.media_type,
+                    length=len(manifest.content),
+                    artifact_type=manifest.artifact_type,
+                    annotations=manifest.annotations or None,
+                ),
+                tag=reference if is_tag else None,
+                subject=manifest.subject,
+                blobs=manifest.blobs,
+                manifests=manifest.manifests,
+            )
+        )
+        log.info(
+            "manifest_accepted",
+            repository=repository,
+            reference=reference,
+            digest=str(manifest.digest),
+        )
+
+    async def delete_blob(self, repository: str, digest: Digest) -> None:
+        """Take a blob out of a repository; its bytes stay for the other repositories."""
+        await self._index.unlink_blob(repository, digest)
+
+
+class OriginCalls:
+    """The RPC methods of an origin."""
+
+    def __init__(self, content: OriginContent, registry: OriginRegistry, host: SwarmHost) -> None:
+        self._content = content
+        self._registry = registry
+        self._host = host
+
+    def service(self) -> RpcService:
+        service = RpcService()
+        service.register(api.STAT_BLOB, self.stat_blob)
+        service.register(api.GET_METAINFO, self.get_metainfo)
+        service.register(api.ADOPT_BLOB, self.adopt_blob)
+        service.register(api.PUT_MANIFEST, self.put_manifest)
+        return service
+
+    async def stat_blob(self, request: api.BlobRequest, _context: RpcContext) -> api.BlobStatReply:
+        return api.BlobStatReply(await self._content.stat(request.digest))
+
+    async def get_metainfo(
+        self, request: api.BlobRequest, context: RpcContext
+    ) -> api.MetainfoReply:
+        """Get the blob to the disk, seed it, and say so."""
+        metainfo = await self._content.metainfo(request.digest)
+        self._host.seed(metainfo, request.namespace)
+        contact = self._host.contact
+        if not contact.host:
+            contact = attrs.evolve(contact, host=context.local_host)
+        return api.MetainfoReply(metainfo, contact)
+
+    async def adopt_blob(self, request: api.AdoptRequest, context: RpcContext) -> api.Empty:
+        """Fetch a blob from the agent that took the push, and make it durable."""
+        digest = request.metainfo.digest
+        source = request.source
+        if not source.host:
+            source = attrs.evolve(source, host=context.remote_host)
+        try:
+            await self._content.stat(digest)
+            await self._content.ensure_local(digest)
+        except BlobNotFound:
+            await self._host.adopt(request.metainfo, request.namespace, source)
+        await self._registry.accept_blob(request.namespace or None, digest)
+        return api.Empty()
+
+    async def put_manifest(
+        self, request: api.PutManifestRequest, _context: RpcContext
+    ) -> api.PutManifestReply:
+        manifest = parse_manifest(request.content, request.media_type)
+        if ":" in request.reference and request.reference != str(manifest.digest):
+            raise PushRefused(f"the manifest has digest {manifest.digest}, not {request.reference}")
+        await self._registry.put_manifest(request.repository, request.reference, manifest)
+        return api.PutManifestReply(manifest.digest, manifest.subject)
+
+
+async def run_origin(
+    config: Config,
+    settings: OriginConfig,
+    *,
+    drain: trio.Event,
+    task_status: trio.TaskStatus[RoleAddresses] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve until ``drain`` is set and what is under way has ended.
+
+    Raises:
+        StartupError: a listener, the data directory or the backend cannot be had.
+    """
+    metrics = Metrics()
+    indexes = Membership(config.cluster.indexes, name="index")
+    backend = await open_backend(settings.backend.url)
+    async with (
+        open_store(settings.data_dir, name="origin") as store,
+        open_rpc_pool() as pool,
+        open_swarm_host(store, PeerKind.ORIGIN, settings.peer, config.swarm, metrics) as host,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(indexes.run)
+        index = IndexClient(RingClient(pool, indexes, "index"))
+        content = OriginContent(store, backend, nursery, metrics)
+        registry = OriginRegistry(content, index)
+        calls = OriginCalls(content, registry, host)
+        await serve_role(
+            "origin",
+            settings,
+            calls.service(),
+            metrics=metrics,
+            readiness=partial(unreachable, indexes),
+            status=partial(swarm_status, host),
+            drain=drain,
+            grace=config.drain_timeout,
+            registry=create_registry_app(registry),
+            bound={"peer": host.address},
+            on_drain=host.drain,
+            task_status=task_status,
+        )
+        nursery.cancel_scope.cancel()

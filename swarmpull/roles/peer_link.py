@@ -1,0 +1,217 @@
+"""One peer connection at work: a task that reads, a task that writes, and nothing to decide.
+
+Control messages go out ahead of the next chunk of a piece, so they wait for one chunk at the most.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from typing import Final, Protocol
+
+import attrs
+import trio
+
+from swarmpull.digest import Digest
+from swarmpull.errors import ProtocolError
+from swarmpull.swarm.messages import Bye, ByeReason, Message, PieceChunk
+from swarmpull.swarm.metainfo import Metainfo
+from swarmpull.wire.streams import CHUNK_BYTES_MAX, PeerStream
+
+# Haves of a very large blob may come in a burst; a peer that is this far behind does not read at all.
+OUTBOX_MAX: Final = 20_000
+# Messages that leave in one write.
+BATCH_MAX: Final = 500
+# For the last words of a connection.
+GOODBYE_TIMEOUT: Final = 1.0
+
+
+class LinkOwner(Protocol):
+    """What a link reports to, and asks about the pieces that arrive."""
+
+    def message_received(self, connection: int, message: Message) -> None: ...
+
+    def piece_sent(self, connection: int, index: int, size: int) -> None: ...
+
+    def was_asked(self, connection: int, index: int) -> bool: ...
+
+    def expects(self, connection: int, index: int) -> bool: ...
+
+    async def acquire_buffer(self, size: int) -> bytearray: ...
+
+    def release_buffer(self, buffer: bytearray) -> None: ...
+
+    def piece_received(
+        self, connection: int, index: int, buffer: bytearray | None, size: int
+    ) -> None:
+        """A piece is complete; with a buffer it is to be verified and the buffer given back."""
+        ...
+
+
+@attrs.define
+class _Outgoing:
+    """A piece being sent from ``file``, a descriptor of our own."""
+
+    index: int
+    file: int
+    offset: int
+    size: int
+    sent: int = 0
+
+
+@attrs.define
+class _Incoming:
+    """A piece being received; without a buffer its bytes are thrown away."""
+
+    index: int
+    size: int
+    buffer: bytearray | None
+    filled: int = 0
+
+
+class PeerLink:
+    """A connection whose handshake has begun.
+
+    Attributes:
+        number: by which the core knows it.
+        digest: the torrent.
+    """
+
+    def __init__(self, number: int, digest: Digest, stream: PeerStream, owner: LinkOwner) -> None:
+        self.number = number
+        self.digest = digest
+        self._stream = stream
+        self._owner = owner
+        self._outbox: deque[Message] = deque()
+        self._work = trio.Event()
+        self._outgoing: _Outgoing | None = None
+        self._incoming: _Incoming | None = None
+        self._bye: Bye | None = None
+        self._scope = trio.CancelScope()
+
+    # --- called by the owner, never blocking --------------------------------------------------
+
+    def send(self, message: Message) -> None:
+        """Queue a message; a peer that lets too many pile up is cut off."""
+        if len(self._outbox) >= OUTBOX_MAX:
+            self.close(ByeReason.STALLED, "does not read its messages")
+            return
+        self._outbox.append(message)
+        self._work.set()
+
+    def send_piece(self, index: int, file: int, offset: int, size: int) -> None:
+        """Begin to send a piece; the link closes ``file``."""
+        assert self._outgoing is None, "one piece at a time on a connection"
+        self._outgoing = _Outgoing(index, file, offset, size)
+        self._work.set()
+
+    def close(self, reason: ByeReason, text: str = "") -> None:
+        """Say goodbye, then end; the first reason counts."""
+        if self._bye is None:
+            self._bye = Bye(reason, text)
+            self._scope.cancel()
+
+    # --- the life of the connection -----------------------------------------------------------
+
+    async def run(self, metainfo: Metainfo) -> None:
+        """Carry messages and pieces until either side ends the connection.
+
+        Raises, in an exception group:
+            trio.EndOfChannel: the other side closed.
+            trio.BrokenResourceError, trio.ClosedResourceError: the connection is lost.
+            ProtocolError: the other side broke the protocol.
+            StoreUnavailable: a piece could not be read for sending.
+        """
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._write)
+                    await self._read(metainfo)
+                    nursery.cancel_scope.cancel()
+        finally:
+            self._release()
+        await self._say_goodbye()
+
+    async def _say_goodbye(self) -> None:
+        """Send what is left and the reason, as far as the other side takes it."""
+        if self._bye is None:
+            return
+        with (
+            trio.move_on_after(GOODBYE_TIMEOUT),
+            contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError),
+        ):
+            await self._stream.send(*self._outbox, self._bye)
+
+    def _release(self) -> None:
+        if self._outgoing is not None:
+            os.close(self._outgoing.file)
+            self._outgoing = None
+        if self._incoming is not None and self._incoming.buffer is not None:
+            self._owner.release_buffer(self._incoming.buffer)
+            self._incoming = None
+
+    # --- writing ------------------------------------------------------------------------------
+
+    async def _write(self) -> None:
+        while True:
+            if self._outbox:
+                batch = [self._outbox.popleft() for _ in range(min(len(self._outbox), BATCH_MAX))]
+                await self._stream.send(*batch)
+            elif self._outgoing is not None:
+                await self._send_chunk(self._outgoing)
+            else:
+                self._work = trio.Event()
+                await self._work.wait()
+
+    async def _send_chunk(self, piece: _Outgoing) -> None:
+        length = min(CHUNK_BYTES_MAX, piece.size - piece.sent)
+        chunk = PieceChunk(piece.index, piece.sent, length)
+        await self._stream.send_chunk(chunk, piece.file, piece.offset + piece.sent)
+        piece.sent += length
+        if piece.sent == piece.size:
+            os.close(piece.file)
+            self._outgoing = None
+            self._owner.piece_sent(self.number, piece.index, piece.size)
+
+    # --- reading ------------------------------------------------------------------------------
+
+    async def _read(self, metainfo: Metainfo) -> None:
+        while True:
+            message = await self._stream.receive()
+            if isinstance(message, PieceChunk):
+                await self._receive_chunk(metainfo, message)
+                continue
+            self._owner.message_received(self.number, message)
+            if isinstance(message, Bye):
+                return
+
+    async def _receive_chunk(self, metainfo: Metainfo, chunk: PieceChunk) -> None:
+        if self._incoming is None:
+            self._incoming = await self._begin_piece(metainfo, chunk)
+        piece = self._incoming
+        if chunk.index != piece.index or chunk.offset != piece.filled:
+            raise ProtocolError(
+                f"bytes at {chunk.offset} of piece {chunk.index} "
+                f"instead of those at {piece.filled} of piece {piece.index}"
+            )
+        if chunk.offset + chunk.length > piece.size:
+            raise ProtocolError(f"more than the {piece.size} bytes of piece {piece.index}")
+        if piece.buffer is None:
+            await self._stream.discard()
+        else:
+            end = piece.filled + chunk.length
+            await self._stream.receive_into(memoryview(piece.buffer)[piece.filled : end])
+        piece.filled += chunk.length
+        if piece.filled == piece.size:
+            self._incoming = None
+            self._owner.piece_received(self.number, piece.index, piece.buffer, piece.size)
+
+    async def _begin_piece(self, metainfo: Metainfo, chunk: PieceChunk) -> _Incoming:
+        if not self._owner.was_asked(self.number, chunk.index):
+            raise ProtocolError(f"piece {chunk.index} was not claimed")
+        size = metainfo.piece_size(chunk.index)
+        buffer = None
+        if self._owner.expects(self.number, chunk.index):
+            buffer = await self._owner.acquire_buffer(size)
+        return _Incoming(chunk.index, size, buffer)

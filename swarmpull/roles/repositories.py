@@ -1,0 +1,78 @@
+"""What agents and origins do alike as a registry: everything that only concerns the index."""
+
+from __future__ import annotations
+
+import structlog
+
+from swarmpull.digest import Digest
+from swarmpull.errors import BlobNotFound, ManifestNotFound, RpcUnavailable
+from swarmpull.roles.cluster import IndexClient
+from swarmpull.wire.api import Descriptor, ListReply
+
+log = structlog.get_logger()
+
+
+class Repositories:
+    """The part of a `RegistryService` that the index answers."""
+
+    def __init__(self, index: IndexClient) -> None:
+        self._index = index
+
+    async def resolve(
+        self,
+        repository: str,
+        reference: str,
+        *,
+        upstream: str | None,  # noqa: ARG002 - one upstream, ourselves
+    ) -> Descriptor:
+        """Look up a tag or a digest.  Raises ManifestNotFound, RepositoryNotFound."""
+        return await self._index.resolve(repository, reference)
+
+    async def delete_manifest(self, repository: str, digest: Digest) -> None:
+        await self._index.delete_manifest(repository, digest)
+
+    async def delete_tag(self, repository: str, tag: str) -> None:
+        await self._index.delete_tag(repository, tag)
+
+    async def mount_blob(self, repository: str, digest: Digest, source: str | None) -> bool:
+        """Make a blob of another repository part of this one, without moving a byte."""
+        if source is None or not await self._index.has_blob(source, digest):
+            return False
+        await self._index.link_blob(repository, digest)
+        return True
+
+    async def list_tags(self, repository: str, *, after: str, limit: int) -> ListReply:
+        return await self._index.list_tags(repository, after=after, limit=limit)
+
+    async def list_repositories(self, *, after: str, limit: int) -> ListReply:
+        return await self._index.list_repositories(after=after, limit=limit)
+
+    async def list_referrers(self, repository: str, digest: Digest) -> tuple[Descriptor, ...]:
+        return await self._index.list_referrers(repository, digest)
+
+    async def check_membership(self, repository: str | None, digest: Digest) -> None:
+        """Raise BlobNotFound when a repository does not have a blob.
+
+        Content is addressed by its digest, so where no index answers, availability goes first and the
+        blob is taken to be there.
+        """
+        if repository is None:
+            return
+        try:
+            if await self._index.has_blob(repository, digest):
+                return
+        except RpcUnavailable as error:
+            log.warning(
+                "membership_unknown", repository=repository, digest=str(digest), reason=str(error)
+            )
+            return
+        if not await self._is_manifest(repository, digest):
+            raise BlobNotFound(str(digest), f"repository {repository}")
+
+    async def _is_manifest(self, repository: str, digest: Digest) -> bool:
+        # Some clients ask for manifests as blobs when they copy by digest.
+        try:
+            await self._index.resolve(repository, str(digest))
+        except ManifestNotFound:
+            return False
+        return True

@@ -1,0 +1,82 @@
+"""The listeners of a role, from the moment it can serve until it has drained."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+import trio
+
+from swarmpull.config import AgentConfig, IndexConfig, OriginConfig, TrackerConfig
+from swarmpull.registry.admin import create_admin_app
+from swarmpull.registry.asgi import AsgiApp
+from swarmpull.registry.server import serve_http
+from swarmpull.roles.addresses import RoleAddresses
+from swarmpull.telemetry import Metrics
+from swarmpull.wire.listen import format_address
+from swarmpull.wire.rpc import RpcService, serve_rpc
+
+async def serve_role(
+    role: str,
+    settings: AgentConfig | OriginConfig | TrackerConfig | IndexConfig,
+    service: RpcService | None,
+    *,
+    metrics: Metrics,
+    readiness: Callable[[], Sequence[str]],
+    status: Callable[[], Mapping[str, object]],
+    drain: trio.Event,
+    grace: float,
+    registry: AsgiApp | None = None,
+    bound: Mapping[str, str] | None = None,
+    on_drain: Callable[[], Awaitable[None]] | None = None,
+    task_status: trio.TaskStatus[RoleAddresses] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve until ``drain`` is set and the requests under way have ended, or ``grace`` seconds later.
+
+    Args:
+        role: its name.
+        settings: with the addresses to bind.
+        service: the RPC methods, if the role has any.
+        metrics: for the admin listener.
+        readiness: the reasons why the role is not ready; while draining it is not in any case.
+        status: for the admin listener; gets role, ready and reasons added.
+        drain: once set, nothing new is accepted.
+        grace: seconds that requests under way have then.
+        registry: the registry application, if the role has one.
+        bound: listeners that the role has bound itself, to be reported with the others.
+        on_drain: called when draining begins; the role ends only after it has returned.
+        task_status: started when everything is bound.
+
+    Raises:
+        StartupError: a listener cannot be bound.
+    """
+
+    def reasons() -> list[str]:
+        return [*(["the role is draining"] if drain.is_set() else []), *readiness()]
+
+    def full_status() -> Mapping[str, object]:
+        found = reasons()
+        return {"role": role, "ready": not found, "reasons": found, **status()}
+
+    admin = create_admin_app(readiness=reasons, metrics=metrics.render, status=full_status)
+    servers: dict[str, Callable[..., Awaitable[None]]] = {}
+    if registry is not None:
+        servers["registry"] = partial(serve_http, registry)
+    if service is not None:
+        servers["rpc"] = partial(serve_rpc, service)
+    servers["admin"] = partial(serve_http, cast("AsgiApp", admin))
+    async with trio.open_nursery() as nursery:
+        addresses = dict(bound or {})
+        for name, serve in servers.items():
+            listen = _section(settings, name).listen
+            start = partial(serve, listen.host, listen.port, drain=drain, grace=grace)
+            addresses[name] = format_address(*await nursery.start(start))
+        task_status.started(RoleAddresses(role, addresses))
+        await drain.wait()
+        if on_drain is not None:
+            await on_drain()
+
+
+def _section(settings: object, name: str) -> Any:  # noqa: ANN401 - the roles' sections differ
+    return getattr(settings, name)

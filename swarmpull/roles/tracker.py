@@ -1,0 +1,190 @@
+"""The tracker: knows in memory who takes part in which swarm, and brings peers together.
+
+It keeps nothing on disk.  After a restart, or when another tracker takes over a blob, the table fills
+again from the next announces, within a minute.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final
+
+import attrs
+import structlog
+import trio
+
+from swarmpull.config import Config, TrackerConfig
+from swarmpull.digest import Digest
+from swarmpull.errors import ProtocolError
+from swarmpull.ring.membership import Membership
+from swarmpull.roles.addresses import RoleAddresses
+from swarmpull.roles.cluster import OriginClient, RingClient
+from swarmpull.roles.serving import serve_role
+from swarmpull.roles.tracker_metainfo import MetainfoLimits, MetainfoSource
+from swarmpull.swarm.handout import HandoutLimits, HandoutStatistics, PeerTable
+from swarmpull.swarm.peers import AnnounceState, PeerContact
+from swarmpull.telemetry import Metrics
+from swarmpull.wire import api
+from swarmpull.wire.rpc import RpcContext, RpcService, open_rpc_pool
+
+log = structlog.get_logger()
+
+# An origin does not announce; it stays in the table for so long after it last said that it has a blob.
+# That is how long a dead origin is handed out at most.
+ORIGIN_LIFETIME: Final = 15.0
+# Every announce forgets whose time is up; this is for a tracker to which nobody talks any more.
+EXPIRY_PAUSE_MIN: Final = 1.0
+EXPIRY_PAUSE_MAX: Final = 30.0
+_HANDOUT_BUCKETS: Final = (0, 1, 2, 5, 10, 20, 49)
+
+_PEER_ID: Final = re.compile(r"[0-9a-f]{32}", re.ASCII)
+# A host name has at most 253 characters (RFC 1035, section 2.3.4), an address fewer.
+_HOST: Final = re.compile(r"[A-Za-z0-9._:%-]{1,253}", re.ASCII)
+# Repository names have at most 255 characters, that of an upstream registry before them as many.
+_NAMESPACE_LENGTH_MAX: Final = 512
+
+
+class Tracker:
+    """The answers of one tracker."""
+
+    def __init__(self, table: PeerTable, metainfo: MetainfoSource, metrics: Metrics) -> None:
+        self._table = table
+        self._metainfo = metainfo
+        self._announces = metrics.counter(
+            "tracker_announces_total", "Announces, by state of the announcer.", ["state"]
+        )
+        self._handouts = metrics.histogram(
+            "tracker_handout_peers", "Peers handed out to one leecher.", _HANDOUT_BUCKETS
+        )
+
+    async def announce(
+        self, request: api.AnnounceRequest, context: RpcContext
+    ) -> api.AnnounceReply:
+        """Answer one announce.  Raises what `MetainfoSource.get` does when metainfo is wanted."""
+        contact = _contact(request, context)
+        digest, state = request.digest, request.state
+        self._announces.labels(state.value).inc()
+        metainfo = None
+        if request.want_metainfo and state is not AnnounceState.STOPPED:
+            # What is cached may be answered while somebody has the blob; else an origin must get it.
+            metainfo = await self._metainfo.get(
+                digest, request.namespace, use_cache=self._table.seeders(digest) > 0
+            )
+        handout = self._table.announce(digest, contact, state, trio.current_time())
+        if state is AnnounceState.LEECHING:
+            self._handouts.observe(len(handout.peers))
+            if not self._table.has_origin(digest):
+                self._metainfo.seek_origin(digest, request.namespace)
+        return api.AnnounceReply(handout.peers, handout.interval, metainfo)
+
+
+def _contact(request: api.AnnounceRequest, context: RpcContext) -> PeerContact:
+    """The announcer's contact with its host filled in.  Raises ProtocolError if nobody could dial it."""
+    contact = request.peer
+    if not contact.host:
+        contact = attrs.evolve(contact, host=context.remote_host)
+    if _PEER_ID.fullmatch(contact.peer_id) is None:
+        raise ProtocolError(f"peer id {contact.peer_id[:80]!r} is not 32 lower-case hex digits")
+    if _HOST.fullmatch(contact.host) is None:
+        raise ProtocolError(f"peer host {contact.host[:80]!r} is not a host name or an address")
+    if not 0 < contact.port <= 65535:
+        raise ProtocolError(f"peer port {contact.port} is not a TCP port")
+    if len(request.namespace) > _NAMESPACE_LENGTH_MAX:
+        raise ProtocolError(f"a namespace of {len(request.namespace)} characters")
+    return contact
+
+
+async def run_tracker(
+    config: Config,
+    settings: TrackerConfig,
+    *,
+    drain: trio.Event,
+    task_status: trio.TaskStatus[RoleAddresses] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve until ``drain`` is set and the requests under way have ended.
+
+    Raises:
+        StartupError: a listener cannot be bound.
+    """
+    metrics = Metrics()
+    table = PeerTable(HandoutLimits(), random.Random())
+    _show_table(metrics, table)
+    async with open_rpc_pool() as pool, trio.open_nursery() as background:
+        members = Membership(config.cluster.origins, name="origin")
+        await background.start(members.run)
+        metainfo = MetainfoSource(
+            OriginClient(RingClient(pool, members)),
+            background,
+            on_seeder=partial(_add_origin, table),
+            limits=MetainfoLimits(),
+            metrics=metrics,
+        )
+        background.start_soon(_expire, table)
+        service = RpcService()
+        service.register(api.ANNOUNCE, Tracker(table, metainfo, metrics).announce)
+        await serve_role(
+            "tracker",
+            settings,
+            service,
+            metrics=metrics,
+            readiness=partial(_readiness, members),
+            status=partial(_status, table, members),
+            drain=drain,
+            grace=config.drain_timeout,
+            task_status=task_status,
+        )
+        background.cancel_scope.cancel()
+
+
+def _add_origin(table: PeerTable, digest: Digest, seeder: PeerContact) -> None:
+    table.add_seeder(digest, seeder, trio.current_time(), lifetime=ORIGIN_LIFETIME)
+
+
+async def _expire(table: PeerTable) -> None:
+    while True:
+        pause = table.next_deadline() - trio.current_time()
+        await trio.sleep(min(max(pause, EXPIRY_PAUSE_MIN), EXPIRY_PAUSE_MAX))
+        table.expire(trio.current_time())
+
+
+def _readiness(members: Membership) -> list[str]:
+    """Without an origin no download can begin; that an origin is slow is not this tracker's state."""
+    if members.members:
+        return []
+    if not members.entries:
+        return ["no origin is known: set cluster.origins"]
+    return [f"cluster.origins does not resolve: {', '.join(members.entries)}"]
+
+
+def _status(table: PeerTable, members: Membership) -> dict[str, Any]:
+    statistics = table.statistics()
+    return {
+        "role": "tracker",
+        "swarms": attrs.asdict(statistics) | {"peers": statistics.peers},
+        "origins": {
+            "members": list(members.members),
+            "unhealthy": list(members.unhealthy()),
+        },
+    }
+
+
+def _show_table(metrics: Metrics, table: PeerTable) -> None:
+    shown: dict[str, tuple[str, Callable[[HandoutStatistics], int]]] = {
+        "torrents": ("Blobs that any peer has announced.", lambda now: now.torrents),
+        "seeders": ("Completed agents, in all torrents.", lambda now: now.seeders),
+        "origins": ("Origins, in all torrents.", lambda now: now.origins),
+        "leechers": ("Agents in progress, in all torrents.", lambda now: now.leechers),
+        "peers_expired": ("Peers forgotten because they fell silent.", lambda now: now.expired),
+        "peers_replaced": ("Peers whose process was restarted.", lambda now: now.replaced),
+        "peers_dropped": ("Peers dropped because a table was full.", lambda now: now.dropped),
+    }
+    for name, (meaning, value) in shown.items():
+        gauge = metrics.gauge(f"tracker_{name}", meaning)
+        gauge.set_function(partial(_value, table, value))
+
+
+def _value(table: PeerTable, value: Callable[[HandoutStatistics], int]) -> float:
+    return value(table.statistics())

@@ -1,0 +1,235 @@
+"""Metainfo for the tracker, from the origins: asked for once however many agents want it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable
+from typing import Final, Generic, TypeVar
+
+import attrs
+import structlog
+import trio
+
+from swarmpull.digest import Digest
+from swarmpull.errors import (
+    BackendUnavailable,
+    BlobNotFound,
+    ProtocolError,
+    RpcUnavailable,
+    SwarmpullError,
+)
+from swarmpull.roles.cluster import OriginClient
+from swarmpull.swarm.metainfo import Metainfo
+from swarmpull.swarm.peers import PeerContact
+from swarmpull.telemetry import Metrics
+
+log = structlog.get_logger()
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+# What an entry of the cache takes besides its piece hashes, about.
+ENTRY_BYTES: Final = 1024
+# From an answer out of another host's memory to a cold blob that an origin must read whole.
+_FETCH_BUCKETS: Final = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0, 300.0)
+
+
+@attrs.frozen(kw_only=True)
+class MetainfoLimits:
+    """Bounds of what a tracker keeps of metainfo; times in seconds.
+
+    Attributes:
+        bytes_max: of cached metainfo; the least recently used goes.  A blob of 10 GB has 80 KB.
+        ttl: of cached metainfo; it never changes, but the blob may be deleted.
+        not_found_ttl: how long "no such blob" is repeated without asking: a push may come any moment.
+        ask_interval: between two calls for one digest that are made only to learn of an origin.
+        fetches_max: digests that origins are being asked for at the same time; more fail at once.
+    """
+
+    bytes_max: int = attrs.field(default=128 << 20, validator=attrs.validators.gt(0))
+    ttl: float = attrs.field(default=300.0, validator=attrs.validators.gt(0))
+    not_found_ttl: float = attrs.field(default=1.0, validator=attrs.validators.ge(0))
+    ask_interval: float = attrs.field(default=5.0, validator=attrs.validators.gt(0))
+    fetches_max: int = attrs.field(default=1024, validator=attrs.validators.gt(0))
+
+
+class TtlCache(Generic[K, V]):
+    """A dictionary that forgets: what is older than ``ttl``, and the least recently used above
+    ``capacity``, which is in units of the costs given to `put`."""
+
+    def __init__(self, *, ttl: float, capacity: int) -> None:
+        self._ttl = ttl
+        self._capacity = capacity
+        self._entries: dict[K, tuple[V, float, int]] = {}
+        self.size = 0
+
+    def get(self, key: K, now: float) -> V | None:
+        entry = self._entries.pop(key, None)
+        if entry is None:
+            return None
+        value, expires_at, cost = entry
+        if expires_at <= now:
+            self.size -= cost
+            return None
+        self._entries[key] = entry
+        return value
+
+    def put(self, key: K, value: V, now: float, *, cost: int = 1) -> None:
+        former = self._entries.pop(key, None)
+        if former is not None:
+            self.size -= former[2]
+        self._entries[key] = (value, now + self._ttl, cost)
+        self.size += cost
+        while self.size > self._capacity:
+            oldest = next(iter(self._entries))
+            self.size -= self._entries.pop(oldest)[2]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+@attrs.define(eq=False)
+class _Fetch:
+    """One call to the origins that is under way, for all who want its result."""
+
+    namespace: str
+    done: trio.Event = attrs.field(factory=trio.Event)
+    result: Metainfo | SwarmpullError | None = None
+
+
+class MetainfoSource:
+    """Metainfo by digest, from a cache or from the origins.
+
+    Calls to origins run in ``nursery`` and not in the request that caused them: an agent that hangs up
+    does not take the answer away from the others.
+    """
+
+    def __init__(
+        self,
+        origins: OriginClient,
+        nursery: trio.Nursery,
+        *,
+        on_seeder: Callable[[Digest, PeerContact], None],
+        limits: MetainfoLimits,
+        metrics: Metrics,
+    ) -> None:
+        """``on_seeder`` is told of the origin that has a blob each time one says so."""
+        self._origins = origins
+        self._nursery = nursery
+        self._on_seeder = on_seeder
+        self._limits = limits
+        self._cache: TtlCache[Digest, Metainfo] = TtlCache(
+            ttl=limits.ttl, capacity=limits.bytes_max
+        )
+        self._absent: TtlCache[tuple[Digest, str], BlobNotFound] = TtlCache(
+            ttl=limits.not_found_ttl, capacity=16 * limits.fetches_max
+        )
+        self._asked: TtlCache[Digest, bool] = TtlCache(
+            ttl=limits.ask_interval, capacity=16 * limits.fetches_max
+        )
+        self._fetches: dict[Digest, _Fetch] = {}
+        self._requests = metrics.counter(
+            "tracker_metainfo_requests_total",
+            "Announces that wanted metainfo, by where it came from: cache, fetch, absent, failed.",
+            ["source"],
+        )
+        self._seconds = metrics.histogram(
+            "tracker_metainfo_fetch_seconds", "Time to get metainfo from an origin.", _FETCH_BUCKETS
+        )
+        metrics.gauge("tracker_metainfo_cache_bytes", "Metainfo kept in memory.").set_function(
+            lambda: self._cache.size
+        )
+        metrics.gauge(
+            "tracker_metainfo_fetches", "Digests that origins are being asked for."
+        ).set_function(lambda: len(self._fetches))
+
+    async def get(self, digest: Digest, namespace: str, *, use_cache: bool) -> Metainfo:
+        """Metainfo of a blob; ``use_cache`` allows an answer without asking an origin.
+
+        Raises:
+            BlobNotFound: no origin can get the blob.
+            BackendUnavailable: no origin answers, or too many blobs are being asked for.
+        """
+        cached = self._cache.get(digest, trio.current_time()) if use_cache else None
+        if cached is not None:
+            self._requests.labels("cache").inc()
+            return cached
+        try:
+            metainfo = await self._fetched(digest, namespace)
+        except BlobNotFound:
+            self._requests.labels("absent").inc()
+            raise
+        except SwarmpullError:
+            self._requests.labels("failed").inc()
+            raise
+        self._requests.labels("fetch").inc()
+        return metainfo
+
+    def seek_origin(self, digest: Digest, namespace: str) -> None:
+        """Ask for the origin of a blob in the background, unless that was done just now."""
+        now = trio.current_time()
+        if digest in self._fetches or self._asked.get(digest, now):
+            return
+        if len(self._fetches) < self._limits.fetches_max:
+            self._begin(digest, namespace)
+
+    async def _fetched(self, digest: Digest, namespace: str) -> Metainfo:
+        while True:
+            absent = self._absent.get((digest, namespace), trio.current_time())
+            if absent is not None:
+                raise BlobNotFound(absent.digest, absent.where)
+            fetch = self._fetches.get(digest)
+            if fetch is None:
+                if len(self._fetches) >= self._limits.fetches_max:
+                    raise BackendUnavailable(
+                        "origin ring",
+                        str(digest),
+                        f"the tracker asks for {self._limits.fetches_max} blobs already, retry later",
+                    )
+                fetch = self._begin(digest, namespace)
+            await fetch.done.wait()
+            if isinstance(fetch.result, Metainfo):
+                return fetch.result
+            # Another repository may have the blob in another backend: that one has not been asked.
+            if not isinstance(fetch.result, BlobNotFound) or fetch.namespace == namespace:
+                raise _copy(fetch.result, digest)
+
+    def _begin(self, digest: Digest, namespace: str) -> _Fetch:
+        fetch = self._fetches[digest] = _Fetch(namespace)
+        self._asked.put(digest, True, trio.current_time())
+        self._nursery.start_soon(self._run, digest, fetch)
+        return fetch
+
+    async def _run(self, digest: Digest, fetch: _Fetch) -> None:
+        started_at = trio.current_time()
+        try:
+            reply = await self._origins.get_metainfo(digest, fetch.namespace)
+            if reply.metainfo.digest != digest:
+                raise ProtocolError(f"an origin answered with metainfo of {reply.metainfo.digest}")
+        except SwarmpullError as exc:
+            fetch.result = exc
+            if isinstance(exc, BlobNotFound):
+                self._absent.put((digest, fetch.namespace), exc, trio.current_time())
+            log.info("metainfo_not_fetched", digest=str(digest), reason=str(exc))
+        else:
+            now = trio.current_time()
+            fetch.result = reply.metainfo
+            cost = len(reply.metainfo.piece_hashes) + ENTRY_BYTES
+            self._cache.put(digest, reply.metainfo, now, cost=cost)
+            self._seconds.observe(now - started_at)
+            self._on_seeder(digest, reply.seeder)
+        finally:
+            del self._fetches[digest]
+            fetch.done.set()
+
+
+def _copy(error: SwarmpullError | None, digest: Digest) -> SwarmpullError:
+    """An error for one of the waiters: each raises its own, because tracebacks grow as they travel.
+
+    An origin that does not answer is, to an agent, a backend that cannot be used.
+    """
+    if error is None:
+        return BackendUnavailable("origin ring", str(digest), "the tracker shuts down")
+    if isinstance(error, RpcUnavailable):
+        return BackendUnavailable("origin ring", str(digest), str(error))
+    return copy.copy(error)

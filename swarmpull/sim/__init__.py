@@ -1,0 +1,1 @@
+"""A discrete-event network that drives the very `swarmpull.swarm` code that the roles run."""

@@ -1,0 +1,77 @@
+"""How ``swarmpull status`` shows the status documents of roles: two tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from swarmpull.registry.client import StatusAnswer
+from swarmpull.units import format_size
+
+
+def role_table(answers: Sequence[StatusAnswer]) -> Table:
+    """One row per role: what it is, whether it is ready, what it moved."""
+    table = _table("ADDRESS", "ROLE", "READY", "TORRENTS", "RECEIVED", "SENT")
+    for answer in answers:
+        document = answer.document or {}
+        table.add_row(
+            answer.address,
+            str(document.get("role", "")),
+            _ready(document),
+            str(len(_torrents(document))),
+            _received(document),
+            _size(document.get("bytes_sent")),
+        )
+    return table
+
+
+def torrent_table(answers: Sequence[StatusAnswer]) -> Table:
+    """One row per torrent of each role."""
+    table = _table("ADDRESS", "DIGEST", "LENGTH", "PIECES", "PEERS", "STATE")
+    for answer in answers:
+        for torrent in _torrents(answer.document or {}):
+            table.add_row(
+                answer.address,
+                str(torrent.get("digest", ""))[:19],
+                _size(torrent.get("length")),
+                f"{torrent.get('have', '?')}/{torrent.get('pieces', '?')}",
+                str(torrent.get("peers", "")),
+                str(torrent.get("state", "")),
+            )
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        # what a terminal is too narrow for goes on in the next line, it is not cut
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _ready(document: Mapping[str, Any]) -> str:
+    if document.get("ready"):
+        return "yes"
+    reasons = document.get("reasons")
+    return f"no: {'; '.join(map(str, reasons))}" if isinstance(reasons, list) and reasons else "no"
+
+
+def _torrents(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    torrents = document.get("torrents")
+    if not isinstance(torrents, list):
+        return []
+    return [torrent for torrent in torrents if isinstance(torrent, dict)]
+
+
+def _received(document: Mapping[str, Any]) -> str:
+    """Bytes by source, for example ``agent 12.0 MiB, origin 4.00 MiB``."""
+    sources = document.get("bytes_received")
+    if not isinstance(sources, dict):
+        return ""
+    return ", ".join(f"{source} {_size(count)}" for source, count in sorted(sources.items()))
+
+
+def _size(value: object) -> str:
+    return format_size(value) if type(value) is int and value >= 0 else ""

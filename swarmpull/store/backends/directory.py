@@ -1,0 +1,312 @@
+"""The directory backend: objects as files, for one machine or a shared file system.
+
+Segment ``s`` of a key is the directory ``s.d``, the last one the file ``s.o``:
+``blobs/sha256/ab/abc1`` is ``blobs.d/sha256.d/ab.d/abc1.o``.  So one key may be the beginning of
+another (``a`` and ``a/b`` are ``a.o`` and ``a.d/b.o``), and no key can name the directory
+``temporary``, where objects are written before they get their name.  Everything else in the tree is
+not ours and is left alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from itertools import islice
+from pathlib import Path
+from typing import Final, TypeVar, TypeVarTuple
+
+import trio
+
+from swarmpull.errors import BackendUnavailable, ObjectNotFound, StartupError
+from swarmpull.store.backends.base import (
+    CHUNK_BYTES_MAX,
+    SMALL_OBJECT_BYTES,
+    ObjectPage,
+    ObjectStat,
+    check_key,
+    check_range,
+)
+from swarmpull.store.disk import OpenFile
+from swarmpull.store.durable import (
+    make_directory,
+    publish,
+    read_exactly,
+    remove,
+    sync_directory,
+    write_all,
+)
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+TEMPORARY: Final = "temporary"
+DIRECTORY_SUFFIX: Final = ".d"
+OBJECT_SUFFIX: Final = ".o"
+# A copy in progress is younger; other processes may share the directory, so nothing else tells.
+LEFTOVER_AGE: Final = 24 * 3600.0
+# How much one thread hop copies: tens of milliseconds, the longest that a cancelled put waits.
+COPY_BYTES: Final = 32 << 20
+# A delete may remove an empty directory just before we rename into it; it cannot win for ever.
+PUBLISH_ATTEMPTS: Final = 10
+
+
+class DirectoryBackend:
+    """A `Backend` over a directory.  Build one with `open_directory`.
+
+    Attributes:
+        name: ``file:///path``.
+        root: the directory.
+    """
+
+    def __init__(self, root: Path, *, threads: int = 4) -> None:
+        self.name = root.absolute().as_uri()
+        self.root = root
+        self._limiter = trio.CapacityLimiter(threads)
+
+    async def stat(self, key: str) -> ObjectStat:
+        """See `Backend.stat`."""
+        path = self._path(key)
+        return ObjectStat(key, (await self._run(key, os.stat, path)).st_size)
+
+    @asynccontextmanager
+    async def open(
+        self, key: str, *, start: int = 0, stop: int | None = None
+    ) -> AsyncIterator[AsyncIterator[bytes]]:
+        """See `Backend.open`."""
+        path = self._path(key)
+        descriptor = await self._run(key, os.open, path, os.O_RDONLY | os.O_CLOEXEC)
+        file = OpenFile(descriptor)
+        try:
+            offsets = check_range(key, os.fstat(descriptor).st_size, start, stop)
+            yield _Chunks(self, key, file, offsets)
+        finally:
+            file.close()
+
+    async def put_file(self, key: str, path: Path) -> None:
+        """See `Backend.put_file`."""
+        check_key(key)
+        descriptor = await trio.to_thread.run_sync(
+            os.open, path, os.O_RDONLY | os.O_CLOEXEC, limiter=self._limiter
+        )
+        try:
+            async with self._replacing(key) as target:
+                offset, copied = 0, 1
+                while copied:
+                    copied = await self._run(key, _copy_step, descriptor, target, offset)
+                    offset += copied
+        finally:
+            os.close(descriptor)
+
+    async def put_bytes(self, key: str, data: bytes) -> None:
+        """See `Backend.put_bytes`."""
+        check_key(key)
+        async with self._replacing(key) as target:
+            await self._run(key, write_all, target, data, 0)
+
+    async def get_bytes(self, key: str, *, limit: int = SMALL_OBJECT_BYTES) -> bytes:
+        """See `Backend.get_bytes`."""
+        return await self._run(key, self._read_small, key, self._path(key), limit)
+
+    async def delete(self, key: str) -> None:
+        """See `Backend.delete`."""
+        await self._run(key, self._delete, self._path(key))
+
+    async def list(self, prefix: str = "", *, after: str = "", limit: int = 1000) -> ObjectPage:
+        """See `Backend.list`."""
+        if limit < 1:
+            raise ValueError(f"a page of {limit} keys")
+        keys = await self._run(prefix, self._list, prefix, after, limit + 1)
+        return ObjectPage(keys[:limit], len(keys) > limit)
+
+    async def read(self, key: str, file: OpenFile, offset: int, size: int) -> bytes:
+        """Exactly ``size`` bytes of an open object."""
+        with file.use() as descriptor:
+            return await self._run(key, read_exactly, descriptor, offset, size)
+
+    async def _run(self, key: str, function: Callable[[*Ts], T], *args: *Ts) -> T:
+        with self._translating(key):
+            return await trio.to_thread.run_sync(function, *args, limiter=self._limiter)
+
+    @contextmanager
+    def _translating(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            if not self.root.is_dir():
+                # A file system that is not mounted must not look like one that lost its objects.
+                reason = f"directory {self.root} is gone"
+                raise BackendUnavailable(self.name, key, reason) from error
+            raise ObjectNotFound(self.name, key) from error
+        except OSError as error:
+            raise BackendUnavailable(self.name, key, str(error)) from error
+
+    @asynccontextmanager
+    async def _replacing(self, key: str) -> AsyncIterator[int]:
+        """A descriptor to write to; its content gets the key when the block ends well."""
+        source = self.root / TEMPORARY / uuid.uuid4().hex
+        target = self._path(key)
+        descriptor = await self._run(key, _create, source)
+        try:
+            try:
+                yield descriptor
+            finally:
+                os.close(descriptor)
+            await self._run(key, _publish, source, target)
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._run(key, remove, source)
+
+    def _path(self, key: str) -> Path:
+        *directories, last = check_key(key).split("/")
+        parts = [segment + DIRECTORY_SUFFIX for segment in directories]
+        return self.root.joinpath(*parts, last + OBJECT_SUFFIX)
+
+    def _read_small(self, key: str, path: Path, limit: int) -> bytes:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            length = os.fstat(descriptor).st_size
+            if length > limit:
+                reason = f"the object has {length} bytes, {limit} were expected at most"
+                raise BackendUnavailable(self.name, key, reason)
+            return read_exactly(descriptor, 0, length)
+        finally:
+            os.close(descriptor)
+
+    def _delete(self, path: Path) -> None:
+        path.unlink()
+        directory = path.parent
+        while directory != self.root:
+            try:
+                directory.rmdir()
+            except OSError:
+                break  # not empty, or removed by another delete
+            directory = directory.parent
+        with suppress(FileNotFoundError):
+            sync_directory(directory)
+
+    def _list(self, prefix: str, after: str, limit: int) -> tuple[str, ...]:
+        os.stat(self.root)
+        return tuple(islice(_walk(self.root, "", prefix, after), limit))
+
+
+class _Chunks:
+    """The content of an open object, chunk by chunk."""
+
+    def __init__(self, backend: DirectoryBackend, key: str, file: OpenFile, offsets: range) -> None:
+        self._backend = backend
+        self._key = key
+        self._file = file
+        self._offsets = offsets
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if not self._offsets:
+            raise StopAsyncIteration
+        size = min(CHUNK_BYTES_MAX, len(self._offsets))
+        data = await self._backend.read(self._key, self._file, self._offsets.start, size)
+        self._offsets = self._offsets[size:]
+        return data
+
+
+async def open_directory(root: Path) -> DirectoryBackend:
+    """Open the backend in ``root``, which is made if need be; old leftovers of crashed puts are removed.
+
+    Raises:
+        StartupError: the directory cannot be used.
+    """
+    try:
+        await trio.to_thread.run_sync(_prepare, root, limiter=trio.CapacityLimiter(1))
+    except OSError as error:
+        raise StartupError(
+            f"backend directory {root} cannot be used ({error.strerror or error})",
+            "make it a directory that this user can write to, or configure another backend url",
+        ) from error
+    return DirectoryBackend(root)
+
+
+def _prepare(root: Path) -> None:
+    temporary = root / TEMPORARY
+    make_directory(temporary)
+    probe = temporary / uuid.uuid4().hex
+    probe.touch()
+    probe.unlink()
+    oldest = time.time() - LEFTOVER_AGE
+    for leftover in list(temporary.iterdir()):
+        if leftover.stat().st_mtime < oldest:
+            remove(leftover)
+
+
+def _create(path: Path) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        return os.open(path, flags, 0o644)
+    except FileNotFoundError:
+        # Somebody tidied up; but a root that is gone stays gone.
+        path.parent.mkdir(exist_ok=True)
+        return os.open(path, flags, 0o644)
+
+
+def _copy_step(source: int, target: int, offset: int) -> int:
+    return os.sendfile(target, source, offset, COPY_BYTES)
+
+
+def _publish(source: Path, target: Path) -> None:
+    for _ in range(PUBLISH_ATTEMPTS):
+        try:
+            publish(source, target)
+        except FileNotFoundError:
+            continue
+        return
+    raise OSError(errno.EBUSY, f"{target.parent} is removed again and again by others")
+
+
+def _walk(directory: Path, base: str, prefix: str, after: str) -> Iterator[str]:
+    """The keys below a directory, in order; ``base`` is what all of them begin with.
+
+    Code points sort as their UTF-8 bytes do, and ``s`` before ``s/...``, so it suffices to sort each
+    directory.
+    """
+    for key, is_object in sorted(_entries(directory, base)):
+        if is_object:
+            if key.startswith(prefix) and key > after:
+                yield key
+        elif _may_hold(key, prefix, after):
+            name = key[len(base) : -1] + DIRECTORY_SUFFIX
+            yield from _walk(directory / name, key, prefix, after)
+
+
+def _may_hold(base: str, prefix: str, after: str) -> bool:
+    """Whether keys that begin with ``base`` may be wanted."""
+    matches = base.startswith(prefix) or prefix.startswith(base)
+    return matches and (base > after or after.startswith(base))
+
+
+def _entries(directory: Path, base: str) -> Iterator[tuple[str, bool]]:
+    """What is in a directory: keys of objects, and beginnings of keys, which end in ``/``."""
+    try:
+        found = list(os.scandir(directory))
+    except FileNotFoundError:
+        return  # a delete has emptied and removed it
+    for entry in found:
+        if entry.name.endswith(OBJECT_SUFFIX) and entry.is_file():
+            key, is_object = base + entry.name.removesuffix(OBJECT_SUFFIX), True
+        elif entry.name.endswith(DIRECTORY_SUFFIX) and entry.is_dir():
+            key, is_object = base + entry.name.removesuffix(DIRECTORY_SUFFIX) + "/", False
+        else:
+            continue
+        if _well_formed(key.removesuffix("/")):
+            yield key, is_object
+
+
+def _well_formed(key: str) -> bool:
+    try:
+        check_key(key)
+    except ValueError:
+        return False
+    return True

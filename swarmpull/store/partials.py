@@ -1,0 +1,381 @@
+"""Partial blobs: fetched piece by piece, in any order, kept over restarts.
+
+A partial is two files: ``partials/<algorithm>-<hex>.data``, as long as the blob from the start, and
+``.pieces``, which is the metainfo (see `swarmpull.store.sidecars`) followed by one byte per piece, 1 when it
+is stored.  A byte, not a bit, so that two threads that store neighbouring pieces never write the same byte.
+
+The byte of a piece is written after its content.  Neither is flushed piece by piece: a killed process loses
+nothing, and after a power failure the claimed pieces are verified again, as at every opening.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+import attrs
+import trio
+
+from swarmpull.digest import Digest
+from swarmpull.errors import DigestMismatch, StoreFull, StoreUnavailable
+from swarmpull.store import sidecars
+from swarmpull.store.content import BlobStat, ContentTree
+from swarmpull.store.disk import Disk, OpenFile
+from swarmpull.store.durable import Data, read_exactly, remove, write_all
+from swarmpull.store.hashing import FileHasher, hash_piece, hash_stored_piece
+from swarmpull.store.scanning import STEP_BYTES
+from swarmpull.swarm import bitfield
+from swarmpull.swarm.metainfo import Metainfo
+
+DATA_SUFFIX: Final = ".data"
+PIECES_SUFFIX: Final = ".pieces"
+_STORED: Final = b"\x01"
+# What a file system answers that cannot reserve space, or has nothing to reserve.
+_CANNOT_RESERVE: Final = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
+
+
+@attrs.frozen
+class PartialFiles:
+    """The two files of one partial; its methods block."""
+
+    directory: Path
+    digest: Digest
+
+    @property
+    def data(self) -> Path:
+        return self._path(DATA_SUFFIX)
+
+    @property
+    def pieces(self) -> Path:
+        return self._path(PIECES_SUFFIX)
+
+    def _path(self, suffix: str) -> Path:
+        return self.directory / f"{self.digest.algorithm}-{self.digest.hex}{suffix}"
+
+    def remove(self) -> None:
+        remove(self.pieces)
+        remove(self.data)
+
+    def claimed(self, metainfo: Metainfo) -> int:
+        """The bitfield of pieces that the files claim to hold; 0 when they are of another shape."""
+        try:
+            content = self.pieces.read_bytes()
+            stored, header_length = sidecars.decode(content)
+        except (FileNotFoundError, sidecars.DamagedSidecar):
+            return 0
+        if (stored.length, stored.piece_length) != (metainfo.length, metainfo.piece_length):
+            return 0
+        marks = content[header_length : header_length + metainfo.piece_count]
+        return sum(1 << index for index, mark in enumerate(marks) if mark == _STORED[0])
+
+    def open(self, tree: ContentTree, metainfo: Metainfo) -> OpenPartial:
+        """Open or create the files, with room for the whole blob."""
+        claimed = self.claimed(metainfo)
+        header = sidecars.encode(metainfo)
+        marks = bytes(claimed >> index & 1 for index in range(metainfo.piece_count))
+        if not claimed:
+            self.remove()
+        descriptors: list[int] = []
+        try:
+            tree.replace_small_file(self.pieces, header + marks)
+            descriptors.append(os.open(self.pieces, os.O_RDWR | os.O_CLOEXEC))
+            descriptors.append(os.open(self.data, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
+            reserve(descriptors[1], metainfo.length)
+        except OSError:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            if not claimed:
+                self.remove()
+            raise
+        return OpenPartial(descriptors[1], descriptors[0], len(header), claimed)
+
+
+@attrs.frozen
+class OpenPartial:
+    """What `PartialFiles.open` has opened.
+
+    Attributes:
+        data: descriptor of the content.
+        pieces: descriptor of the record of stored pieces.
+        marks_offset: where in that file the byte of piece 0 is.
+        claimed: bitfield of the pieces to verify.
+    """
+
+    data: int
+    pieces: int
+    marks_offset: int
+    claimed: int
+
+
+def reserve(descriptor: int, length: int) -> None:
+    """Give a file its length and, where the file system can, the room for it."""
+    os.ftruncate(descriptor, length)
+    try:
+        if length:
+            os.posix_fallocate(descriptor, 0, length)
+    except OSError as error:
+        if error.errno not in _CANNOT_RESERVE:
+            raise
+
+
+class PartialBlob:
+    """A blob that is being fetched.
+
+    Use as an async context manager, or call `aclose`: the descriptor is open until then, also after
+    `commit`, so that uploads from it can end.
+
+    Attributes:
+        metainfo: of the blob.
+        have: bitfield of the pieces that are verified and stored.
+    """
+
+    def __init__(
+        self,
+        metainfo: Metainfo,
+        files: PartialFiles,
+        opened: OpenPartial,
+        tree: ContentTree,
+        disk: Disk,
+        on_release: Callable[[], object],
+    ) -> None:
+        self.metainfo = metainfo
+        self.have = 0
+        self._files = files
+        self._data = OpenFile(opened.data)
+        self._pieces = OpenFile(opened.pieces)
+        self._marks_offset = opened.marks_offset
+        self._tree = tree
+        self._disk = disk
+        self._hasher = FileHasher(metainfo.digest.algorithm)
+        self._hashing = trio.Lock()
+        self._ending = trio.Lock()
+        self._grown = trio.Event()
+        self._ahead = trio.CancelScope()
+        self._committed: BlobStat | None = None
+        self._removed = False
+        self._released = False
+        self._on_release = on_release
+
+    @property
+    def complete(self) -> bool:
+        """Whether every piece is stored."""
+        return self.have == bitfield.full(self.metainfo.piece_count)
+
+    def fileno(self) -> int:
+        """The descriptor of the content, for sending stored pieces; valid until `aclose`.
+
+        Raises:
+            ValueError: closed.
+        """
+        return self._data.fileno()
+
+    async def read_at(self, offset: int, size: int) -> bytes:
+        """Exactly ``size`` bytes from ``offset``.
+
+        Raises:
+            ValueError: the range touches a piece that is not stored, or lies outside the blob; or closed.
+            StoreUnavailable: the disk failed.
+        """
+        self._check_stored(offset, size)
+        with self._data.use() as descriptor:
+            return await self._disk.run(read_exactly, descriptor, offset, size)
+
+    async def store_piece(self, index: int, data: Data) -> bool:
+        """Verify one piece and store it; False, and nothing written, when it does not match its hash.
+
+        ``data`` must not change until this returns.  A piece that is stored already is not written again.
+
+        Raises:
+            IndexError: the blob has no such piece.
+            StoreFull: the disk has no room for it.
+            StoreUnavailable: the disk failed.
+            ValueError: closed.
+        """
+        if len(data) != self.metainfo.piece_size(index):
+            return False
+        with self._data.use() as content, self._pieces.use() as record:
+            stored = await self._disk.run(
+                self._verify_and_write, content, record, index, data, needed=len(data)
+            )
+        if stored:
+            self.have |= 1 << index
+            self._grown.set()
+        return stored
+
+    async def commit(self) -> BlobStat:
+        """Make the complete partial a blob of the store; durable on return.  Committing twice is allowed.
+
+        Raises:
+            ValueError: pieces are missing, or it was discarded.
+            DigestMismatch: all pieces are right but the blob is not, so the metainfo was wrong; the partial
+                is removed.
+            StoreFull, StoreUnavailable: it stays as it is.
+        """
+        async with self._ending:
+            if self._committed is not None:
+                return self._committed
+            self._check_committable()
+            await self._verify_whole()
+            self._committed = await self._disk.run(self._install, needed=self.metainfo.length)
+            self._release()
+            return self._committed
+
+    async def discard(self) -> None:
+        """Close it and remove what was fetched; nothing happens to a committed blob."""
+        async with self._ending:
+            await self._remove_files()
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close it and keep what was fetched; closing twice is allowed.
+
+        Reads and writes under way still end; a commit under way ends with the blob or with ValueError.
+        """
+        self.close_files()
+        with trio.CancelScope(shield=True):
+            async with self._ending:
+                self._release()
+
+    def close_files(self) -> None:
+        """Close the descriptors, each when its last user is done."""
+        self._ahead.cancel()
+        self._data.close()
+        self._pieces.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def verify_claimed(self, claimed: int) -> None:
+        """Take over the pieces of an earlier run that still match their hashes."""
+        for index in bitfield.indices(claimed):
+            with self._data.use() as content, self._pieces.use() as record:
+                if await self._disk.run(self._verify_stored, content, record, index):
+                    self.have |= 1 << index
+
+    async def hash_ahead(self) -> None:
+        """Hash the growing prefix until it is complete or released; a task of the store."""
+        with self._ahead:
+            while self._hasher.offset < self.metainfo.length and not self._data.closed:
+                self._grown = trio.Event()
+                if self._hasher.offset == self._prefix():
+                    await self._grown.wait()
+                    continue
+                try:
+                    await self._hash_step(self._prefix(), ahead=True)
+                except (StoreFull, StoreUnavailable):
+                    # Whoever commits reads the same bytes and gets the error.
+                    return
+
+    def _prefix(self) -> int:
+        """How many bytes from the beginning are stored without a gap."""
+        missing = ~self.have & (self.have + 1)
+        return min(self.metainfo.length, (missing.bit_length() - 1) * self.metainfo.piece_length)
+
+    async def _hash_step(self, stop: int, *, ahead: bool) -> None:
+        with self._data.use() as descriptor:
+            async with self._hashing:
+                stop = min(stop, self._hasher.offset + STEP_BYTES)
+                await self._disk.run(self._hasher.advance, descriptor, stop, ahead=ahead)
+
+    async def _verify_whole(self) -> None:
+        while self._hasher.offset < self.metainfo.length:
+            await self._hash_step(self.metainfo.length, ahead=False)
+        actual = self._hasher.digest()
+        if actual != self.metainfo.digest:
+            await self._remove_files()
+            raise DigestMismatch(str(self.metainfo.digest), str(actual))
+
+    async def _remove_files(self) -> None:
+        if self._committed is None and not self._removed:
+            with trio.CancelScope(shield=True):
+                await self._disk.run(self._files.remove)
+            self._removed = True
+            self._release()
+
+    def _install(self) -> BlobStat:
+        stat = self._tree.install(self._files.data, self.metainfo)
+        self._files.remove()
+        return stat
+
+    def _verify_and_write(self, content: int, record: int, index: int, data: Data) -> bool:
+        if hash_piece(data) != self.metainfo.piece_hash(index):
+            return False
+        if not self.have >> index & 1:
+            write_all(content, data, self.metainfo.piece_offset(index))
+            write_all(record, _STORED, self._marks_offset + index)
+        return True
+
+    def _verify_stored(self, content: int, record: int, index: int) -> bool:
+        start = self.metainfo.piece_offset(index)
+        actual = hash_stored_piece(content, start, start + self.metainfo.piece_size(index))
+        if actual == self.metainfo.piece_hash(index):
+            return True
+        write_all(record, b"\x00", self._marks_offset + index)
+        return False
+
+    def _check_stored(self, offset: int, size: int) -> None:
+        if offset < 0 or size < 0 or offset + size > self.metainfo.length:
+            raise ValueError(f"{offset}:{offset + size} lies outside {self.metainfo.digest}")
+        for index in self.metainfo.pieces_of(offset, offset + size):
+            if not self.have >> index & 1:
+                raise ValueError(f"piece {index} of {self.metainfo.digest} is not stored")
+
+    def _check_committable(self) -> None:
+        if self._removed or self._data.closed:
+            raise ValueError(f"the partial of {self.metainfo.digest} was discarded or closed")
+        if not self.complete:
+            missing = self.metainfo.piece_count - self.have.bit_count()
+            raise ValueError(f"{missing} pieces of {self.metainfo.digest} are missing")
+
+    def _release(self) -> None:
+        self._ahead.cancel()
+        if not self._released:
+            self._released = True
+            self._on_release()
+
+
+async def open_partial(
+    directory: Path,
+    metainfo: Metainfo,
+    tree: ContentTree,
+    disk: Disk,
+    on_release: Callable[[], object],
+) -> PartialBlob:
+    """Open or resume the partial of a blob; its claimed pieces are verified.
+
+    Args:
+        on_release: called once, when the files are no longer this partial's; not when this raises.
+
+    Raises:
+        StoreFull: no room for the whole blob; nothing is left behind.
+        StoreUnavailable: the disk failed.
+    """
+    files = PartialFiles(directory, metainfo.digest)
+    opened = await disk.run(files.open, tree, metainfo, needed=metainfo.length)
+    partial = PartialBlob(metainfo, files, opened, tree, disk, on_release)
+    try:
+        await partial.verify_claimed(opened.claimed)
+    except BaseException:
+        partial.close_files()
+        raise
+    return partial
+
+
+def remove_halves(directory: Path) -> None:
+    """Remove partials of which a crash has left one file only."""
+    for path in sorted(directory.iterdir()):
+        other = {DATA_SUFFIX: PIECES_SUFFIX, PIECES_SUFFIX: DATA_SUFFIX}.get(path.suffix)
+        if other is not None and not path.with_suffix(other).exists():
+            remove(path)

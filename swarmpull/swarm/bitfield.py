@@ -1,0 +1,43 @@
+"""Bitfields as plain integers: bit ``i`` says whether piece ``i`` is there.
+
+CPython's integers do ``&``, ``|``, ``~`` and ``bit_count`` over thousands of bits in C, which no class of
+ours would match; these functions are what integers lack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from swarmpull.errors import ProtocolError
+
+
+def full(count: int) -> int:
+    """The bitfield of ``count`` pieces that are all there."""
+    return (1 << count) - 1
+
+
+def indices(bits: int) -> Iterator[int]:
+    """The set bits, lowest first."""
+    while bits:
+        low = bits & -bits
+        yield low.bit_length() - 1
+        bits ^= low
+
+
+def to_bytes(bits: int, count: int) -> bytes:
+    """The wire form: bit ``i % 8`` of byte ``i // 8`` is piece ``i``."""
+    return bits.to_bytes((count + 7) // 8, "little")
+
+
+def from_bytes(data: bytes, count: int) -> int:
+    """Parse the wire form.
+
+    Raises:
+        ProtocolError: wrong length, or a bit set beyond the last piece.
+    """
+    if len(data) != (count + 7) // 8:
+        raise ProtocolError(f"a bitfield of {len(data)} bytes for {count} pieces")
+    bits = int.from_bytes(data, "little")
+    if bits >> count:
+        raise ProtocolError(f"the bitfield claims pieces beyond the last of {count}")
+    return bits

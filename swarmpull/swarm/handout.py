@@ -1,0 +1,403 @@
+"""The tracker's knowledge of who takes part in which swarm, and whom it hands out to whom.
+
+A handout is up to 50 peers: completed agents first, because they spare the origins; then origins;
+then agents in progress.  Each class is a uniform random sample, so that the swarm becomes a random
+graph.
+
+Every announce costs the same however large the swarm is: the peers of one class stand in an array
+without order, of which a sample costs no more than its own size, and the order of staleness is that
+of dictionaries, which an announce leaves and enters again at the end.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+from typing import Final
+
+import attrs
+
+from swarmpull.digest import Digest
+from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
+
+
+@attrs.frozen(kw_only=True)
+class HandoutLimits:
+    """What a tracker keeps and hands out.  Counts are of peers, times are in seconds.
+
+    Attributes:
+        peers_per_handout: the most that one announce is answered with.
+        peers_wanted: a leecher that got fewer than this is short of peers and asks again soon; 20
+            is the number of connections with which the uplinks of a swarm stay busy.
+        leechers_for_seeder: a completed peer is told of the leechers when there are no more than
+            these: in a swarm of few it helps that either side dials, in a large one it waits to be
+            dialled.
+        short_interval: between announces of a leecher that is short of peers.
+        leech_interval: between announces of a leecher that has enough.
+        seed_interval: between announces of a completed peer.
+        seed_jitter: at most this is added to ``seed_interval``, at random, so that hosts that
+            finished together do not announce together for ever.
+        intervals_missed: a peer that is silent for so many of its own intervals is forgotten.
+        peers_per_torrent: above it the peer that announced least recently is dropped.
+        torrents: above it the torrent that was announced least recently is dropped.
+        peers: in all torrents together, about 700 bytes each; above it the stalest peer of the
+            stalest torrent is dropped.  A dropped peer comes back with its next announce.
+    """
+
+    peers_per_handout: int = attrs.field(default=50, validator=attrs.validators.gt(0))
+    peers_wanted: int = attrs.field(default=20, validator=attrs.validators.gt(0))
+    leechers_for_seeder: int = attrs.field(default=4, validator=attrs.validators.ge(0))
+    short_interval: float = attrs.field(default=3.0, validator=attrs.validators.gt(0))
+    leech_interval: float = attrs.field(default=10.0, validator=attrs.validators.gt(0))
+    seed_interval: float = attrs.field(default=60.0, validator=attrs.validators.gt(0))
+    seed_jitter: float = attrs.field(default=6.0, validator=attrs.validators.ge(0))
+    intervals_missed: float = attrs.field(default=3.0, validator=attrs.validators.gt(0))
+    peers_per_torrent: int = attrs.field(default=20_000, validator=attrs.validators.gt(0))
+    torrents: int = attrs.field(default=100_000, validator=attrs.validators.gt(0))
+    peers: int = attrs.field(default=1_000_000, validator=attrs.validators.gt(0))
+
+
+@attrs.frozen
+class Handout:
+    """The answer to an announce; ``interval`` is in seconds until the next one is due."""
+
+    peers: tuple[PeerContact, ...]
+    interval: float
+
+
+@attrs.frozen(kw_only=True)
+class HandoutStatistics:
+    """What is in the table now, and what has happened since the start."""
+
+    torrents: int
+    seeders: int
+    origins: int
+    leechers: int
+    announces: int
+    handed_out: int
+    left: int
+    expired: int
+    replaced: int
+    dropped: int
+
+    @property
+    def peers(self) -> int:
+        return self.seeders + self.origins + self.leechers
+
+
+# The expiry queue may hold this many items that are void, and one more for each peer.
+QUEUE_SLACK: Final = 64
+
+# The classes of a handout, in the order in which they fill it.
+_SEEDERS: Final = 0
+_ORIGINS: Final = 1
+_LEECHERS: Final = 2
+
+
+@attrs.define(eq=False)
+class _Peer:
+    """One peer of one torrent.
+
+    ``position`` is its place in the array of its class.  ``queued_at`` is the time of its item
+    in the expiry queue, never later than ``expires_at``; items of any other time are void.
+    """
+
+    contact: PeerContact
+    group: int
+    complete: bool
+    expires_at: float
+    queued_at: float = math.inf
+    position: int = -1
+
+
+@attrs.define(eq=False)
+class _Torrent:
+    """The peers of one blob: by id, the stalest first; by address; and by class, without order."""
+
+    digest: Digest
+    peers: dict[str, _Peer] = attrs.Factory(dict)
+    ids: dict[tuple[str, int], str] = attrs.Factory(dict)
+    groups: tuple[list[_Peer], list[_Peer], list[_Peer]] = attrs.Factory(lambda: ([], [], []))
+
+    def insert(self, peer: _Peer) -> None:
+        group = self.groups[peer.group]
+        peer.position = len(group)
+        group.append(peer)
+        self.peers[peer.contact.peer_id] = peer
+        self.ids[peer.contact.host, peer.contact.port] = peer.contact.peer_id
+
+    def remove(self, peer: _Peer) -> None:
+        group = self.groups[peer.group]
+        last = group.pop()
+        if last is not peer:
+            group[peer.position] = last
+            last.position = peer.position
+        del self.peers[peer.contact.peer_id]
+        del self.ids[peer.contact.host, peer.contact.port]
+
+    def stalest(self) -> _Peer:
+        return next(iter(self.peers.values()))
+
+    def check_invariants(self, peers_max: int) -> None:
+        assert 0 < len(self.peers) <= peers_max
+        assert len(self.ids) == len(self.peers) == sum(map(len, self.groups))
+        for peer_id, peer in self.peers.items():
+            contact = peer.contact
+            assert contact.peer_id == peer_id
+            assert self.ids[contact.host, contact.port] == peer_id
+            assert peer.group == _group_of(contact, complete=peer.complete)
+            assert self.groups[peer.group][peer.position] is peer
+
+
+# An item of the expiry queue: time, tie-break, torrent, peer.
+_Item = tuple[float, int, _Torrent, _Peer]
+
+
+class PeerTable:
+    """Who takes part in which swarm.  Owned by one tracker; not shared between threads.
+
+    ``now`` is any clock that does not go backwards, in seconds.
+    """
+
+    def __init__(self, limits: HandoutLimits, rng: random.Random) -> None:
+        self._limits = limits
+        self._rng = rng
+        self._torrents: dict[Digest, _Torrent] = {}
+        self._queue: list[_Item] = []
+        self._queued = 0
+        self._sizes = [0, 0, 0]
+        self._announces = 0
+        self._handed_out = 0
+        self._left = 0
+        self._expired = 0
+        self._replaced = 0
+        self._dropped = 0
+
+    def announce(
+        self, digest: Digest, contact: PeerContact, state: AnnounceState, now: float
+    ) -> Handout:
+        """Enter or refresh one peer of one torrent and choose the peers that it is told of.
+
+        A completed peer is told of leechers only while they are few; one that stops, of nobody.
+        """
+        self.expire(now)
+        self._announces += 1
+        if state is AnnounceState.STOPPED:
+            self._leave(digest, contact)
+            return Handout((), self._limits.seed_interval)
+        complete = state is AnnounceState.COMPLETE
+        chosen = self._choose(digest, contact, complete=complete)
+        interval = self._interval(len(chosen), complete=complete)
+        self._handed_out += len(chosen)
+        expires_at = now + self._limits.intervals_missed * interval
+        self._enter(digest, contact, complete=complete, expires_at=expires_at)
+        return Handout(chosen, interval)
+
+    def add_seeder(
+        self, digest: Digest, contact: PeerContact, now: float, *, lifetime: float
+    ) -> None:
+        """Enter a completed peer that did not announce itself, for ``lifetime`` seconds at least.
+
+        One that also announces keeps the later of the two times.
+        """
+        self.expire(now)
+        known = self._find(digest, contact.peer_id)
+        expires_at = now + lifetime
+        if known is not None and known.complete:
+            expires_at = max(expires_at, known.expires_at)
+        self._enter(digest, contact, complete=True, expires_at=expires_at)
+
+    def seeders(self, digest: Digest) -> int:
+        """How many peers of this torrent have the whole blob, as far as they said."""
+        torrent = self._torrents.get(digest)
+        if torrent is None:
+            return 0
+        origins = sum(peer.complete for peer in torrent.groups[_ORIGINS])
+        return len(torrent.groups[_SEEDERS]) + origins
+
+    def has_origin(self, digest: Digest) -> bool:
+        """Whether any origin takes part in this torrent."""
+        torrent = self._torrents.get(digest)
+        return torrent is not None and bool(torrent.groups[_ORIGINS])
+
+    def expire(self, now: float) -> None:
+        """Forget every peer whose time is up."""
+        while self._queue and self._queue[0][0] <= now:
+            at, _, torrent, peer = heapq.heappop(self._queue)
+            if peer.queued_at != at:
+                continue
+            if peer.expires_at > now:
+                self._schedule(torrent, peer)
+            else:
+                self._expired += 1
+                self._remove(torrent, peer)
+
+    def next_deadline(self) -> float:
+        """When `expire` has something to do, at the earliest; infinity for an empty table."""
+        while self._queue and self._queue[0][3].queued_at != self._queue[0][0]:
+            heapq.heappop(self._queue)
+        return self._queue[0][0] if self._queue else math.inf
+
+    def statistics(self) -> HandoutStatistics:
+        return HandoutStatistics(
+            torrents=len(self._torrents),
+            seeders=self._sizes[_SEEDERS],
+            origins=self._sizes[_ORIGINS],
+            leechers=self._sizes[_LEECHERS],
+            announces=self._announces,
+            handed_out=self._handed_out,
+            left=self._left,
+            expired=self._expired,
+            replaced=self._replaced,
+            dropped=self._dropped,
+        )
+
+    # --- the handout --------------------------------------------------------------------------
+
+    def _choose(
+        self, digest: Digest, announcer: PeerContact, *, complete: bool
+    ) -> tuple[PeerContact, ...]:
+        torrent = self._torrents.get(digest)
+        if torrent is None:
+            return ()
+        if complete:
+            return self._choose_for_seeder(torrent, announcer)
+        chosen: list[PeerContact] = []
+        for group in torrent.groups:
+            chosen += self._sample(group, announcer, self._limits.peers_per_handout - len(chosen))
+        return tuple(chosen)
+
+    def _choose_for_seeder(
+        self, torrent: _Torrent, announcer: PeerContact
+    ) -> tuple[PeerContact, ...]:
+        few = self._limits.leechers_for_seeder
+        leechers = self._sample(torrent.groups[_LEECHERS], announcer, few + 1)
+        return tuple(leechers) if len(leechers) <= few else ()
+
+    def _sample(self, group: list[_Peer], announcer: PeerContact, count: int) -> list[PeerContact]:
+        """Up to ``count`` peers of a group, uniformly at random, without the announcer."""
+        # One peer may have the announcer's id and another, from before a restart, its address: two
+        # more than wanted are enough.
+        if count <= 0:
+            return []
+        drawn = self._rng.sample(group, min(count + 2, len(group)))
+        return [peer.contact for peer in drawn if not _is_same(peer.contact, announcer)][:count]
+
+    def _interval(self, handed_out: int, *, complete: bool) -> float:
+        limits = self._limits
+        if complete:
+            return limits.seed_interval + self._rng.uniform(0.0, limits.seed_jitter)
+        wanted = min(limits.peers_wanted, limits.peers_per_handout)
+        return limits.short_interval if handed_out < wanted else limits.leech_interval
+
+    # --- the table ----------------------------------------------------------------------------
+
+    def _find(self, digest: Digest, peer_id: str) -> _Peer | None:
+        torrent = self._torrents.get(digest)
+        return None if torrent is None else torrent.peers.get(peer_id)
+
+    def _enter(
+        self, digest: Digest, contact: PeerContact, *, complete: bool, expires_at: float
+    ) -> None:
+        torrent = self._torrents.pop(digest, None) or _Torrent(digest)
+        self._forget_former(torrent, contact)
+        peer = torrent.peers.get(contact.peer_id)
+        if peer is None:
+            peer = _Peer(contact, _group_of(contact, complete=complete), complete, expires_at)
+        else:
+            self._detach(torrent, peer)
+            peer.contact, peer.group = contact, _group_of(contact, complete=complete)
+            peer.complete, peer.expires_at = complete, expires_at
+        torrent.insert(peer)
+        self._sizes[peer.group] += 1
+        self._torrents[digest] = torrent  # the end of the order of staleness
+        if expires_at < peer.queued_at:
+            self._schedule(torrent, peer)
+        self._keep_limits(torrent)
+
+    def _forget_former(self, torrent: _Torrent, contact: PeerContact) -> None:
+        """The process that listened at this address before is gone: a port has one listener."""
+        former = torrent.ids.get((contact.host, contact.port))
+        if former is not None and former != contact.peer_id:
+            self._replaced += 1
+            self._retire(torrent, torrent.peers[former])
+
+    def _leave(self, digest: Digest, contact: PeerContact) -> None:
+        peer = self._find(digest, contact.peer_id)
+        if peer is not None:
+            self._left += 1
+            self._remove(self._torrents[digest], peer)
+
+    def _remove(self, torrent: _Torrent, peer: _Peer) -> None:
+        self._retire(torrent, peer)
+        if not torrent.peers:
+            del self._torrents[torrent.digest]
+
+    def _retire(self, torrent: _Torrent, peer: _Peer) -> None:
+        self._detach(torrent, peer)
+        peer.queued_at = math.inf
+        self._compact()
+
+    def _detach(self, torrent: _Torrent, peer: _Peer) -> None:
+        torrent.remove(peer)
+        self._sizes[peer.group] -= 1
+
+    def _keep_limits(self, torrent: _Torrent) -> None:
+        if len(torrent.peers) > self._limits.peers_per_torrent:
+            self._drop(torrent, torrent.stalest())
+        if len(self._torrents) > self._limits.torrents:
+            stalest = next(iter(self._torrents.values()))
+            for peer in list(stalest.peers.values()):
+                self._drop(stalest, peer)
+        if sum(self._sizes) > self._limits.peers:
+            stalest = next(iter(self._torrents.values()))
+            self._drop(stalest, stalest.stalest())
+
+    def _drop(self, torrent: _Torrent, peer: _Peer) -> None:
+        self._dropped += 1
+        self._remove(torrent, peer)
+
+    # --- the expiry queue ---------------------------------------------------------------------
+
+    def _schedule(self, torrent: _Torrent, peer: _Peer) -> None:
+        self._queued += 1
+        peer.queued_at = peer.expires_at
+        heapq.heappush(self._queue, (peer.queued_at, self._queued, torrent, peer))
+        self._compact()
+
+    def _compact(self) -> None:
+        """Throw out void items when they outnumber the others: amortised over what made them."""
+        if len(self._queue) <= 2 * sum(self._sizes) + QUEUE_SLACK:
+            return
+        self._queue = [item for item in self._queue if item[3].queued_at == item[0]]
+        heapq.heapify(self._queue)
+
+    # --- for tests and the simulator ----------------------------------------------------------
+
+    def check_invariants(self) -> None:
+        """Raise AssertionError when the table contradicts itself; costs as much as it has peers."""
+        limits = self._limits
+        assert len(self._torrents) <= limits.torrents
+        assert sum(self._sizes) <= limits.peers
+        sizes = [0, 0, 0]
+        queued = {(id(item[3]), item[0]) for item in self._queue}
+        for digest, torrent in self._torrents.items():
+            assert torrent.digest == digest
+            torrent.check_invariants(limits.peers_per_torrent)
+            for peer in torrent.peers.values():
+                sizes[peer.group] += 1
+                assert peer.queued_at <= peer.expires_at, "a peer would be forgotten too late"
+                assert (id(peer), peer.queued_at) in queued, "a peer would never be forgotten"
+        assert sizes == self._sizes
+        assert len(self._queue) <= 2 * sum(sizes) + QUEUE_SLACK + 2
+
+
+def _group_of(contact: PeerContact, *, complete: bool) -> int:
+    if contact.kind is PeerKind.ORIGIN:
+        return _ORIGINS
+    return _SEEDERS if complete else _LEECHERS
+
+
+def _is_same(one: PeerContact, other: PeerContact) -> bool:
+    return one.peer_id == other.peer_id or (one.host, one.port) == (other.host, other.port)

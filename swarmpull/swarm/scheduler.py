@@ -1,0 +1,664 @@
+"""The scheduler of one host: all its torrents, connections and its uplink.
+
+Theory of operation.  The shell reports what happened with `handle` and performs the actions that come
+back, in order.  It keeps one timer, set to `next_deadline`, and reports `DeadlinePassed` when that comes.
+Nothing else makes time pass here, and nothing else makes anything happen.
+
+A torrent is added either complete (to be seeded) or with pieces missing (to be downloaded).  A leecher
+announces itself, dials the peers of the handout, claims pieces from each connection as the policy says,
+and tells all its peers of each piece that it stored.  A claim that is late is taken back and the piece is
+free for others; a peer that is late twice in a row without a piece in between is dropped and backed off.
+When the last piece is stored the shell checks the whole blob (`Finish`) and reports `BlobVerified`; only
+then does the host announce completion, again and again until a tracker acknowledges it.  A connection
+between two complete peers is closed by whoever notices first.
+
+While a piece is missing there is always a finite next deadline: the stall deadline at the least, after
+which the download fails and says why.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Callable
+from typing import Any, Final
+
+import attrs
+
+from swarmpull.digest import Digest
+from swarmpull.errors import ProtocolError
+from swarmpull.swarm import actions as act
+from swarmpull.swarm import bitfield
+from swarmpull.swarm import events as ev
+from swarmpull.swarm.connections import Admission, ConnectionLimits, HostPlaces
+from swarmpull.swarm.messages import (
+    Bye,
+    ByeReason,
+    Cancel,
+    Claim,
+    Have,
+    Hello,
+    Message,
+    Pass,
+)
+from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
+from swarmpull.swarm.picker import PickerLimits
+from swarmpull.swarm.pipeline import ClaimPolicy, PipelinePolicy
+from swarmpull.swarm.torrent import Peer, Torrent, TorrentStatistics
+from swarmpull.swarm.uploads import UploadLimits, Uploads
+
+INFINITY: Final = float("inf")
+# One late claim may be bad luck at a busy peer; the second without any piece in between is not.
+LATE_IN_A_ROW_MAX: Final = 2
+# A full house admits a newcomer in place of a peer that gave and took nothing for this long, in seconds.
+EVICTABLE_AFTER: Final = 5.0
+ANNOUNCE_RETRY_MAX: Final = 30.0
+# After a restart the cached blobs are announced over this many seconds for each of them, up to a limit,
+# so that a host with thousands does not arrive at the tracker as a burst.
+REANNOUNCE_SPACING: Final = 0.02
+REANNOUNCE_SPREAD_MAX: Final = 60.0
+
+
+@attrs.frozen(kw_only=True)
+class SwarmLimits:
+    """Every bound of the engine, each defined where it acts.
+
+    ``stall_timeout``: seconds without a new piece after which a download fails; what it has is kept.
+    """
+
+    connections: ConnectionLimits = attrs.field(factory=ConnectionLimits)
+    uploads: UploadLimits = attrs.field(factory=UploadLimits)
+    picker: PickerLimits = attrs.field(factory=PickerLimits)
+    stall_timeout: float = attrs.field(default=120.0, validator=attrs.validators.gt(0))
+
+
+class Scheduler:
+    """The decisions of one host.  Deterministic: same events, same times, same seed, same actions."""
+
+    def __init__(
+        self,
+        peer_id: str,
+        kind: PeerKind,
+        port: int,
+        *,
+        rng: random.Random,
+        limits: SwarmLimits | None = None,
+        policy: ClaimPolicy | None = None,
+    ) -> None:
+        self.peer_id = peer_id
+        self._kind = kind
+        self._port = port
+        self._rng = rng
+        self._limits = limits or SwarmLimits()
+        self._policy: ClaimPolicy = policy or PipelinePolicy()
+        self._torrents: dict[Digest, Torrent] = {}
+        self._by_connection: dict[int, Torrent] = {}
+        self._uploads = Uploads(self._limits.uploads)
+        self._announcing: set[Digest] = set()
+        self._deadlines: list[tuple[float, int, Digest]] = []
+        self._deadline_of: dict[Digest, float] = {}
+        self._serial = 0
+        self._draining = False
+        self._actions: list[act.Action] = []
+        self._places = HostPlaces(self._limits.connections.per_host)
+        self._handlers: dict[type[Any], Callable[[Any, float], None]] = {
+            ev.TorrentAdded: self._torrent_added,
+            ev.TorrentRemoved: self._torrent_removed,
+            ev.BlobVerified: self._blob_verified,
+            ev.PeersFound: self._peers_found,
+            ev.AnnounceReplied: self._announce_replied,
+            ev.AnnounceFailed: self._announce_failed,
+            ev.PeerConnected: self._peer_connected,
+            ev.DialFailed: self._dial_failed,
+            ev.PeerDisconnected: self._peer_disconnected,
+            ev.MessageReceived: self._message_received,
+            ev.PieceReceived: self._piece_received,
+            ev.PieceStored: self._piece_stored,
+            ev.PieceRejected: self._piece_rejected,
+            ev.PieceLost: self._piece_lost,
+            ev.PieceSent: self._piece_sent,
+            ev.ReaderMoved: self._reader_moved,
+            ev.ReaderClosed: self._reader_closed,
+            ev.DeadlinePassed: self._deadline_passed,
+            ev.DrainStarted: self._drain_started,
+        }
+
+    # --- the interface to the shell -----------------------------------------------------------
+
+    def handle(self, event: ev.Event, now: float) -> list[act.Action]:
+        """Take in one event; returns what to do, in order.
+
+        ``now`` is in seconds on any clock that never goes back.
+        """
+        self._actions = []
+        self._handlers[type(event)](event, now)
+        return self._actions
+
+    def next_deadline(self) -> float:
+        """When `DeadlinePassed` is due; inf when nothing is outstanding."""
+        while self._deadlines:
+            at, _, digest = self._deadlines[0]
+            if self._deadline_of.get(digest) == at:
+                return min(at, self._uploads.next_deadline())
+            heapq.heappop(self._deadlines)
+        return self._uploads.next_deadline()
+
+    def hello(self, digest: Digest) -> Hello | None:
+        """The Hello to send on a connection that we dialled; None if the torrent is gone."""
+        torrent = self._torrents.get(digest)
+        return None if torrent is None else self._hello_of(torrent)
+
+    def torrent(self, digest: Digest) -> Torrent | None:
+        """The state of a torrent, to look at."""
+        return self._torrents.get(digest)
+
+    def expects(self, connection: int, index: int) -> bool:
+        """Whether the bytes of a piece that begins to arrive are worth keeping."""
+        torrent = self._by_connection.get(connection)
+        return torrent is not None and torrent.expects(connection, index)
+
+    def was_asked(self, connection: int, index: int) -> bool:
+        """Whether we ever asked that peer for that piece: one that we did not ask for is an offence."""
+        torrent = self._by_connection.get(connection)
+        return torrent is not None and torrent.was_asked(connection, index)
+
+    def statistics(self) -> list[TorrentStatistics]:
+        return [torrent.statistics() for torrent in self._torrents.values()]
+
+    @property
+    def connection_count(self) -> int:
+        return len(self._by_connection)
+
+    def check_invariants(self) -> None:
+        """For tests and the simulator.  O(everything)."""
+        self._uploads.check_invariants()
+        connections = 0
+        for torrent in self._torrents.values():
+            torrent.check_invariants()
+            connections += len(torrent.peers)
+            for connection in torrent.peers:
+                assert self._by_connection[connection] is torrent
+            if not torrent.is_complete and not self._draining:
+                assert self.next_deadline() < INFINITY, (
+                    "work is outstanding and nothing will happen"
+                )
+        assert connections == len(self._by_connection)
+        pending = sum(t.connections.pending_count for t in self._torrents.values())
+        assert self._places.taken == connections + pending <= self._places.limit
+
+    # --- torrents -----------------------------------------------------------------------------
+
+    def _torrent_added(self, event: ev.TorrentAdded, now: float) -> None:
+        digest = event.metainfo.digest
+        if digest in self._torrents:
+            return
+        torrent = Torrent(
+            event.metainfo,
+            event.namespace,
+            event.have,
+            verified=event.verified,
+            own_peer_id=self.peer_id,
+            host_places=self._places,
+            connection_limits=self._limits.connections,
+            picker_limits=self._limits.picker,
+            rng=self._rng,
+        )
+        torrent.progress_at = now
+        self._torrents[digest] = torrent
+        if event.announce:
+            self._announcing.add(digest)
+            torrent.announce.due_at = now + self._announce_delay(torrent)
+        if torrent.is_complete and not torrent.verified:
+            self._actions.append(act.Finish(digest))
+        self._reschedule(torrent, now)
+
+    def _announce_delay(self, torrent: Torrent) -> float:
+        if not torrent.is_complete:
+            return 0.0
+        spread = min(len(self._torrents) * REANNOUNCE_SPACING, REANNOUNCE_SPREAD_MAX)
+        return self._rng.uniform(0.0, spread)
+
+    def _torrent_removed(self, event: ev.TorrentRemoved, now: float) -> None:
+        torrent = self._torrents.get(event.digest)
+        if torrent is None:
+            return
+        for connection in list(torrent.peers):
+            self._drop(torrent, connection, now, ByeReason.UNKNOWN_TORRENT)
+        self._forget(torrent)
+
+    def _forget(self, torrent: Torrent) -> None:
+        torrent.connections.close()
+        self._say_stopped(torrent)
+        del self._torrents[torrent.digest]
+        self._deadline_of.pop(torrent.digest, None)
+        self._announcing.discard(torrent.digest)
+
+    def _say_stopped(self, torrent: Torrent) -> None:
+        if torrent.digest in self._announcing:
+            self._actions.append(
+                act.Announce(torrent.digest, torrent.namespace, AnnounceState.STOPPED)
+            )
+
+    def _blob_verified(self, event: ev.BlobVerified, now: float) -> None:
+        torrent = self._torrents.get(event.digest)
+        if torrent is None:
+            return
+        torrent.verified = True
+        if event.digest in self._announcing:
+            torrent.announce.due_at = now
+        self._close_useless(torrent, now)
+        self._announce_if_due(torrent, now)
+        self._reschedule(torrent, now)
+
+    def _reader_moved(self, event: ev.ReaderMoved, _now: float) -> None:
+        torrent = self._torrents.get(event.digest)
+        if torrent is not None:
+            torrent.picker.move_reader(event.reader, event.index)
+
+    def _reader_closed(self, event: ev.ReaderClosed, _now: float) -> None:
+        torrent = self._torrents.get(event.digest)
+        if torrent is not None:
+            torrent.picker.close_reader(event.reader)
+
+    # --- trackers -----------------------------------------------------------------------------
+
+    def _peers_found(self, event: ev.PeersFound, now: float) -> None:
+        torrent = self._torrents.get(event.digest)
+        if torrent is not None:
+            torrent.connections.learn(event.peers)
+            self._dial(torrent, now)
+            self._reschedule(torrent, now)
+
+    def _announce_replied(self, event: ev.AnnounceReplied, now: float) -> None:
+        torrent = self._torrents.get(event.digest)
+        if torrent is None:
+            return
+        announced, torrent.announce.outstanding = torrent.announce.outstanding, None
+        torrent.announce.failures = 0
+        torrent.announce.due_at = now + event.interval
+        if announced is AnnounceState.COMPLETE:
+            torrent.announce.acknowledged_complete = True
+        elif torrent.verified:
+            torrent.announce.due_at = now
+        torrent.connections.learn(event.peers)
+        self._dial(torrent, now)
+        self._reschedule(torrent, now)
+
+    def _announce_failed(self, event: ev.AnnounceFailed, now: float) -> None:
+        torrent = self._torrents.get(event.digest)
+        if torrent is None:
+            return
+        clock = torrent.announce
+        clock.outstanding = None
+        clock.failures += 1
+        pause = min(0.5 * 2 ** min(clock.failures, 10), ANNOUNCE_RETRY_MAX)
+        clock.due_at = now + pause * self._rng.uniform(0.5, 1.0)
+        self._reschedule(torrent, now)
+
+    def _announce_if_due(self, torrent: Torrent, now: float) -> None:
+        clock = torrent.announce
+        if clock.due_at > now or clock.outstanding is not None or self._draining:
+            return
+        state = AnnounceState.COMPLETE if torrent.verified else AnnounceState.LEECHING
+        clock.outstanding = state
+        clock.due_at = INFINITY
+        self._actions.append(act.Announce(torrent.digest, torrent.namespace, state))
+
+    # --- connections --------------------------------------------------------------------------
+
+    def _dial(self, torrent: Torrent, now: float) -> None:
+        """Dial as many known peers as the missing pieces can use: one for a small blob, and a spare."""
+        if torrent.is_complete or self._draining:
+            return
+        for contact in torrent.connections.dials(torrent.missing_count + 1, now):
+            self._actions.append(act.Dial(torrent.digest, contact))
+
+    def _dial_failed(self, event: ev.DialFailed, now: float) -> None:
+        torrent = self._torrents.get(event.digest)
+        if torrent is None:
+            return
+        torrent.connections.dial_failed(event.peer_id, now)
+        self._dial(torrent, now)
+        self._reschedule(torrent, now)
+
+    def _peer_connected(self, event: ev.PeerConnected, now: float) -> None:
+        torrent = self._torrents.get(event.hello.digest)
+        try:
+            refusal = self._refusal(torrent, event, now)
+            have = bitfield.from_bytes(event.hello.have, event.hello.piece_count)
+        except ProtocolError as error:
+            refusal, have = (ByeReason.PROTOCOL_ERROR, error.reason), 0
+        if torrent is None or refusal is not None:
+            reason, text = refusal or (ByeReason.UNKNOWN_TORRENT, "")
+            self._actions.append(act.Close(event.connection, reason, text))
+            if torrent is not None and event.announced is not None:
+                self._dial_failed(ev.DialFailed(torrent.digest, event.hello.peer_id), now)
+            return
+        torrent.connections.connected(event.hello.peer_id, event.connection)
+        peer = Peer(event.connection, event.contact, have, now)
+        torrent.add_peer(peer)
+        self._by_connection[event.connection] = torrent
+        self._greet(torrent, peer, event.announced)
+        self._claim_from(torrent, peer, now)
+        self._reschedule(torrent, now)
+
+    def _refusal(
+        self, torrent: Torrent | None, event: ev.PeerConnected, now: float
+    ) -> tuple[ByeReason, str] | None:
+        """Why a connection cannot stand, if it cannot."""
+        if self._draining:
+            return ByeReason.DRAINING, ""
+        if torrent is None:
+            return ByeReason.UNKNOWN_TORRENT, ""
+        hello = event.hello
+        if hello.piece_count != torrent.piece_count:
+            raise ProtocolError(f"{hello.piece_count} pieces, not {torrent.piece_count}")
+        have = bitfield.from_bytes(hello.have, hello.piece_count)
+        if torrent.is_complete and have == torrent.full:
+            return ByeReason.USELESS, "both complete"
+        if event.announced is not None:
+            standing = torrent.connections.is_active(hello.peer_id)
+            return (ByeReason.DUPLICATE, "") if standing else None
+        if torrent.connections.is_backed_off(hello.peer_id, now) and have != torrent.full:
+            return ByeReason.BUSY, "backed off"
+        return self._admission(torrent, hello.peer_id, now)
+
+    def _admission(
+        self, torrent: Torrent, peer_id: str, now: float
+    ) -> tuple[ByeReason, str] | None:
+        admission = torrent.connections.admit(peer_id)
+        if admission is Admission.BUSY and self._evict_idle(torrent, now):
+            admission = torrent.connections.admit(peer_id)
+        if admission is Admission.ACCEPT:
+            return None
+        if admission is Admission.DUPLICATE:
+            return ByeReason.DUPLICATE, ""
+        return ByeReason.BUSY, "no room"
+
+    def _evict_idle(self, torrent: Torrent, now: float) -> bool:
+        """Make room for a newcomer in place of the peer that has been of no use for longest."""
+        idle = [p for p in torrent.peers.values() if not self._uploads.is_busy(p.connection)]
+        oldest = min(idle, key=lambda peer: peer.useful_at, default=None)
+        if oldest is None or now - oldest.useful_at < EVICTABLE_AFTER:
+            return False
+        self._drop(torrent, oldest.connection, now, ByeReason.USELESS)
+        return True
+
+    def _greet(self, torrent: Torrent, peer: Peer, announced: int | None) -> None:
+        """Bring the other side up to date about our pieces."""
+        if announced is None:
+            self._send(peer.connection, self._hello_of(torrent))
+            return
+        for index in bitfield.indices(torrent.have & ~announced):
+            self._send(peer.connection, Have(index))
+
+    def _peer_disconnected(self, event: ev.PeerDisconnected, now: float) -> None:
+        torrent = self._by_connection.get(event.connection)
+        if torrent is None:
+            return
+        self._remove_peer(torrent, event.connection, now)
+        self._recover(torrent, now)
+
+    def _drop(
+        self, torrent: Torrent, connection: int, now: float, reason: ByeReason, text: str = ""
+    ) -> None:
+        """Close a connection by our own decision."""
+        self._remove_peer(torrent, connection, now, banned=reason is ByeReason.CORRUPT)
+        self._actions.append(act.Close(connection, reason, text))
+
+    def _remove_peer(
+        self, torrent: Torrent, connection: int, now: float, *, banned: bool = False
+    ) -> None:
+        peer = torrent.remove_peer(connection)
+        del self._by_connection[connection]
+        self._uploads.drop_connection(connection)
+        torrent.connections.lost(peer.contact.peer_id, now, banned=banned)
+        self._start_uploads(now)
+
+    def _recover(self, torrent: Torrent, now: float) -> None:
+        """After a loss: dial others, and claim what became free elsewhere."""
+        self._dial(torrent, now)
+        self._claim_from_all(torrent, now)
+        self._reschedule(torrent, now)
+
+    def _close_useless(self, torrent: Torrent, now: float) -> None:
+        """No two complete peers stay connected."""
+        if torrent.verified:
+            for peer in list(torrent.peers.values()):
+                if peer.have == torrent.full and not self._uploads.is_busy(peer.connection):
+                    self._drop(torrent, peer.connection, now, ByeReason.USELESS)
+
+    # --- messages -----------------------------------------------------------------------------
+
+    def _message_received(self, event: ev.MessageReceived, now: float) -> None:
+        torrent = self._by_connection.get(event.connection)
+        if torrent is None:
+            return
+        peer = torrent.peers[event.connection]
+        message = event.message
+        if isinstance(message, Bye):
+            return
+        if isinstance(message, Hello) or not 0 <= message.index < torrent.piece_count:
+            self._drop(torrent, peer.connection, now, ByeReason.PROTOCOL_ERROR, repr(message))
+            self._recover(torrent, now)
+            return
+        match message:
+            case Have():
+                self._have_received(torrent, peer, message.index, now)
+            case Claim():
+                self._claim_received(torrent, peer, message.index, now)
+            case Cancel():
+                self._uploads.cancel(peer.connection, message.index)
+            case Pass():
+                peer.passed |= 1 << message.index
+                torrent.unclaim(peer, message.index)
+                self._claim_from_all(torrent, now)
+        self._reschedule(torrent, now)
+
+    def _have_received(self, torrent: Torrent, peer: Peer, index: int, now: float) -> None:
+        torrent.peer_gained(peer, index)
+        if torrent.verified:
+            self._close_useless(torrent, now)
+        else:
+            self._claim_from(torrent, peer, now)
+
+    def _claim_received(self, torrent: Torrent, peer: Peer, index: int, now: float) -> None:
+        had = (torrent.have >> index) & 1
+        if not had or self._draining or not self._uploads.claim(peer.connection, index):
+            self._send(peer.connection, Pass(index))
+        self._start_uploads(now)
+
+    def _start_uploads(self, now: float) -> None:
+        while (upload := self._uploads.start_next(now)) is not None:
+            connection, index = upload
+            digest = self._by_connection[connection].digest
+            self._actions.append(act.SendPiece(connection, digest, index))
+
+    def _piece_sent(self, event: ev.PieceSent, now: float) -> None:
+        self._uploads.sent(event.connection, event.index)
+        torrent = self._by_connection.get(event.connection)
+        if torrent is not None:
+            torrent.peers[event.connection].useful_at = now
+            if self._draining:
+                self._drop(torrent, event.connection, now, ByeReason.DRAINING)
+            else:
+                self._close_useless(torrent, now)
+            self._reschedule(torrent, now)
+        self._start_uploads(now)
+
+    # --- pieces -------------------------------------------------------------------------------
+
+    def _piece_received(self, event: ev.PieceReceived, now: float) -> None:
+        torrent = self._by_connection.get(event.connection)
+        if torrent is None:
+            return
+        peer = torrent.peers[event.connection]
+        torrent.received(peer, event.index, now)
+        self._withdraw_elsewhere(torrent, event.index, event.connection)
+        self._claim_from(torrent, peer, now)
+        self._reschedule(torrent, now)
+
+    def _withdraw_elsewhere(self, torrent: Torrent, index: int, connection: int) -> None:
+        for other in torrent.other_claimants(index, connection):
+            torrent.withdraw(other, index)
+            self._send(other.connection, Cancel(index))
+
+    def _piece_stored(self, event: ev.PieceStored, now: float) -> None:
+        torrent = self._torrents.get(event.digest)
+        if torrent is None:
+            return
+        torrent.stored(event.index, now)
+        for peer in torrent.peers.values():
+            self._send(peer.connection, Have(event.index))
+        if torrent.is_complete:
+            self._actions.append(act.Finish(torrent.digest))
+        else:
+            self._claim_from_all(torrent, now)
+        self._reschedule(torrent, now)
+
+    def _piece_rejected(self, event: ev.PieceRejected, now: float) -> None:
+        torrent = self._torrents.get(event.digest)
+        if torrent is None:
+            return
+        torrent.rejected(event.index)
+        if event.connection in torrent.peers:
+            self._drop(torrent, event.connection, now, ByeReason.CORRUPT, f"piece {event.index}")
+        self._recover(torrent, now)
+
+    def _piece_lost(self, event: ev.PieceLost, now: float) -> None:
+        torrent = self._torrents.get(event.digest)
+        if torrent is not None:
+            torrent.rejected(event.index)
+            self._claim_from_all(torrent, now)
+            self._reschedule(torrent, now)
+
+    def _claim_from_all(self, torrent: Torrent, now: float) -> None:
+        for peer in list(torrent.peers.values()):
+            self._claim_from(torrent, peer, now)
+
+    def _claim_from(self, torrent: Torrent, peer: Peer, now: float) -> None:
+        if torrent.is_complete or self._draining:
+            return
+        while (index := self._policy.next_claim(torrent, peer)) is not None:
+            torrent.claim(peer, index, now)
+            self._send(peer.connection, Claim(index))
+
+    # --- time ---------------------------------------------------------------------------------
+
+    def _deadline_passed(self, _event: ev.DeadlinePassed, now: float) -> None:
+        for connection in self._uploads.stalled(now):
+            torrent = self._by_connection[connection]
+            self._drop(torrent, connection, now, ByeReason.STALLED)
+            self._recover(torrent, now)
+        for due in self._due(now):
+            self._tick(due, now)
+
+    def _due(self, now: float) -> list[Torrent]:
+        due = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            at, _, digest = heapq.heappop(self._deadlines)
+            if self._deadline_of.get(digest) == at:
+                del self._deadline_of[digest]
+                due.append(self._torrents[digest])
+        return due
+
+    def _tick(self, torrent: Torrent, now: float) -> None:
+        if self._fail_if_stalled(torrent, now):
+            return
+        torrent.connections.expire(now)
+        self._take_back_late_claims(torrent, now)
+        self._close_idle(torrent, now)
+        self._announce_if_due(torrent, now)
+        self._recover(torrent, now)
+
+    def _fail_if_stalled(self, torrent: Torrent, now: float) -> bool:
+        if torrent.is_complete or now < torrent.progress_at + self._limits.stall_timeout:
+            return False
+        for connection in list(torrent.peers):
+            self._drop(torrent, connection, now, ByeReason.USELESS)
+        reason = (
+            f"no piece for {self._limits.stall_timeout:.0f} s, "
+            f"{torrent.missing_count} of {torrent.piece_count} pieces missing"
+        )
+        self._actions.append(act.Fail(torrent.digest, reason))
+        self._forget(torrent)
+        return True
+
+    def _take_back_late_claims(self, torrent: Torrent, now: float) -> None:
+        late_peers: dict[int, Peer] = {}
+        for peer, index in torrent.late_claims(now):
+            torrent.withdraw(peer, index)
+            self._send(peer.connection, Cancel(index))
+            late_peers[peer.connection] = peer
+        for peer in late_peers.values():
+            peer.timing.back_off()
+            peer.late_in_a_row += 1
+            if peer.late_in_a_row >= LATE_IN_A_ROW_MAX:
+                self._drop(torrent, peer.connection, now, ByeReason.STALLED)
+
+    def _close_idle(self, torrent: Torrent, now: float) -> None:
+        limit = now - self._limits.connections.idle_timeout
+        for peer in list(torrent.peers.values()):
+            if peer.useful_at <= limit and not self._in_use(peer):
+                self._drop(torrent, peer.connection, now, ByeReason.USELESS)
+
+    def _in_use(self, peer: Peer) -> bool:
+        return bool(peer.claims) or self._uploads.is_busy(peer.connection)
+
+    def _drain_started(self, _event: ev.DrainStarted, now: float) -> None:
+        self._draining = True
+        for torrent in self._torrents.values():
+            for connection in list(torrent.peers):
+                if not self._uploads.is_busy(connection):
+                    self._drop(torrent, connection, now, ByeReason.DRAINING)
+            self._say_stopped(torrent)
+            self._reschedule(torrent, now)
+
+    def _reschedule(self, torrent: Torrent, now: float) -> None:
+        """Work out when this torrent needs attention next."""
+        deadline = self._torrent_deadline(torrent, now)
+        if self._deadline_of.get(torrent.digest) == deadline:
+            return
+        self._deadline_of[torrent.digest] = deadline
+        if deadline < INFINITY:
+            self._serial += 1
+            heapq.heappush(self._deadlines, (deadline, self._serial, torrent.digest))
+
+    def _torrent_deadline(self, torrent: Torrent, now: float) -> float:
+        if self._draining:
+            return INFINITY
+        idle_timeout = self._limits.connections.idle_timeout
+        idle_at = min(
+            (p.useful_at + idle_timeout for p in torrent.peers.values() if not self._in_use(p)),
+            default=INFINITY,
+        )
+        deadline = min(torrent.announce.due_at, idle_at)
+        if not torrent.is_complete:
+            deadline = min(
+                deadline,
+                torrent.progress_at + self._limits.stall_timeout,
+                torrent.next_claim_deadline(),
+                torrent.connections.next_deadline(now),
+            )
+        return deadline
+
+    # --- small things -------------------------------------------------------------------------
+
+    def _send(self, connection: int, message: Message) -> None:
+        self._actions.append(act.Send(connection, message))
+
+    def _hello_of(self, torrent: Torrent) -> Hello:
+        return Hello(
+            digest=torrent.digest,
+            namespace=torrent.namespace,
+            peer_id=self.peer_id,
+            kind=self._kind,
+            port=self._port,
+            piece_count=torrent.piece_count,
+            have=bitfield.to_bytes(torrent.have, torrent.piece_count),
+        )
+
+
+def contact_of(hello: Hello, host: str) -> PeerContact:
+    """Where a peer that dialled us can be found again: at the port that it says it listens on."""
+    return PeerContact(hello.peer_id, host, hello.port, hello.kind)

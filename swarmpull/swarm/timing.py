@@ -1,0 +1,49 @@
+"""How long a piece should take: an estimate that follows what was measured."""
+
+from __future__ import annotations
+
+from typing import Final
+
+# Weights of a new sample and the four deviations are those of TCP's retransmission timer (RFC 6298,
+# section 2), which solves the same problem: late means later than this path usually is.
+MEAN_GAIN: Final = 1 / 8
+DEVIATION_GAIN: Final = 1 / 4
+DEVIATIONS: Final = 4.0
+# Before the first sample: 4 MiB at 0.5 MB/s.
+TIMEOUT_INITIAL: Final = 8.0
+# Below this a hiccup of the host (a busy disk, a paused process) would look like a dead peer.
+TIMEOUT_MIN: Final = 1.0
+TIMEOUT_MAX: Final = 60.0
+
+
+class PieceTiming:
+    """Mean and deviation of the time from a claim to its piece, in seconds."""
+
+    __slots__ = ("_deviation", "_lateness", "_mean")
+
+    def __init__(self) -> None:
+        self._mean: float | None = None
+        self._deviation = 0.0
+        self._lateness = 1.0
+
+    def add(self, seconds: float) -> None:
+        """A piece arrived that many seconds after its claim."""
+        self._lateness = 1.0
+        if self._mean is None:
+            self._mean, self._deviation = seconds, seconds / 2
+            return
+        error = seconds - self._mean
+        self._mean += MEAN_GAIN * error
+        self._deviation += DEVIATION_GAIN * (abs(error) - self._deviation)
+
+    def back_off(self) -> None:
+        """A claim was late: allow twice the time until a piece arrives, as on a link that got slower."""
+        self._lateness = min(self._lateness * 2, TIMEOUT_MAX)
+
+    def timeout(self) -> float:
+        """Seconds after which a claim is late."""
+        if self._mean is None:
+            expected = TIMEOUT_INITIAL
+        else:
+            expected = max(self._mean + DEVIATIONS * self._deviation, TIMEOUT_MIN)
+        return min(expected * self._lateness, TIMEOUT_MAX)

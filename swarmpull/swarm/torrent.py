@@ -1,0 +1,304 @@
+"""One torrent: which pieces are where, which are claimed, and what each peer owes us.
+
+A piece is in exactly one state: missing, claimed (at one peer, or at two in the endgame), verifying
+(received, its hash being checked), or had.  This module is the bookkeeping, with its invariants; what to
+claim is the policy's decision, whom to be connected to is `ConnectionTable`'s, and the `Scheduler` puts
+them together.  Everything here is O(1) or O(peers), except where a docstring says otherwise.
+"""
+
+from __future__ import annotations
+
+import random
+
+import attrs
+
+from swarmpull.digest import Digest
+from swarmpull.swarm import bitfield
+from swarmpull.swarm.connections import ConnectionLimits, ConnectionTable, HostPlaces
+from swarmpull.swarm.metainfo import Metainfo
+from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
+from swarmpull.swarm.picker import Availability, Picker, PickerLimits
+from swarmpull.swarm.timing import PieceTiming
+
+
+@attrs.define
+class ClaimRecord:
+    """A claim of ours that is outstanding: when it was made, and when it is late."""
+
+    claimed_at: float
+    late_at: float
+
+
+@attrs.define(eq=False)
+class Peer:
+    """One active connection.
+
+    Attributes:
+        connection: its number.
+        contact: who it is.
+        have: the pieces it has, as a bitfield.
+        claims: what we claimed there, oldest first.
+        cancelled: claims that we took back; the piece may still arrive and is not an offence.
+        passed: pieces it would not give us, until it tells of another one.
+        late_in_a_row: claims that came late, or not at all, since its last piece.
+        useful_at: when a piece last went either way.
+    """
+
+    connection: int
+    contact: PeerContact
+    have: int
+    useful_at: float
+    claims: dict[int, ClaimRecord] = attrs.field(factory=dict)
+    cancelled: set[int] = attrs.field(factory=set)
+    passed: int = 0
+    late_in_a_row: int = 0
+    timing: PieceTiming = attrs.field(factory=PieceTiming)
+
+
+@attrs.define
+class AnnounceClock:
+    """When the tracker hears from us next.
+
+    ``acknowledged_complete`` becomes true when a tracker has answered an announce of completion: until
+    then it is announced again and again.
+    """
+
+    due_at: float = float("inf")
+    outstanding: AnnounceState | None = None
+    failures: int = 0
+    acknowledged_complete: bool = False
+
+
+class Torrent:
+    """The state of one blob on this host.
+
+    Attributes:
+        have: pieces that are verified and on disk.
+        verifying: pieces whose hash is being checked.
+        verified: whether the whole blob has matched its digest and is in the store.
+        progress_at: when the last piece was stored, or the torrent added.
+    """
+
+    def __init__(
+        self,
+        metainfo: Metainfo,
+        namespace: str,
+        have: int,
+        *,
+        verified: bool,
+        own_peer_id: str,
+        host_places: HostPlaces,
+        connection_limits: ConnectionLimits,
+        picker_limits: PickerLimits,
+        rng: random.Random,
+    ) -> None:
+        self.metainfo = metainfo
+        self.namespace = namespace
+        self.piece_count = metainfo.piece_count
+        self.full = bitfield.full(self.piece_count)
+        self.have = have
+        self.verifying = 0
+        self.peers: dict[int, Peer] = {}
+        self.connections = ConnectionTable(own_peer_id, connection_limits, host_places)
+        self.availability = Availability(self.piece_count)
+        self.picker = Picker(self.availability, picker_limits, rng)
+        self.announce = AnnounceClock()
+        self.verified = verified
+        self.progress_at = 0.0
+        self._claimants: dict[int, int] = {}
+        self._claimed = 0
+
+    @property
+    def digest(self) -> Digest:
+        return self.metainfo.digest
+
+    @property
+    def is_complete(self) -> bool:
+        return self.have == self.full
+
+    @property
+    def missing_count(self) -> int:
+        return self.piece_count - self.have.bit_count()
+
+    # --- peers --------------------------------------------------------------------------------
+
+    def add_peer(self, peer: Peer) -> None:
+        self.peers[peer.connection] = peer
+        self.availability.add(peer.have)
+
+    def remove_peer(self, connection: int) -> Peer:
+        """Forget a peer; what was claimed there is free again.  O(pieces it has)."""
+        peer = self.peers.pop(connection)
+        for index in list(peer.claims):
+            self._release(peer, index)
+        self.availability.remove(peer.have)
+        return peer
+
+    def peer_gained(self, peer: Peer, index: int) -> None:
+        """A peer told of one more piece."""
+        peer.have = self.availability.gain(peer.have, index)
+        peer.passed = 0
+
+    def is_mutual(self, peer: Peer) -> bool:
+        """Whether either side has something that the other lacks."""
+        return bool((peer.have & ~self.have) | (self.have & ~peer.have))
+
+    # --- claims -------------------------------------------------------------------------------
+
+    def free_pieces(self, peer: Peer) -> int:
+        """The pieces that this peer has and we neither have nor expect from anyone."""
+        return peer.have & ~(self.have | self.verifying | self._claimed | peer.passed)
+
+    def owed_pieces(self, peer: Peer, claimants_max: int) -> int:
+        """In the endgame: pieces that this peer has and fewer than ``claimants_max`` others owe us.
+
+        Empty as long as any missing piece is unclaimed.  O(claimed pieces).
+        """
+        if self.full & ~(self.have | self.verifying | self._claimed):
+            return 0
+        owed = peer.have & self._claimed & ~peer.passed
+        for index in bitfield.indices(owed):
+            if index in peer.claims or self._claimants[index] >= claimants_max:
+                owed &= ~(1 << index)
+        return owed
+
+    def claim(self, peer: Peer, index: int, now: float) -> None:
+        """Record a claim at a peer."""
+        peer.claims[index] = ClaimRecord(now, now + peer.timing.timeout())
+        peer.cancelled.discard(index)
+        self._claimants[index] = self._claimants.get(index, 0) + 1
+        self._claimed |= 1 << index
+
+    def unclaim(self, peer: Peer, index: int) -> None:
+        """The peer will not give this piece: it is free for others."""
+        if index in peer.claims:
+            self._release(peer, index)
+
+    def withdraw(self, peer: Peer, index: int) -> None:
+        """Take a claim back; the piece may be under way already."""
+        self._release(peer, index)
+        peer.cancelled.add(index)
+
+    def late_claims(self, now: float) -> list[tuple[Peer, int]]:
+        """Claims that should have been answered by now.  O(claims)."""
+        return [
+            (peer, index)
+            for peer in self.peers.values()
+            for index, record in peer.claims.items()
+            if record.late_at <= now
+        ]
+
+    def other_claimants(self, index: int, connection: int) -> list[Peer]:
+        """The peers besides ``connection`` that owe us this piece."""
+        if index not in self._claimants:
+            return []
+        return [p for p in self.peers.values() if p.connection != connection and index in p.claims]
+
+    # --- pieces -------------------------------------------------------------------------------
+
+    def expects(self, connection: int, index: int) -> bool:
+        """Whether a piece that begins to arrive on this connection is still needed."""
+        peer = self.peers.get(connection)
+        if peer is None or (index not in peer.claims and index not in peer.cancelled):
+            return False
+        return not ((self.have | self.verifying) >> index) & 1
+
+    def was_asked(self, connection: int, index: int) -> bool:
+        """Whether we ever asked this peer for this piece and have not received it since."""
+        peer = self.peers.get(connection)
+        return peer is not None and (index in peer.claims or index in peer.cancelled)
+
+    def received(self, peer: Peer, index: int, now: float) -> bool:
+        """All bytes of a piece are here; False when it is not needed any more."""
+        record = peer.claims.get(index)
+        if record is not None:
+            peer.timing.add(now - record.claimed_at)
+            self._release(peer, index)
+        peer.cancelled.discard(index)
+        peer.late_in_a_row = 0
+        peer.useful_at = now
+        if ((self.have | self.verifying) >> index) & 1:
+            return False
+        self.verifying |= 1 << index
+        return True
+
+    def stored(self, index: int, now: float) -> None:
+        """A piece is verified and on disk."""
+        self.verifying &= ~(1 << index)
+        self.have |= 1 << index
+        self.progress_at = now
+
+    def rejected(self, index: int) -> None:
+        """A piece was not stored: it is missing again."""
+        self.verifying &= ~(1 << index)
+
+    # --- time ---------------------------------------------------------------------------------
+
+    def next_claim_deadline(self) -> float:
+        """When the first outstanding claim is late; inf when none is.  O(claims)."""
+        return min(
+            (record.late_at for peer in self.peers.values() for record in peer.claims.values()),
+            default=float("inf"),
+        )
+
+    # --- introspection ------------------------------------------------------------------------
+
+    def check_invariants(self) -> None:
+        """For tests and the simulator.  O(peers x pieces)."""
+        assert not self.have & self.verifying, "a piece is had or verifying, not both"
+        assert not self._claimed & (self.have | self.verifying), "what is had is not claimed"
+        assert self.have & ~self.full == 0
+        claimants: dict[int, int] = {}
+        for peer in self.peers.values():
+            for index, record in peer.claims.items():
+                assert (peer.have >> index) & 1, "claimed where it is not"
+                assert record.late_at >= record.claimed_at
+                claimants[index] = claimants.get(index, 0) + 1
+            assert not peer.cancelled & peer.claims.keys()
+        assert claimants == self._claimants
+        assert self._claimed == sum(1 << index for index in claimants)
+        for index in range(self.piece_count):
+            having = sum((peer.have >> index) & 1 for peer in self.peers.values())
+            assert self.availability[index] == having, f"availability of piece {index} drifted"
+        self.connections.check_invariants()
+        assert self.connections.active_count == len(self.peers)
+
+    def statistics(self) -> TorrentStatistics:
+        return TorrentStatistics(
+            digest=self.digest,
+            length=self.metainfo.length,
+            pieces=self.piece_count,
+            have=self.have.bit_count(),
+            claimed=len(self._claimants),
+            verifying=self.verifying.bit_count(),
+            agents=self._count(PeerKind.AGENT),
+            origins=self._count(PeerKind.ORIGIN),
+            pending=self.connections.pending_count,
+        )
+
+    def _count(self, kind: PeerKind) -> int:
+        return sum(peer.contact.kind is kind for peer in self.peers.values())
+
+    def _release(self, peer: Peer, index: int) -> None:
+        del peer.claims[index]
+        left = self._claimants[index] - 1
+        if left:
+            self._claimants[index] = left
+        else:
+            del self._claimants[index]
+            self._claimed &= ~(1 << index)
+
+
+@attrs.frozen(kw_only=True)
+class TorrentStatistics:
+    """A snapshot: pieces in all, had, claimed and verifying; active peers by kind; pending dials."""
+
+    digest: Digest
+    length: int
+    pieces: int
+    have: int
+    claimed: int
+    verifying: int
+    agents: int
+    origins: int
+    pending: int

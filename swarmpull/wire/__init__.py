@@ -1,0 +1,1 @@
+"""What travels between roles and between peers: length-prefixed frames and what is in them."""

@@ -1,0 +1,228 @@
+"""The RPC methods between roles, with their request and reply bodies.
+
+Bodies are attrs classes; cattrs turns them into MessagePack maps by field name, so a field with a
+default may be added without breaking an older peer.  ``docs/protocol.md`` has the table.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import attrs
+
+from swarmpull.digest import Digest
+from swarmpull.swarm.metainfo import Metainfo
+from swarmpull.swarm.peers import AnnounceState, PeerContact
+from swarmpull.wire.rpc import Method
+
+
+@attrs.frozen
+class Empty:
+    """A reply that only says "done"."""
+
+
+# --- tracker ----------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class AnnounceRequest:
+    """An agent or origin tells the tracker that it takes part in the swarm of a blob.
+
+    Attributes:
+        digest: the blob.
+        namespace: the repository through which the blob was asked for; empty for a generic blob.
+        peer: the announcer; an empty host means "as you see me".
+        state: leeching, complete or stopped.
+        want_metainfo: also return the metainfo (the first announce of a download).
+    """
+
+    digest: Digest
+    namespace: str
+    peer: PeerContact
+    state: AnnounceState
+    want_metainfo: bool = False
+
+
+@attrs.frozen
+class AnnounceReply:
+    """The handout.
+
+    Attributes:
+        peers: at most 50: completed agents, then origins, then agents in progress; never the announcer.
+        interval: seconds until the next announce is due.
+        metainfo: when it was wanted.
+    """
+
+    peers: tuple[PeerContact, ...]
+    interval: float
+    metainfo: Metainfo | None = None
+
+
+# Raises BlobNotFound when metainfo is wanted and no origin can get the blob.
+ANNOUNCE: Final = Method("tracker.announce", AnnounceRequest, AnnounceReply)
+
+
+# --- origin -----------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class BlobRequest:
+    """Which blob, and through which repository it was asked for (empty: a generic blob)."""
+
+    digest: Digest
+    namespace: str = ""
+
+
+@attrs.frozen
+class BlobStatReply:
+    length: int
+
+
+@attrs.frozen
+class MetainfoReply:
+    """Metainfo, and the origin that seeds the blob from now on."""
+
+    metainfo: Metainfo
+    seeder: PeerContact
+
+
+@attrs.frozen
+class AdoptRequest:
+    """Ask an origin to take a blob that the caller seeds, through the swarm, and to make it durable.
+
+    The origin answers when the blob is verified on its own disk and in the backend.
+    """
+
+    metainfo: Metainfo
+    namespace: str
+    source: PeerContact
+
+
+@attrs.frozen
+class PutManifestRequest:
+    """Push a manifest; ``reference`` is a tag or the manifest's own digest."""
+
+    repository: str
+    reference: str
+    media_type: str
+    content: bytes = attrs.field(repr=False)
+
+
+@attrs.frozen
+class PutManifestReply:
+    digest: Digest
+    subject: Digest | None = None
+
+
+STAT_BLOB: Final = Method("origin.stat_blob", BlobRequest, BlobStatReply)
+GET_METAINFO: Final = Method("origin.get_metainfo", BlobRequest, MetainfoReply)
+ADOPT_BLOB: Final = Method("origin.adopt_blob", AdoptRequest, Empty)
+PUT_MANIFEST: Final = Method("origin.put_manifest", PutManifestRequest, PutManifestReply)
+
+
+# --- index ------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Descriptor:
+    """A manifest as the index knows it; annotations and artifact type as referrers list them."""
+
+    digest: Digest
+    media_type: str
+    length: int
+    artifact_type: str | None = None
+    annotations: dict[str, str] | None = None
+
+
+@attrs.frozen
+class ReferenceRequest:
+    """A tag, or a digest as text, in a repository."""
+
+    repository: str
+    reference: str
+
+
+@attrs.frozen
+class RecordManifestRequest:
+    """Enter a manifest, whose bytes are durable already, into a repository.
+
+    Attributes:
+        repository: where.
+        manifest: digest, media type, length; artifact type and annotations for referrers.
+        tag: the tag to move to it, if any.
+        subject: the manifest that this one refers to as its subject; need not exist.
+        blobs: digests of config and layers that must be in the repository.
+        manifests: digests of child manifests that must be in the repository.
+    """
+
+    repository: str
+    manifest: Descriptor
+    tag: str | None = None
+    subject: Digest | None = None
+    blobs: tuple[Digest, ...] = ()
+    manifests: tuple[Digest, ...] = ()
+
+
+@attrs.frozen
+class CheckReferencesRequest:
+    """Would a manifest with these references be accepted?"""
+
+    repository: str
+    blobs: tuple[Digest, ...] = ()
+    manifests: tuple[Digest, ...] = ()
+
+
+@attrs.frozen
+class DigestInRepository:
+    repository: str
+    digest: Digest
+
+
+@attrs.frozen
+class Found:
+    found: bool
+
+
+@attrs.frozen
+class ListRequest:
+    """A page: names that sort after ``after``, ``limit`` of them at most.
+
+    ``repository`` is empty where repositories themselves are listed.
+    """
+
+    repository: str = ""
+    after: str = ""
+    limit: int = 1000
+
+
+@attrs.frozen
+class ListReply:
+    """One page of names in byte order; ``more`` when others follow."""
+
+    names: tuple[str, ...]
+    more: bool
+
+
+@attrs.frozen
+class ReferrersReply:
+    manifests: tuple[Descriptor, ...]
+
+
+# Raises ManifestNotFound (or RepositoryNotFound).
+RESOLVE: Final = Method("index.resolve", ReferenceRequest, Descriptor)
+# Both raise ManifestReferencesMissing.
+CHECK_REFERENCES: Final = Method("index.check_references", CheckReferencesRequest, Empty)
+RECORD_MANIFEST: Final = Method("index.record_manifest", RecordManifestRequest, Empty)
+# Removes the manifest and every tag of the repository that points to it.  Raises ManifestNotFound.
+DELETE_MANIFEST: Final = Method("index.delete_manifest", DigestInRepository, Empty)
+# Raises ManifestNotFound.
+DELETE_TAG: Final = Method("index.delete_tag", ReferenceRequest, Empty)
+LINK_BLOB: Final = Method("index.link_blob", DigestInRepository, Empty)
+# Raises BlobNotFound.
+UNLINK_BLOB: Final = Method("index.unlink_blob", DigestInRepository, Empty)
+HAS_BLOB: Final = Method("index.has_blob", DigestInRepository, Found)
+# Raises RepositoryNotFound.
+LIST_TAGS: Final = Method("index.list_tags", ListRequest, ListReply)
+LIST_REPOSITORIES: Final = Method("index.list_repositories", ListRequest, ListReply)
+# An unknown digest has no referrers; that is not an error.
+LIST_REFERRERS: Final = Method("index.list_referrers", DigestInRepository, ReferrersReply)

@@ -1,0 +1,301 @@
+"""Peer connections: messages and piece payloads over one TCP connection.
+
+Payload bytes go from the file into the socket by sendfile and from the socket into the caller's buffer by
+recv_into; neither passes through a Python object.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+from typing import Final
+
+import trio
+
+from swarmpull.errors import ProtocolError, StoreUnavailable
+from swarmpull.swarm.messages import Bye, Hello, Message, PieceChunk
+from swarmpull.wire import peer
+from swarmpull.wire.frames import HEADER_BYTES, oversized, unpack_header
+from swarmpull.wire.peer import CHUNK_BYTES_MAX
+
+__all__ = ["CHUNK_BYTES_MAX", "PeerStream"]
+
+# What is read beyond a header is payload that has to be copied, so headers are read in small bites.
+READ_AHEAD_BYTES: Final = 4096
+# Unsent bytes in the kernel: a message waits behind no more than this, 0.4 ms at 300 MB/s.
+NOTSENT_BYTES_MAX: Final = 128 * 1024
+LEAVE_TIMEOUT: Final = 1.0
+# Disk reads of streams without sendfile, and of pages that sendfile would have to wait for.
+_disk_limiter = trio.CapacityLimiter(4)
+_SKIP_BYTES: Final = 64 * 1024
+# Errors of sendfile that are about the file; all others are about the connection.
+_FILE_ERRORS: Final = (errno.EBADF, errno.EIO, errno.EINVAL, errno.EOVERFLOW, errno.ESTALE)
+
+
+class PeerStream:
+    """One connection of the peer protocol, over TCP or (with TLS) any other trio stream.
+
+    Several tasks may send: frames never mix, and those of one task keep their order.  One task receives.
+
+    Cancelling `send` or `send_chunk` while a frame is half written, or `receive_into` before it has
+    filled its view, leaves the stream at an unknown place: that direction is then broken and each later
+    use of it raises trio.BrokenResourceError.  Cancelling `receive` loses nothing.
+
+    All methods raise trio.BrokenResourceError when the connection is lost and trio.ClosedResourceError
+    after `aclose`.
+    """
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        self._stream = stream
+        self._socket = stream.socket if type(stream) is trio.SocketStream else None
+        if isinstance(stream, trio.SocketStream):
+            stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+            stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_BYTES_MAX)
+        self._send_lock = trio.Lock()
+        self._send_broken = False
+        self._receive_broken = False
+        # Bytes that came with a header: at most READ_AHEAD_BYTES, or one message.
+        self._buffer = bytearray()
+        # Of the chunk that `receive` returned last, not yet taken.
+        self._payload_left = 0
+
+    # --- sending ---------------------------------------------------------------------------
+
+    async def send(self, *messages: Message) -> None:
+        """Send messages in one write."""
+        data = b"".join(map(peer.pack, messages))
+        async with self._send_lock:
+            await self._begin_frame()
+            await self._stream.send_all(data)
+            self._send_broken = False
+
+    async def send_chunk(self, chunk: PieceChunk, file: int, offset: int) -> None:
+        """Send ``chunk`` with the payload that file descriptor ``file`` has at ``offset``.
+
+        The caller keeps ``file`` open until this returns.
+
+        Raises:
+            StoreUnavailable: the file ended early or could not be read; the stream is broken then.
+            ValueError: the chunk is empty or above CHUNK_BYTES_MAX.
+        """
+        header = peer.pack_chunk_header(chunk)
+        if self._socket is None:
+            await self._send_copy(header, chunk, file, offset)
+            return
+        if _must_wait_for_disk(file, offset, chunk.length):
+            await _read_in_thread(file, chunk.length, offset)
+        async with self._send_lock:
+            await self._begin_frame()
+            await self._send_header(self._socket, header)
+            await self._send_file(self._socket, chunk, file, offset)
+            self._send_broken = False
+
+    async def _begin_frame(self) -> None:
+        if self._send_broken:
+            raise trio.BrokenResourceError("an earlier send was interrupted inside a frame")
+        await trio.lowlevel.checkpoint_if_cancelled()
+        # Until the frame is whole: whatever interrupts it leaves this set.
+        self._send_broken = True
+
+    async def _send_copy(self, header: bytes, chunk: PieceChunk, file: int, offset: int) -> None:
+        payload = await _read_in_thread(file, chunk.length, offset)
+        if len(payload) != chunk.length:
+            raise _truncated(chunk)
+        async with self._send_lock:
+            await self._begin_frame()
+            await self._stream.send_all(header + payload)
+            self._send_broken = False
+
+    async def _send_header(self, sock: trio.socket.SocketType, header: bytes) -> None:
+        # MSG_MORE: the header leaves together with the first payload bytes.
+        try:
+            while header:
+                sent = await sock.send(header, socket.MSG_MORE)
+                header = header[sent:]
+        except OSError as error:
+            raise _lost(error) from error
+
+    async def _send_file(
+        self, sock: trio.socket.SocketType, chunk: PieceChunk, file: int, offset: int
+    ) -> None:
+        left = chunk.length
+        while left:
+            if sock.fileno() < 0:
+                raise trio.ClosedResourceError("this stream was closed meanwhile")
+            try:
+                sent = os.sendfile(sock.fileno(), file, offset, left)
+            except BlockingIOError:
+                await trio.lowlevel.wait_writable(sock)
+                continue
+            except OSError as error:
+                if error.errno in _FILE_ERRORS:
+                    raise StoreUnavailable("for pieces", str(error)) from error
+                raise _lost(error) from error
+            if sent == 0:
+                raise _truncated(chunk)
+            offset += sent
+            left -= sent
+
+    # --- receiving -------------------------------------------------------------------------
+
+    async def receive(self) -> Message | PieceChunk:
+        """The next message.  After a PieceChunk take its payload: `receive_into` or `discard`.
+
+        Raises:
+            trio.EndOfChannel: the other side closed between two messages.
+            ProtocolError: malformed, too long, or the connection ended inside a message.
+        """
+        if self._payload_left:
+            raise RuntimeError(f"{self._payload_left} bytes of payload were not taken")
+        self._check_receiving()
+        while True:
+            await self._read_ahead(HEADER_BYTES, between_messages=True)
+            frame_type, body_length = unpack_header(self._buffer)
+            if frame_type == peer.FrameType.PIECE:
+                return await self._receive_chunk_head(body_length)
+            if body_length > peer.BODY_BYTES_MAX:
+                raise oversized(body_length, peer.BODY_BYTES_MAX)
+            end = HEADER_BYTES + body_length
+            await self._read_ahead(end)
+            message = peer.unpack(frame_type, bytes(self._buffer[HEADER_BYTES:end]))
+            del self._buffer[:end]
+            if message is not None:
+                return message
+
+    async def receive_hello(self) -> Hello | Bye:
+        """The first message, which has to be a HELLO (or a BYE from a side that does not want us).
+
+        Raises:
+            ProtocolError: anything else; also when the other side closed without a word.
+        """
+        try:
+            message = await self.receive()
+        except trio.EndOfChannel as error:
+            raise ProtocolError("closed before its HELLO") from error
+        if not isinstance(message, Hello | Bye):
+            raise ProtocolError(f"began with {type(message).__name__} instead of HELLO")
+        return message
+
+    async def receive_into(self, view: memoryview) -> None:
+        """Fill ``view`` with the next ``len(view)`` bytes of the payload of the last PieceChunk.
+
+        Raises:
+            ProtocolError: the connection ended inside the payload.
+            ValueError: ``view`` is longer than what is left of the payload.
+        """
+        size = len(view)
+        if size > self._payload_left:
+            raise ValueError(f"{size} bytes wanted, {self._payload_left} are left of the payload")
+        self._check_receiving()
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self._receive_broken = True
+        filled = min(size, len(self._buffer))
+        view[:filled] = self._buffer[:filled]
+        del self._buffer[:filled]
+        while filled < size:
+            count = await self._receive_some_into(view[filled:])
+            if count == 0:
+                raise ProtocolError("the connection ended inside a PIECE")
+            filled += count
+        self._payload_left -= size
+        self._receive_broken = False
+
+    async def discard(self) -> None:
+        """Read what is left of the payload of the last PieceChunk and throw it away."""
+        scratch = memoryview(bytearray(min(self._payload_left, _SKIP_BYTES)))
+        while self._payload_left:
+            await self.receive_into(scratch[: self._payload_left])
+
+    async def leave(self, bye: Bye) -> None:
+        """Say ``bye``, where a frame is not half written, and close; no other task may use the stream.
+
+        Takes LEAVE_TIMEOUT seconds at most and is shielded from cancellation, so that it can be the last
+        act of a task that is being cancelled.  A connection that is gone already is no error.
+        """
+        with (
+            trio.CancelScope(deadline=trio.current_time() + LEAVE_TIMEOUT, shield=True),
+            contextlib.suppress(OSError, trio.BrokenResourceError, trio.ClosedResourceError),
+        ):
+            await self.send(bye)
+            if isinstance(self._stream, trio.SocketStream):
+                await self._stream.send_eof()
+            # Closing with unread bytes resets the connection, and the other side may lose the BYE.
+            while await self._stream.receive_some(_SKIP_BYTES):
+                pass
+        with trio.CancelScope(shield=True):
+            await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the connection; does not wait for the other side."""
+        await trio.aclose_forcefully(self._stream)
+
+    def _check_receiving(self) -> None:
+        if self._receive_broken:
+            raise trio.BrokenResourceError("an earlier receive_into was interrupted")
+
+    async def _receive_chunk_head(self, body_length: int) -> PieceChunk:
+        peer.check_chunk_length(body_length)
+        end = HEADER_BYTES + peer.CHUNK_HEAD_BYTES
+        await self._read_ahead(end)
+        chunk = peer.unpack_chunk_head(body_length, self._buffer[HEADER_BYTES:end])
+        del self._buffer[:end]
+        self._payload_left = chunk.length
+        return chunk
+
+    async def _read_ahead(self, size: int, *, between_messages: bool = False) -> None:
+        # At least ``size`` bytes into the buffer.
+        if len(self._buffer) >= size:
+            await trio.lowlevel.checkpoint()
+            return
+        while len(self._buffer) < size:
+            data = await self._stream.receive_some(max(READ_AHEAD_BYTES, size - len(self._buffer)))
+            if not data:
+                if between_messages and not self._buffer:
+                    raise trio.EndOfChannel
+                raise ProtocolError("the connection ended inside a message")
+            self._buffer += data
+
+    async def _receive_some_into(self, view: memoryview) -> int:
+        if self._socket is None:
+            data = await self._stream.receive_some(len(view))
+            view[: len(data)] = data
+            return len(data)
+        try:
+            return await self._socket.recv_into(view)
+        except OSError as error:
+            raise _lost(error) from error
+
+
+def _must_wait_for_disk(file: int, offset: int, length: int) -> bool:
+    # sendfile from pages that are not in memory would stop the event loop until the disk has them.
+    probe = [bytearray(1)]
+    try:
+        os.preadv(file, probe, offset + length - 1, os.RWF_NOWAIT)
+        os.preadv(file, probe, offset, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return True
+    except OSError:
+        # Not every file system can say; a real error comes again from sendfile.
+        return False
+    return False
+
+
+async def _read_in_thread(file: int, size: int, offset: int) -> bytes:
+    try:
+        return await trio.to_thread.run_sync(os.pread, file, size, offset, limiter=_disk_limiter)
+    except OSError as error:
+        raise StoreUnavailable("for pieces", str(error)) from error
+
+
+def _truncated(chunk: PieceChunk) -> StoreUnavailable:
+    return StoreUnavailable(
+        "for pieces", f"the file ended inside piece {chunk.index} while it was being sent"
+    )
+
+
+def _lost(error: OSError) -> trio.BrokenResourceError | trio.ClosedResourceError:
+    if error.errno == errno.EBADF:
+        return trio.ClosedResourceError("this stream was closed meanwhile")
+    return trio.BrokenResourceError(str(error))

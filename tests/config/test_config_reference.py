@@ -1,0 +1,68 @@
+"""docs/configuration.md lists every key as the attrs classes have it.
+
+``python tests/config/test_config_reference.py`` writes the list anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import attrs
+
+from swarmpull.config import Address, Config
+from swarmpull.layers import settings
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "configuration.md"
+BEGIN = "<!-- keys: begin -->\n"
+END = "<!-- keys: end -->\n"
+
+
+def sections(instance: object, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(section, its meaning), parents first."""
+    for attribute in attrs.fields(type(instance)):
+        value = getattr(instance, attribute.name)
+        if attrs.has(type(value)) and not isinstance(value, Address):
+            key = f"{prefix}{attribute.name}"
+            yield key, attribute.metadata["help"]
+            yield from sections(value, f"{key}.")
+
+
+def reference() -> str:
+    lines = table("")
+    for section, meaning in sections(Config()):
+        lines += ["", f"### {section}", "", meaning, *table(section)]
+    return "\n".join(lines) + "\n\n"
+
+
+def table(section: str) -> list[str]:
+    rows = [
+        f"| `{setting.key}` | {shown(setting.shown_default)} | {setting.help} |"
+        for setting in settings().values()
+        if setting.key.rpartition(".")[0] == section
+    ]
+    return ["", "| key | default | meaning |", "|---|---|---|", *rows] if rows else []
+
+
+def shown(default: str) -> str:
+    if not default:
+        return "empty"
+    return default if " " in default else f"`{default}`"
+
+
+def test_the_document_lists_every_key_with_its_default_and_meaning() -> None:
+    _, _, rest = DOCUMENT.read_text().partition(BEGIN)
+    listed, end, _ = rest.partition(END)
+    assert end == END
+    assert listed == reference(), "run: python tests/config/test_config_reference.py"
+
+
+def test_every_key_has_a_help_line() -> None:
+    for setting in settings().values():
+        assert setting.help.endswith("."), setting.key
+        assert "\n" not in setting.help
+
+
+if __name__ == "__main__":
+    before, _, rest = DOCUMENT.read_text().partition(BEGIN)
+    DOCUMENT.write_text(before + BEGIN + reference() + END + rest.partition(END)[2])

@@ -1,0 +1,186 @@
+"""What the end-to-end tests start, and how they show its logs.
+
+Directories are short (``/tmp/sp-...``): the sockets of daemons lie in them, and the name of a Unix
+socket has 108 bytes at most.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from .clients import Containerd, Docker, Host, containerd_daemon, docker_daemon, require
+from .images import ImageFactory
+from .ports import PortAllocator
+from .program import Cluster, separate_processes, single_node
+from .waiting import wait_until
+
+AGENTS: Final = 3
+LOG_TAIL_BYTES: Final = 16 << 10
+LOGS: Final = pytest.StashKey[dict[Path, int]]()
+
+
+@pytest.fixture(scope="session")
+def scratch() -> Iterator[Path]:
+    """A directory that is gone after the tests."""
+    directory = Path(tempfile.mkdtemp(prefix="sp-"))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+def ports() -> PortAllocator:
+    return PortAllocator()
+
+
+@pytest.fixture(scope="session")
+def images(scratch: Path) -> ImageFactory:
+    return ImageFactory(scratch / "images")
+
+
+def started(cluster: Cluster, config: pytest.Config) -> Iterator[Cluster]:
+    logs = {program.log: 0 for program in cluster.programs.values()}
+    config.stash.setdefault(LOGS, {}).update(logs)
+    try:
+        for name in cluster.programs:
+            cluster.restart(name)
+        yield cluster
+    finally:
+        try:
+            cluster.stop()
+        finally:
+            for log in logs:
+                config.stash[LOGS].pop(log)
+
+
+@pytest.fixture(scope="session")
+def cluster(scratch: Path, ports: PortAllocator, request) -> Iterator[Cluster]:
+    """All roles and three agents in one process, for all tests that leave it as it was."""
+    directory = scratch / "single"
+    directory.mkdir()
+    if os.environ.get("STAND_IN"):  # STAND-IN: remove
+        yield from stand_in(directory, ports.cluster(AGENTS))
+        return
+    yield from started(single_node(directory, ports.cluster(AGENTS)), request.config)
+
+
+@pytest.fixture(scope="module")
+def separate_cluster(scratch: Path, ports: PortAllocator, request) -> Iterator[Cluster]:
+    """One process for each role and for each of three agents."""
+    directory = Path(tempfile.mkdtemp(prefix="separate-", dir=scratch))
+    yield from started(separate_processes(directory, ports.cluster(AGENTS)), request.config)
+    shutil.rmtree(directory)
+
+
+@pytest.fixture
+def host(scratch: Path) -> Iterator[Host]:
+    """A machine with container tools that have never pulled anything."""
+    yield from new_host(scratch)
+
+
+@pytest.fixture
+def other_host(scratch: Path) -> Iterator[Host]:
+    yield from new_host(scratch)
+
+
+def new_host(scratch: Path) -> Iterator[Host]:
+    directory = Path(tempfile.mkdtemp(prefix="h-", dir=scratch))
+    try:
+        yield Host(directory)
+    finally:
+        shutil.rmtree(directory)
+
+
+@pytest.fixture
+def docker(host: Host) -> Iterator[Docker]:
+    require("dockerd", "docker", root=True)
+    with docker_daemon(host) as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def containerd(host: Host) -> Iterator[Containerd]:
+    require("containerd", "ctr", root=True)
+    with containerd_daemon(host) as daemon:
+        yield daemon
+
+
+@pytest.fixture(autouse=True)
+def no_new_tracebacks(request) -> Iterator[None]:
+    """No test, whatever it sends, may make a role log an error that it did not foresee."""
+    logs = request.config.stash.setdefault(LOGS, {})
+    for log in logs:
+        logs[log] = size_of(log)
+    yield
+    for log, start in logs.items():
+        assert "Traceback (most recent call last)" not in text_from(log, start), log.stem
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    """Show with a failure what each process of the cluster logged during the test."""
+    report = yield
+    if report.failed:
+        for log, start in item.config.stash.get(LOGS, {}).items():
+            if text := text_from(log, max(start, size_of(log) - LOG_TAIL_BYTES)):
+                report.sections.append((f"log of {log.stem}", text))
+    return report
+
+
+def size_of(log: Path) -> int:
+    return log.stat().st_size if log.exists() else 0
+
+
+def text_from(log: Path, start: int) -> str:
+    if not log.exists():
+        return ""
+    with log.open("rb") as file:
+        file.seek(start)
+        return file.read().decode(errors="replace")
+
+
+def stand_in(directory, ports):  # STAND-IN: remove
+    procs = []
+    from . import web
+
+    for number, port in enumerate([p.registry for p in ports.agents] + [ports.origin_registry]):
+        cfg = directory / f"reg{number}.yml"
+        cfg.write_text(f"""
+version: 0.1
+log: {{level: info, accesslog: {{disabled: false}}}}
+storage: {{filesystem: {{rootdirectory: {directory}/data}}, delete: {{enabled: true}}}}
+http: {{addr: "127.0.0.1:{port}", relativeurls: true}}
+""")
+        env = {k: v for k, v in os.environ.items() if k != "AWS_CA_BUNDLE"}
+        log = open(directory / f"reg{number}.log", "wb")
+        procs.append(
+            subprocess.Popen(
+                ["docker-registry", "serve", str(cfg)], env=env, stdout=log, stderr=log
+            )
+        )
+        log.close()
+
+    def up(port):
+        try:
+            return web.request(port, "GET", "/v2/").status == 200
+        except OSError:
+            return False
+
+    for port in [p.registry for p in ports.agents] + [ports.origin_registry]:
+        wait_until(lambda port=port: up(port), "stand-in")
+    try:
+        yield Cluster(directory, ports, {})
+    finally:
+        for p in procs:
+            p.send_signal(signal.SIGKILL)
+            p.wait()

@@ -1,0 +1,520 @@
+"""What every backend does.  A backend joins by one factory in `HARNESSES`.
+
+The numbers in the comments are the cases of the suite; teardown fails when a test leaves anything in the
+backend or behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import attrs
+import pytest
+import trio
+import trio.testing
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from swarmpull.digest import Digest
+from swarmpull.errors import BackendUnavailable, InvalidRange, ObjectNotFound, SwarmpullError
+from swarmpull.store.backends import Backend, ObjectStat, blob_key, check_key, open_backend
+from swarmpull.store.backends.base import CHUNK_BYTES_MAX, KEY_BYTES_MAX, SEGMENT_BYTES_MAX
+
+MIB = 1 << 20
+KEY = "blobs/sha256/ab/abcd"
+
+
+@attrs.frozen
+class Harness:
+    """One backend under test.
+
+    Attributes:
+        open: a client of the backend; each call gives another one to the same objects.
+        failing: while the block runs, the backend fails every operation.
+        leftovers: what lies behind the backend beside its objects, by name.
+    """
+
+    open: Callable[[], object]
+    failing: Callable[[], AbstractContextManager[None]]
+    leftovers: Callable[[], list[str]]
+
+
+def directory_harness(tmp_path: Path) -> Harness:
+    root = tmp_path / "backend"
+
+    @contextmanager
+    def failing() -> Iterator[None]:
+        root.rename(tmp_path / "away")
+        root.write_text("a file where the directory should be")
+        try:
+            yield
+        finally:
+            root.unlink()
+            (tmp_path / "away").rename(root)
+
+    def leftovers() -> list[str]:
+        return [str(path) for path in root.rglob("*") if path != root / "temporary"]
+
+    return Harness(lambda: open_backend(root.as_uri()), failing, leftovers)
+
+
+HARNESSES = {"directory": directory_harness}
+
+
+@pytest.fixture(params=sorted(HARNESSES))
+def harness(request, tmp_path: Path) -> Harness:
+    return HARNESSES[request.param](tmp_path)
+
+
+@pytest.fixture
+async def backend(harness: Harness) -> AsyncIterator[Backend]:
+    opened = await harness.open()
+    yield opened
+    for key in await all_keys(opened):
+        await opened.delete(key)
+    assert harness.leftovers() == []
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Callable[[bytes], Path]:
+    def make(data: bytes) -> Path:
+        path = tmp_path / "upload"
+        path.write_bytes(data)
+        return path
+
+    return make
+
+
+async def all_keys(backend: Backend, prefix: str = "", *, limit: int = 1000) -> list[str]:
+    keys: list[str] = []
+    more = True
+    while more:
+        page = await backend.list(prefix, after=keys[-1] if keys else "", limit=limit)
+        assert len(page.keys) <= limit
+        keys += page.keys
+        more = page.more
+    return keys
+
+
+async def read(backend: Backend, key: str, start: int = 0, stop: int | None = None) -> bytes:
+    async with backend.open(key, start=start, stop=stop) as chunks:
+        parts = [chunk async for chunk in chunks]
+    assert all(0 < len(part) <= CHUNK_BYTES_MAX for part in parts)
+    return b"".join(parts)
+
+
+def every_operation(backend: Backend, path: Path, key: str = KEY) -> list[Callable[[], object]]:
+    """Each operation of a backend, on one key."""
+    return [
+        lambda: backend.stat(key),
+        lambda: read(backend, key),
+        lambda: backend.get_bytes(key),
+        lambda: backend.delete(key),
+        lambda: backend.put_bytes(key, b"x"),
+        lambda: backend.put_file(key, path),
+    ]
+
+
+def content(length: int) -> bytes:
+    return bytes(range(251)) * (length // 251) + bytes(length % 251)
+
+
+# --- 1, 14: round trips -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [0, 1, 4 * MIB - 1, 4 * MIB, 4 * MIB + 1, 8 * MIB + 1])
+async def test_a_file_comes_back_as_it_was_put(backend, file, length) -> None:
+    await backend.put_file(KEY, file(content(length)))
+
+    assert await backend.stat(KEY) == ObjectStat(KEY, length)
+    assert await read(backend, KEY) == content(length)
+
+
+@pytest.mark.parametrize("length", [0, 1, 100_000])
+async def test_bytes_come_back_as_they_were_put(backend, length) -> None:
+    await backend.put_bytes(KEY, content(length))
+
+    assert await backend.get_bytes(KEY) == content(length)
+    assert await backend.stat(KEY) == ObjectStat(KEY, length)
+
+
+async def test_objects_are_seen_by_every_client(backend, harness) -> None:
+    await backend.put_bytes(KEY, b"shared")
+    other = await harness.open()
+
+    assert await other.get_bytes(KEY) == b"shared"
+    assert other.name == backend.name
+
+
+async def test_small_reads_are_bounded(backend) -> None:
+    await backend.put_bytes(KEY, bytes(100))
+
+    assert await backend.get_bytes(KEY, limit=100) == bytes(100)
+    with pytest.raises(BackendUnavailable) as caught:
+        await backend.get_bytes(KEY, limit=99)
+    assert (caught.value.backend, caught.value.key) == (backend.name, KEY)
+    assert "100 bytes" in caught.value.reason
+
+
+# --- 2, 3, 4, 15: nothing is visible before it is whole -----------------------------------------
+
+
+async def test_a_cancelled_put_leaves_nothing(backend, harness, file) -> None:
+    path = file(bytes(256 * MIB))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(backend.put_file, KEY, path)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+
+    assert await all_keys(backend) == []
+    assert harness.leftovers() == []
+
+
+async def test_a_cancelled_put_over_an_object_keeps_the_old_one(backend, file) -> None:
+    await backend.put_bytes(KEY, b"old")
+    path = file(bytes(256 * MIB))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(backend.put_file, KEY, path)
+        await trio.testing.wait_all_tasks_blocked()
+        assert await backend.get_bytes(KEY) == b"old"
+        nursery.cancel_scope.cancel()
+
+    assert await backend.get_bytes(KEY) == b"old"
+
+
+async def test_reading_can_be_cancelled_between_chunks(backend, file) -> None:
+    await backend.put_file(KEY, file(bytes(4 * MIB)))
+    received = []
+
+    with trio.CancelScope() as scope:
+        async with backend.open(KEY) as chunks:
+            async for chunk in chunks:
+                received.append(chunk)
+                scope.cancel()
+
+    assert scope.cancelled_caught
+    assert len(received) == 1
+
+
+async def test_a_file_that_is_not_there_cannot_be_put(backend, tmp_path) -> None:
+    with pytest.raises(FileNotFoundError):
+        await backend.put_file(KEY, tmp_path / "missing")
+
+    assert await all_keys(backend) == []
+
+
+# --- 7, 8: replacing ----------------------------------------------------------------------------
+
+
+async def test_putting_again_replaces_the_object(backend, file) -> None:
+    await backend.put_bytes(KEY, b"a long first version")
+    await backend.put_file(KEY, file(b"second"))
+    assert await read(backend, KEY) == b"second"
+
+    await backend.put_bytes(KEY, b"")
+    assert await read(backend, KEY) == b""
+    assert await all_keys(backend) == [KEY]
+
+
+async def test_writers_of_one_key_at_once_all_succeed_and_one_stays(backend) -> None:
+    versions = [bytes([number]) * 100_000 for number in range(8)]
+
+    async with trio.open_nursery() as nursery:
+        for version in versions:
+            nursery.start_soon(backend.put_bytes, KEY, version)
+
+    assert await backend.get_bytes(KEY) in versions
+    assert await all_keys(backend) == [KEY]
+
+
+async def test_a_reader_never_sees_two_versions_mixed(backend, file) -> None:
+    old, new = b"\1" * (4 * MIB), b"\2" * (4 * MIB)
+    await backend.put_bytes(KEY, old)
+
+    async with backend.open(KEY) as chunks:
+        first = await anext(chunks)
+        await backend.put_file(KEY, file(new))
+        try:
+            rest = [chunk async for chunk in chunks]
+        except BackendUnavailable:
+            rest = None
+
+    assert rest is None or b"".join([first, *rest]) == old
+    assert await read(backend, KEY) == new
+
+
+# --- 9: ranges ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("start", "stop"),
+    [
+        (0, None),
+        (0, 1),
+        (5, 5),
+        (MIB - 1, MIB + 1),
+        (0, 3 * MIB + 7),
+        (3 * MIB + 6, None),
+        (3 * MIB + 6, 3 * MIB + 7),
+        (3 * MIB + 7, None),
+        (3 * MIB + 7, 3 * MIB + 7),
+        (3 * MIB + 7, 10**12),
+        (10, 10**12),
+    ],
+)
+async def test_a_range_gives_its_bytes(backend, start, stop) -> None:
+    data = content(3 * MIB + 7)
+    await backend.put_bytes(KEY, data)
+
+    assert await read(backend, KEY, start, stop) == data[start:stop]
+
+
+@pytest.mark.parametrize(("start", "stop"), [(11, None), (-1, None), (-1, 5), (5, 4), (11, 12)])
+async def test_a_range_outside_the_object_is_an_error(backend, start, stop) -> None:
+    await backend.put_bytes(KEY, bytes(10))
+
+    with pytest.raises(InvalidRange) as caught:
+        await read(backend, KEY, start, stop)
+
+    error = caught.value
+    assert (error.key, error.length, error.start, error.stop) == (KEY, 10, start, stop)
+    assert KEY in str(error)
+
+
+# --- 10, 11, 12: missing and deleted objects, many readers ----------------------------------------
+
+
+async def test_a_missing_object_is_named_in_every_error(backend, file) -> None:
+    looking, reading, getting, deleting, *_ = every_operation(backend, file(b""))
+
+    for operation in (looking, reading, getting, deleting):
+        with pytest.raises(ObjectNotFound) as caught:
+            await operation()
+        assert (caught.value.backend, caught.value.key) == (backend.name, KEY)
+        assert str(caught.value) == f"backend {backend.name} has no object {KEY}"
+
+
+async def test_a_deleted_object_is_gone_and_others_stay(backend) -> None:
+    await backend.put_bytes("a/b/c", b"1")
+    await backend.put_bytes("a/b/d", b"2")
+
+    await backend.delete("a/b/c")
+
+    with pytest.raises(ObjectNotFound):
+        await backend.delete("a/b/c")
+    assert await all_keys(backend) == ["a/b/d"]
+    assert await backend.get_bytes("a/b/d") == b"2"
+
+
+async def test_deleting_during_a_read_never_gives_short_data(backend) -> None:
+    data = content(4 * MIB)
+    await backend.put_bytes(KEY, data)
+
+    async with backend.open(KEY) as chunks:
+        first = await anext(chunks)
+        await backend.delete(KEY)
+        try:
+            rest = [chunk async for chunk in chunks]
+        except (ObjectNotFound, BackendUnavailable):
+            rest = None
+
+    assert rest is None or b"".join([first, *rest]) == data
+
+
+async def test_many_readers_at_once_get_the_same(backend) -> None:
+    data = content(3 * MIB)
+    await backend.put_bytes(KEY, data)
+    same = []
+
+    async def one_reader() -> None:
+        same.append(await read(backend, KEY) == data)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(16):
+            nursery.start_soon(one_reader)
+
+    assert same == [True] * 16
+
+
+async def test_puts_and_deletes_of_neighbours_do_not_disturb_one_another(backend) -> None:
+    async def come_and_go(name: str) -> None:
+        for _ in range(30):
+            await backend.put_bytes(f"deep/er/{name}", name.encode())
+            assert await backend.get_bytes(f"deep/er/{name}") == name.encode()
+            await backend.delete(f"deep/er/{name}")
+
+    async with trio.open_nursery() as nursery:
+        for name in "abcd":
+            nursery.start_soon(come_and_go, name)
+
+    assert await all_keys(backend) == []
+
+
+# --- 13: listing ----------------------------------------------------------------------------------
+
+ORDERED = ["a", "a!", "a-b/x", "a.d/x", "a/b", "a/b/c", "a/c", "a0", "b", "é/x", "é0", "日本", "😀"]
+
+
+async def test_keys_are_listed_in_the_order_of_their_bytes(backend) -> None:
+    for key in reversed(ORDERED):
+        await backend.put_bytes(key, key.encode())
+
+    expected = sorted(ORDERED, key=str.encode)
+    for limit in (1, 2, 3, len(ORDERED), 1000):
+        assert await all_keys(backend, limit=limit) == expected
+    for key in ORDERED:
+        assert await backend.get_bytes(key) == key.encode()
+
+
+@pytest.mark.parametrize("prefix", ["", "a", "a/", "a/b", "a/b/", "a.", "é", "z", "a/b/c", "b/"])
+async def test_a_prefix_need_not_end_at_a_segment(backend, prefix) -> None:
+    for key in ORDERED:
+        await backend.put_bytes(key, b"")
+
+    expected = sorted(key for key in ORDERED if key.startswith(prefix))
+    assert await all_keys(backend, prefix) == expected
+    assert await all_keys(backend, prefix, limit=1) == expected
+
+
+async def test_a_page_begins_after_any_text_and_says_whether_more_follow(backend) -> None:
+    for key in ORDERED:
+        await backend.put_bytes(key, b"")
+
+    page = await backend.list(after="a/b", limit=2)
+    assert (page.keys, page.more) == (("a/b/c", "a/c"), True)
+    page = await backend.list(after="a/b/", limit=1)
+    assert page.keys == ("a/b/c",)
+    page = await backend.list(after="日本", limit=1)
+    assert (page.keys, page.more) == (("😀",), False)
+    page = await backend.list(after="😀")
+    assert (page.keys, page.more) == ((), False)
+    with pytest.raises(ValueError):
+        await backend.list(limit=0)
+
+
+async def test_a_listing_goes_on_while_objects_are_deleted(backend) -> None:
+    keys = [f"d{number % 3}/{number:03}" for number in range(60)]
+    for key in keys:
+        await backend.put_bytes(key, b"")
+
+    first = await backend.list(limit=10)
+    for key in first.keys:
+        await backend.delete(key)
+    rest = []
+    page = first
+    while page.more:
+        page = await backend.list(after=page.keys[-1], limit=10)
+        rest += page.keys
+
+    assert sorted([*first.keys, *rest]) == sorted(keys)
+
+
+segments = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="/\0"), min_size=1, max_size=6
+).filter(lambda segment: segment not in {".", ".."})
+keys_of_segments = st.lists(segments, min_size=1, max_size=3).map("/".join)
+
+
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(keys=st.sets(keys_of_segments, max_size=8), prefix=keys_of_segments, after=keys_of_segments)
+async def test_any_keys_are_kept_apart_and_listed_in_order(backend, keys, prefix, after) -> None:
+    for key in keys:
+        await backend.put_bytes(key, key.encode())
+
+    for key in keys:
+        assert await backend.get_bytes(key) == key.encode()
+    ordered = sorted(keys, key=str.encode)
+    assert await all_keys(backend) == ordered
+    assert await all_keys(backend, prefix) == [key for key in ordered if key.startswith(prefix)]
+    page = await backend.list(after=after)
+    assert list(page.keys) == [key for key in ordered if key.encode() > after.encode()]
+    for key in keys:
+        await backend.delete(key)
+
+
+# --- 16: failures ---------------------------------------------------------------------------------
+
+
+async def test_a_failing_backend_is_named_in_every_error_and_recovers(
+    backend, harness, file
+) -> None:
+    path = file(b"content")
+    await backend.put_bytes(KEY, b"kept")
+
+    with harness.failing():
+        for operation in every_operation(backend, path):
+            with pytest.raises(BackendUnavailable) as caught:
+                await operation()
+            assert (caught.value.backend, caught.value.key) == (backend.name, KEY)
+            assert f"backend {backend.name} failed on {KEY}" in str(caught.value)
+        with pytest.raises(BackendUnavailable):
+            await backend.list()
+
+    assert await backend.get_bytes(KEY) == b"kept"
+
+
+# --- keys -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "",
+        "/",
+        "/a",
+        "a/",
+        "a//b",
+        ".",
+        "..",
+        "a/../b",
+        "../a",
+        "a/./b",
+        "a\0b",
+        "a/\0",
+        "x" * (SEGMENT_BYTES_MAX + 1),
+        "é" * (SEGMENT_BYTES_MAX // 2 + 1),
+        "a/" * (KEY_BYTES_MAX // 2) + "a",
+        "\ud800",
+    ],
+)
+async def test_a_malformed_key_is_refused_by_every_operation(backend, file, key) -> None:
+    for operation in every_operation(backend, file(b"content"), key):
+        with pytest.raises(ValueError):
+            await operation()
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "x" * SEGMENT_BYTES_MAX,
+        "a/" * (KEY_BYTES_MAX // 2 - 1) + "ab",
+        "...",
+        ".a",
+        "a b",
+        "-",
+        "%2e",
+    ],
+)
+async def test_a_key_at_the_bounds_is_kept(backend, key) -> None:
+    assert check_key(key) == key
+    await backend.put_bytes(key, b"x")
+
+    assert await all_keys(backend) == [key]
+
+
+def test_the_key_of_a_blob_is_well_formed() -> None:
+    for algorithm in ("sha256", "sha512"):
+        digest = Digest.of(b"", algorithm)
+        key = check_key(blob_key(digest))
+        assert key == f"blobs/{algorithm}/{digest.hex[:2]}/{digest.hex}"
+
+
+def test_every_error_of_a_backend_is_one_of_ours() -> None:
+    for error in (ObjectNotFound, InvalidRange, BackendUnavailable):
+        assert issubclass(error, SwarmpullError)

@@ -1,0 +1,125 @@
+"""The peer table against a plain model, under arbitrary sequences of what may happen to it."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import attrs
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from swarmpull.digest import Digest
+from swarmpull.swarm.handout import HandoutLimits, PeerTable
+from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
+
+DIGESTS = [Digest.of(bytes([n])) for n in range(3)]
+KINDS = [PeerKind.AGENT, PeerKind.AGENT, PeerKind.AGENT, PeerKind.ORIGIN]
+# No limit is reached here: what a limit drops has tests of its own.
+LIMITS = HandoutLimits(peers_per_handout=5, peers_wanted=3, leechers_for_seeder=1)
+
+
+@attrs.define
+class Known:
+    contact: PeerContact
+    state: AnnounceState
+    expires_at: float
+
+
+class PeerTableMachine(RuleBasedStateMachine):
+    @initialize(seed=st.integers(0, 2**16))
+    def start(self, seed: int) -> None:
+        self.table = PeerTable(LIMITS, random.Random(seed))
+        self.now = 1000.0
+        self.model: dict[Digest, dict[str, Known]] = {digest: {} for digest in DIGESTS}
+
+    @rule(
+        digest=st.sampled_from(DIGESTS),
+        host=st.integers(0, 11),
+        life=st.integers(0, 2),
+        state=st.sampled_from(AnnounceState),
+    )
+    def announce(self, digest: Digest, host: int, life: int, state: AnnounceState) -> None:
+        contact = PeerContact(f"{host:016x}{life:016x}", f"h{host}", 7100, KINDS[host % 4])
+        handout = self.table.announce(digest, contact, state, self.now)
+        self._forget_the_late()
+        known = self.model[digest]
+        others = [peer for peer in known.values() if peer.contact.host != contact.host]
+        self._check(handout.peers, others, state)
+        known_before = known.pop(contact.peer_id, None)
+        if state is AnnounceState.STOPPED:
+            return
+        if known_before is None:
+            for peer_id in [k for k, v in known.items() if v.contact.host == contact.host]:
+                del known[peer_id]
+        known[contact.peer_id] = Known(contact, state, self.now + 3 * handout.interval)
+        assert handout.interval >= 3.0
+
+    @rule(digest=st.sampled_from(DIGESTS), lifetime=st.floats(1, 50))
+    def add_seeder(self, digest: Digest, lifetime: float) -> None:
+        contact = PeerContact(f"{7:032x}", "dedicated", 7201, PeerKind.ORIGIN)
+        self.table.add_seeder(digest, contact, self.now, lifetime=lifetime)
+        self._forget_the_late()
+        before = self.model[digest].get(contact.peer_id)
+        expires_at = max(self.now + lifetime, before.expires_at if before else 0.0)
+        self.model[digest][contact.peer_id] = Known(contact, AnnounceState.COMPLETE, expires_at)
+
+    @rule(seconds=st.floats(0.0, 80.0))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule()
+    @precondition(lambda self: self.table.next_deadline() < math.inf)
+    def the_deadline_comes(self) -> None:
+        self.now = max(self.now, self.table.next_deadline())
+        self.table.expire(self.now)
+        self._forget_the_late()
+        assert self.table.next_deadline() > self.now
+
+    @rule()
+    def expire(self) -> None:
+        self.table.expire(self.now)
+        self._forget_the_late()
+        statistics = self.table.statistics()
+        assert statistics.peers == sum(map(len, self.model.values()))
+        assert statistics.torrents == sum(1 for known in self.model.values() if known)
+        for digest, known in self.model.items():
+            complete = [v for v in known.values() if v.state is AnnounceState.COMPLETE]
+            assert self.table.seeders(digest) == len(complete)
+
+    @invariant()
+    def the_table_agrees_with_itself(self) -> None:
+        if hasattr(self, "table"):
+            self.table.check_invariants()
+            expiries = [peer.expires_at for known in self.model.values() for peer in known.values()]
+            assert self.table.next_deadline() <= min(expiries, default=math.inf)
+
+    def _forget_the_late(self) -> None:
+        for known in self.model.values():
+            for peer_id in [k for k, v in known.items() if v.expires_at <= self.now]:
+                del known[peer_id]
+
+    def _check(
+        self, peers: tuple[PeerContact, ...], others: list[Known], state: AnnounceState
+    ) -> None:
+        assert len(set(peers)) == len(peers) <= 5
+        groups = {known.contact: _group(known) for known in others}
+        got = [groups[peer] for peer in peers]  # KeyError: nobody that we know of
+        leechers = list(groups.values()).count(2)
+        if state is AnnounceState.LEECHING:
+            assert got == sorted(groups.values())[:5]
+        elif state is AnnounceState.COMPLETE and leechers <= 1:
+            assert got == [2] * leechers
+        else:
+            assert got == []
+
+
+def _group(known: Known) -> int:
+    if known.contact.kind is PeerKind.ORIGIN:
+        return 1
+    return 0 if known.state is AnnounceState.COMPLETE else 2
+
+
+TestPeerTable = PeerTableMachine.TestCase
+TestPeerTable.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
