@@ -47,9 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as exc:
         return _fail(EXIT_CONFIG, *exc.problems)
     except BrokenPipeError:
-        # The interpreter flushes once more at exit; there is nobody to read it.
+        # Whoever read our output went away, so there is nobody to tell.  The interpreter flushes
+        # once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _fail(EXIT_FAILED, "whoever read the standard output went away")
+        return EXIT_FAILED
     except OSError as exc:
         name = f"{exc.filename}: " if exc.filename else ""
         return _fail(EXIT_FAILED, f"{name}{exc.strerror or exc}")

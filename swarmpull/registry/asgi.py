@@ -1,7 +1,7 @@
 """Requests and responses straight over ASGI, with bodies of any length.
 
-Quart reads a request body into memory without back-pressure, 16 MiB at most, and costs several times more
-per small request; the registry API does without it.  The server behind (`swarmpull.registry.server`) is
+Quart reads a request body into memory without back-pressure, 16 MiB at most, cuts responses after a minute,
+and costs nearly twice as much per small request: the registry API does without it.  The server behind (`swarmpull.registry.server`) is
 hypercorn, two habits of which shape this module:
 
 - Sending to a client that is gone raises nothing, it is only reported as ``http.disconnect``: whoever sends

@@ -6,6 +6,7 @@ is made again, and a download goes on where it stopped (``Range``).
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -148,7 +149,9 @@ def file_at(path: Path, digest: Digest) -> Iterator[Sink]:
     """
     path = path.resolve()
     if path.is_dir():
-        raise IsADirectoryError(21, "is a directory, give the name of a file", str(path))
+        raise IsADirectoryError(errno.EISDIR, "is a directory, name a file in it", str(path))
+    if not path.parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "is not a directory, create it", str(path.parent))
     if path.exists() and not stat.S_ISREG(path.stat().st_mode):
         with path.open("wb", buffering=0) as file:
             yield Sink(file, digest)

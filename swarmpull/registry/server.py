@@ -144,11 +144,17 @@ async def _cut_when_late(addresses: list[_Address], drain: trio.Event, grace: fl
 
 def _cut_connections(addresses: list[_Address]) -> None:
     for name in os.listdir("/proc/self/fd"):
-        # Descriptors that are no sockets, or are closed meanwhile, or listen (they have no peer).
-        with suppress(OSError), socket.socket(fileno=os.dup(int(name))) as connection:
-            connection.getpeername()
-            if _belongs(connection.getsockname(), addresses):
-                connection.shutdown(socket.SHUT_RDWR)
+        # Other threads close descriptors meanwhile, and a socket that listens has no peer.
+        with suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                _cut_connection(os.dup(int(name)), addresses)
+
+
+def _cut_connection(descriptor: int, addresses: list[_Address]) -> None:
+    with socket.socket(fileno=descriptor) as connection:
+        connection.getpeername()
+        if _belongs(connection.getsockname(), addresses):
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 def _belongs(local: _Address, addresses: list[_Address]) -> bool:

@@ -17,6 +17,7 @@ from swarmpull.telemetry import Metrics
 from swarmpull.wire.listen import format_address
 from swarmpull.wire.rpc import RpcService, serve_rpc
 
+
 async def serve_role(
     role: str,
     settings: AgentConfig | OriginConfig | TrackerConfig | IndexConfig,

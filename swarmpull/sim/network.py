@@ -46,7 +46,9 @@ class Link:
     bytes_sent: int = 0
 
 
-def transfer(sender: Link, receiver: Link, size: int, delay: float, now: float) -> tuple[float, float]:
+def transfer(
+    sender: Link, receiver: Link, size: int, delay: float, now: float
+) -> tuple[float, float]:
     """Send ``size`` bytes as soon as the sender's uplink is free.
 
     Returns when the last byte has left and when it has arrived.  The bytes flow through: a receiver that

@@ -130,14 +130,19 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(201)
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = False
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 @pytest.fixture
 def registry():
     """A running `FakeRegistry`."""
     state = FakeRegistry()
-    server = ThreadingHTTPServer(
-        ("127.0.0.1", 0), type("BoundHandler", (Handler,), {"registry": state})
-    )
-    server.daemon_threads = False
+    server = Server(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"registry": state}))
     state.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()

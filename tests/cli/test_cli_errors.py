@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -15,8 +18,8 @@ from swarmpull.cli import cli, main
 
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch, tmp_path) -> None:
-    for name in ("SWARMPULL_CONFIG",):
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith("SWARMPULL")]:
+        monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
 
 
@@ -125,10 +128,7 @@ def test_a_valid_configuration_is_said_to_be_valid(swarmpull) -> None:
     assert (result.returncode, result.stdout) == (0, "The configuration is valid.\n")
 
 
-def test_checking_the_configuration_loads_no_network_library(swarmpull, environment) -> None:
-    import subprocess
-    import sys
-
+def test_checking_the_configuration_loads_no_network_library(environment) -> None:
     program = (
         "import sys; from swarmpull.cli import main; main(['config', 'check']);"
         "print(sorted({'trio', 'httpx', 'quart', 'hypercorn', 'rich', 'structlog'} & set(sys.modules)))"

@@ -6,10 +6,7 @@ socket has 108 bytes at most.
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +18,6 @@ from .clients import Containerd, Docker, Host, containerd_daemon, docker_daemon,
 from .images import ImageFactory
 from .ports import PortAllocator
 from .program import Cluster, separate_processes, single_node
-from .waiting import wait_until
 
 AGENTS: Final = 3
 LOG_TAIL_BYTES: Final = 16 << 10
@@ -52,8 +48,7 @@ def started(cluster: Cluster, config: pytest.Config) -> Iterator[Cluster]:
     logs = {program.log: 0 for program in cluster.programs.values()}
     config.stash.setdefault(LOGS, {}).update(logs)
     try:
-        for name in cluster.programs:
-            cluster.restart(name)
+        cluster.restart(*cluster.programs)
         yield cluster
     finally:
         try:
@@ -68,9 +63,6 @@ def cluster(scratch: Path, ports: PortAllocator, request) -> Iterator[Cluster]:
     """All roles and three agents in one process, for all tests that leave it as it was."""
     directory = scratch / "single"
     directory.mkdir()
-    if os.environ.get("STAND_IN"):  # STAND-IN: remove
-        yield from stand_in(directory, ports.cluster(AGENTS))
-        return
     yield from started(single_node(directory, ports.cluster(AGENTS)), request.config)
 
 
@@ -147,40 +139,3 @@ def text_from(log: Path, start: int) -> str:
     with log.open("rb") as file:
         file.seek(start)
         return file.read().decode(errors="replace")
-
-
-def stand_in(directory, ports):  # STAND-IN: remove
-    procs = []
-    from . import web
-
-    for number, port in enumerate([p.registry for p in ports.agents] + [ports.origin_registry]):
-        cfg = directory / f"reg{number}.yml"
-        cfg.write_text(f"""
-version: 0.1
-log: {{level: info, accesslog: {{disabled: false}}}}
-storage: {{filesystem: {{rootdirectory: {directory}/data}}, delete: {{enabled: true}}}}
-http: {{addr: "127.0.0.1:{port}", relativeurls: true}}
-""")
-        env = {k: v for k, v in os.environ.items() if k != "AWS_CA_BUNDLE"}
-        log = open(directory / f"reg{number}.log", "wb")
-        procs.append(
-            subprocess.Popen(
-                ["docker-registry", "serve", str(cfg)], env=env, stdout=log, stderr=log
-            )
-        )
-        log.close()
-
-    def up(port):
-        try:
-            return web.request(port, "GET", "/v2/").status == 200
-        except OSError:
-            return False
-
-    for port in [p.registry for p in ports.agents] + [ports.origin_registry]:
-        wait_until(lambda port=port: up(port), "stand-in")
-    try:
-        yield Cluster(directory, ports, {})
-    finally:
-        for p in procs:
-            p.send_signal(signal.SIGKILL)
-            p.wait()

@@ -98,6 +98,9 @@ class Program:
                 env=environment(PYTHONUNBUFFERED="1"),
                 cwd=self.log.parent,
             )
+
+    def wait_until_ready(self) -> None:
+        """Raises AssertionError when the process ends instead, or takes too long."""
         wait_until(self._is_ready, f"{self.log.stem} is ready", timeout=READY_SECONDS_MAX)
 
     def kill(self, number: signal.Signals) -> int:
@@ -155,9 +158,12 @@ class Cluster:
     def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> int:
         return self.programs[name].kill(number)
 
-    def restart(self, name: str) -> None:
-        """Start a process again that was killed, and wait until it serves."""
-        self.programs[name].start()
+    def restart(self, *names: str) -> None:
+        """Start processes that do not run, all before waiting until each of them serves."""
+        for name in names:
+            self.programs[name].start()
+        for name in names:
+            self.programs[name].wait_until_ready()
 
     def status(self, admin: int) -> dict[str, Any]:
         """The ``/status`` document of a role."""
@@ -181,9 +187,10 @@ class Cluster:
 
     def stop(self) -> None:
         """End every process that still runs.  Raises AssertionError for an unclean exit."""
-        statuses = {name: program.stop() for name, program in self.programs.items()}
+        statuses = {name: program.stop() for name, program in reversed(self.programs.items())}
         unclean = {name: status for name, status in statuses.items() if status not in {0, None}}
-        assert not unclean, f"SIGTERM should end a role with status 0: {unclean}"
+        logs = "\n".join(self.programs[name].log.read_text()[-8000:] for name in unclean)
+        assert not unclean, f"SIGTERM should end a role with status 0: {unclean}\n{logs}"
 
 
 def single_node(directory: Path, ports: ClusterPorts) -> Cluster:

@@ -46,9 +46,8 @@ def test_a_file_put_under_its_digest_comes_back_from_every_role(
 def test_a_file_without_a_declared_length_is_taken_in_chunks(cluster: Cluster) -> None:
     parts = [random.Random(number).randbytes(MIB) for number in range(5)]
     digest = web.digest_of(b"".join(parts))
-    headers = {"Transfer-Encoding": "chunked"}
     with web.connection(cluster.ports.origin_registry) as opened:
-        opened.request("PUT", f"/blobs/{digest}", body=iter(parts), headers=headers)
+        opened.request("PUT", f"/blobs/{digest}", body=iter(parts), encode_chunked=True)
         assert opened.getresponse().status == 201
 
     assert web.stream(cluster.registries[1], f"/blobs/{digest}").digest == digest

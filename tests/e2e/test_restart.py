@@ -63,8 +63,7 @@ def test_all_processes_die_at_once_and_nothing_acknowledged_is_lost(
 
     for name in PROGRAMS:
         separate_cluster.kill(name, signal.SIGKILL)
-    for name in PROGRAMS:
-        separate_cluster.restart(name)
+    separate_cluster.restart(*PROGRAMS)
 
     for port in separate_cluster.registries:
         pulls(separate_cluster, port, "team/blackout", digest)
@@ -82,8 +81,7 @@ def test_what_an_agent_has_is_served_while_the_others_are_down(separate_cluster:
     try:
         assert web.stream(port, target).digest == web.digest_of(content)
     finally:
-        for name in ("tracker", "index", "origin"):
-            separate_cluster.restart(name)
+        separate_cluster.restart("tracker", "index", "origin")
 
 
 def test_agents_serve_one_another_while_the_origin_is_down(separate_cluster: Cluster) -> None:

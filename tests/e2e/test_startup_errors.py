@@ -108,7 +108,8 @@ def test_a_second_process_on_the_same_data_is_refused(
         ("agent", "cluster.trackers"),
         ("agent", "cluster.indexes"),
         ("origin", "cluster.trackers"),
-        ("index", "cluster.origins"),
+        ("agent", "cluster.origins"),
+        ("tracker", "cluster.origins"),
     ],
 )
 def test_a_key_that_a_role_needs_is_named(

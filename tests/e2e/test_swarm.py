@@ -118,7 +118,7 @@ def test_the_counters_of_status_are_in_the_metrics_too(separate_cluster: Cluster
     samples = separate_cluster.metrics(agent.admin)
     for sender in SENDERS:
         labels = json.dumps({"source": sender})
-        assert samples[f"swarmpull_bytes_received_total{labels}"] == counted[sender]
+        assert samples[f"swarmpull_piece_bytes_received_total{labels}"] == counted[sender]
 
 
 def test_ranges_of_a_blob_are_exact_while_it_downloads(cluster: Cluster) -> None:
