@@ -45,20 +45,23 @@ class Link:
     down_free_at: float = 0.0
     bytes_sent: int = 0
 
+    def send(self, size: int, now: float) -> tuple[float, float]:
+        """Send ``size`` bytes as soon as the uplink is free.
 
-def transfer(
-    sender: Link, receiver: Link, size: int, delay: float, now: float
-) -> tuple[float, float]:
-    """Send ``size`` bytes as soon as the sender's uplink is free.
+        Returns when the first byte leaves and when the last one has left.
+        """
+        begins_at = max(now, self.up_free_at)
+        self.up_free_at = begins_at + size / self.up_rate
+        self.bytes_sent += size
+        return begins_at, self.up_free_at
 
-    Returns when the last byte has left and when it has arrived.  The bytes flow through: a receiver that
-    is slower than the sender takes its own time from the first byte on.
-    """
-    begins_at = max(now, sender.up_free_at)
-    left_at = begins_at + size / sender.up_rate
-    sender.up_free_at = left_at
-    sender.bytes_sent += size
-    taken_in_at = max(begins_at + delay, receiver.down_free_at) + size / receiver.down_rate
-    arrived_at = max(left_at + delay, taken_in_at)
-    receiver.down_free_at = arrived_at
-    return left_at, arrived_at
+    def receive(self, size: int, first_at: float, last_at: float) -> float:
+        """Take in bytes of which the first comes at ``first_at`` and the last at ``last_at``.
+
+        Returns when all are in.  They flow through: a receiver that is slower than the sender takes its own
+        time from the first byte on.  To be called in the order in which the transfers begin, for one that
+        still waits for its sender's uplink must not hold up the others.
+        """
+        taken_in_at = max(first_at, self.down_free_at) + size / self.down_rate
+        self.down_free_at = max(last_at, taken_in_at)
+        return self.down_free_at

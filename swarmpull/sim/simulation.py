@@ -13,7 +13,7 @@ from typing import Final
 import attrs
 
 from swarmpull.digest import Digest
-from swarmpull.sim.network import Clock, Link, transfer
+from swarmpull.sim.network import Clock, Link
 from swarmpull.swarm import actions as act
 from swarmpull.swarm import bitfield
 from swarmpull.swarm import events as ev
@@ -53,20 +53,25 @@ class SimulationOptions:
         check_every: events between two checks of every invariant; 0 for never.
     """
 
-    hosts: int = 50
-    origins: int = 2
-    size: int = 256 << 20
-    layers: int = 1
-    rate: float = 300e6
-    origin_rate: float = 1.25e9
-    rtt: float = 0.0005
-    arrival: float = 0.5
-    killed: int = 0
-    vanished: int = 0
-    corrupt: int = 0
+    hosts: int = attrs.field(default=50, validator=attrs.validators.ge(1))
+    origins: int = attrs.field(default=2, validator=attrs.validators.ge(1))
+    size: int = attrs.field(default=256 << 20, validator=attrs.validators.ge(0))
+    layers: int = attrs.field(default=1, validator=attrs.validators.ge(1))
+    rate: float = attrs.field(default=300e6, validator=attrs.validators.gt(0))
+    origin_rate: float = attrs.field(default=1.25e9, validator=attrs.validators.gt(0))
+    rtt: float = attrs.field(default=0.0005, validator=attrs.validators.ge(0))
+    arrival: float = attrs.field(default=0.5, validator=attrs.validators.ge(0))
+    killed: int = attrs.field(default=0, validator=attrs.validators.ge(0))
+    vanished: int = attrs.field(default=0, validator=attrs.validators.ge(0))
+    corrupt: int = attrs.field(default=0, validator=attrs.validators.ge(0))
     seed: int = 1
-    until: float = 600.0
-    check_every: int = 0
+    until: float = attrs.field(default=600.0, validator=attrs.validators.gt(0))
+    check_every: int = attrs.field(default=0, validator=attrs.validators.ge(0))
+
+    def __attrs_post_init__(self) -> None:
+        faulty = self.killed + self.vanished + self.corrupt
+        if faulty > self.hosts:
+            raise ValueError(f"{faulty} agents are to fail, but there are only {self.hosts}")
 
 
 @attrs.frozen(kw_only=True)
@@ -96,7 +101,9 @@ class SimulationResult:
     events: int
 
     def quantile(self, share: float) -> float:
-        """The completion time within which that share of the agents finished."""
+        """The completion time within which that share of the agents finished; nan when none did."""
+        if not self.times:
+            return math.nan
         return self.times[min(int(len(self.times) * share), len(self.times) - 1)]
 
 
@@ -247,6 +254,9 @@ class Simulation:
         if host.wakes_at == planned:
             host.wakes_at = math.inf
             self._dispatch(host, ev.DeadlinePassed())
+            assert host.scheduler.next_deadline() > self._clock.now or host.dead or host.silent, (
+                f"{host.contact.host} asks to be woken without end"
+            )
 
     def _perform(self, host: _Host, action: act.Action) -> None:
         match action:
@@ -330,13 +340,21 @@ class Simulation:
 
     def _send_piece(self, host: _Host, number: int, digest: Digest, index: int) -> None:
         connection = self._connections[number]
-        receiver = connection.other(host)
         size = self._metainfo(digest).piece_size(index)
-        left_at, arrived_at = transfer(
-            host.link, receiver.link, size, self._options.rtt / 2, self._clock.now
-        )
+        begins_at, left_at = host.link.send(size, self._clock.now)
         self._clock.at(left_at, self._dispatch, host, ev.PieceSent(number, index))
-        self._clock.at(arrived_at, self._piece_arrived, connection, host, receiver, index)
+        self._clock.at(begins_at, self._begin_piece, connection, host, index, size, left_at)
+
+    def _begin_piece(
+        self, connection: _Connection, sender: _Host, index: int, size: int, left_at: float
+    ) -> None:
+        """The sender's uplink has come to this piece."""
+        if connection.closed:
+            return
+        receiver = connection.other(sender)
+        delay = self._options.rtt / 2
+        arrived_at = receiver.link.receive(size, self._clock.now + delay, left_at + delay)
+        self._clock.at(arrived_at, self._piece_arrived, connection, sender, receiver, index)
 
     def _piece_arrived(
         self, connection: _Connection, sender: _Host, receiver: _Host, index: int

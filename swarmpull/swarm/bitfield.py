@@ -17,11 +17,16 @@ def full(count: int) -> int:
 
 
 def indices(bits: int) -> Iterator[int]:
-    """The set bits, lowest first."""
-    while bits:
-        low = bits & -bits
-        yield low.bit_length() - 1
-        bits ^= low
+    """The set bits, lowest first.
+
+    Through the binary digits: taking bit after bit off an integer is quadratic, and a peer may have 100,000
+    pieces.
+    """
+    digits = bin(bits)[:1:-1]
+    index = digits.find("1")
+    while index >= 0:
+        yield index
+        index = digits.find("1", index + 1)
 
 
 def to_bytes(bits: int, count: int) -> bytes:

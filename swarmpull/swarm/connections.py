@@ -18,6 +18,8 @@ KNOWN_PEERS_MAX: Final = 200
 # A dial that the shell never reports on must not hold its place for ever; the shell's own limit for dial
 # and handshake is below this.
 DIAL_TIMEOUT: Final = 30.0
+# An origin sees thousands of peers of one blob come and go; the oldest back-offs go first.
+BACKOFFS_MAX: Final = 1000
 
 
 @attrs.frozen(kw_only=True)
@@ -63,8 +65,15 @@ class HostPlaces:
 
 @attrs.define
 class _Backoff:
+    """``unreachable``: after a dial that came to nothing, which is no reason to refuse the peer's own.
+
+    ``banned``: after wrong bytes.
+    """
+
     failures: int
     until: float
+    unreachable: bool = False
+    banned: bool = False
 
 
 class ConnectionTable:
@@ -138,19 +147,18 @@ class ConnectionTable:
         """A dial came to nothing: leave the peer alone, unless it has reached us in the meantime."""
         if self._pending.pop(peer_id, None) is not None:
             self._host.taken -= 1
-            self._back_off(peer_id, now)
+            self._back_off(peer_id, now, unreachable=True)
 
-    def lost(self, peer_id: str, now: float, *, banned: bool = False) -> None:
-        """An active connection ended: leave the peer alone for a while, longer each time.
-
-        ``banned``: it gave us wrong bytes.
-        """
+    def lost(self, peer_id: str, now: float) -> None:
+        """An active connection ended: leave the peer alone for a moment."""
         del self._active[peer_id]
         self._host.taken -= 1
-        if banned:
-            self._backoffs[peer_id] = _Backoff(1, now + self._limits.corrupt_backoff)
-        else:
-            self._back_off(peer_id, now)
+        self._back_off(peer_id, now, unreachable=False)
+
+    def ban(self, peer_id: str, now: float) -> None:
+        """A peer that is not active gave us wrong bytes: leave it alone for long."""
+        until = now + self._limits.corrupt_backoff
+        self._set_backoff(peer_id, _Backoff(1, until, banned=True))
 
     def close(self) -> None:
         """The torrent is gone: give back the places of pending dials."""
@@ -161,9 +169,26 @@ class ConnectionTable:
     def is_active(self, peer_id: str) -> bool:
         return peer_id in self._active
 
+    def is_pending(self, peer_id: str) -> bool:
+        return peer_id in self._pending
+
     def is_backed_off(self, peer_id: str, now: float) -> bool:
+        """Whether this peer is not to be dialled."""
         backoff = self._backoffs.get(peer_id)
         return backoff is not None and now < backoff.until
+
+    def is_refused(self, peer_id: str, now: float) -> bool:
+        """Whether this peer may not connect to us now: the last connection with it ended just now.
+
+        A peer that we failed to reach may: when two dial each other at the same moment the one whose
+        dial is refused must take the other's, however late that arrives.
+        """
+        backoff = self._backoffs.get(peer_id)
+        return backoff is not None and now < backoff.until and not backoff.unreachable
+
+    def is_banned(self, peer_id: str, now: float) -> bool:
+        backoff = self._backoffs.get(peer_id)
+        return backoff is not None and now < backoff.until and backoff.banned
 
     def expire(self, now: float) -> None:
         """Give up dials that were never reported on, and forget back-offs that are long over."""
@@ -186,13 +211,23 @@ class ConnectionTable:
         assert not self._backoffs.keys() & self._active.keys()
         assert self._own_peer_id not in self._active
         assert len(self._known) <= KNOWN_PEERS_MAX
+        assert len(self._backoffs) <= BACKOFFS_MAX
         assert self.active_count + self.pending_count <= self._limits.per_torrent
 
-    def _back_off(self, peer_id: str, now: float) -> None:
+    def _back_off(self, peer_id: str, now: float, *, unreachable: bool) -> None:
+        if self.is_banned(peer_id, now):
+            return
         before = self._backoffs.get(peer_id)
         failures = 1 if before is None else before.failures + 1
         pause = self._limits.backoff_initial * 2 ** min(failures - 1, 16)
-        self._backoffs[peer_id] = _Backoff(failures, now + min(pause, self._limits.backoff_max))
+        until = now + min(pause, self._limits.backoff_max)
+        self._set_backoff(peer_id, _Backoff(failures, until, unreachable=unreachable))
+
+    def _set_backoff(self, peer_id: str, backoff: _Backoff) -> None:
+        self._backoffs.pop(peer_id, None)
+        self._backoffs[peer_id] = backoff
+        if len(self._backoffs) > BACKOFFS_MAX:
+            del self._backoffs[next(iter(self._backoffs))]
 
     def _may_dial(self, peer_id: str, now: float) -> bool:
         return (

@@ -41,7 +41,7 @@ class HandoutLimits:
         intervals_missed: a peer that is silent for so many of its own intervals is forgotten.
         peers_per_torrent: above it the peer that announced least recently is dropped.
         torrents: above it the torrent that was announced least recently is dropped.
-        peers: in all torrents together, about 700 bytes each; above it the stalest peer of the
+        peers: in all torrents together, about 600 bytes each; above it the stalest peer of the
             stalest torrent is dropped.  A dropped peer comes back with its next announce.
     """
 

@@ -36,6 +36,12 @@ class Availability:
     def __getitem__(self, index: int) -> int:
         return self._counts[index] + self._complete_peers
 
+    def rarest(self, indices: list[int]) -> list[int]:
+        """Those of the pieces that the fewest peers have."""
+        counts = [self._counts[index] for index in indices]
+        fewest = min(counts)
+        return [index for index, count in zip(indices, counts, strict=True) if count == fewest]
+
     def add(self, have: int) -> None:
         """A peer with these pieces joined."""
         self._change(have, 1)
@@ -119,9 +125,7 @@ class Picker:
         return None if nearest is None else nearest[0] + nearest[1]
 
     def _rarest(self, candidates: int) -> int:
-        sample = self._sample(candidates)
-        rarest = min(map(self._availability.__getitem__, sample))
-        return self._rng.choice([i for i in sample if self._availability[i] == rarest])
+        return self._rng.choice(self._availability.rarest(self._sample(candidates)))
 
     def _sample(self, candidates: int) -> list[int]:
         if candidates.bit_count() <= SAMPLE_MAX:

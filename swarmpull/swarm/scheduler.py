@@ -231,10 +231,12 @@ class Scheduler:
         self._say_stopped(torrent)
         del self._torrents[torrent.digest]
         self._deadline_of.pop(torrent.digest, None)
-        self._announcing.discard(torrent.digest)
 
     def _say_stopped(self, torrent: Torrent) -> None:
+        """Leave the swarm at the trackers, once."""
         if torrent.digest in self._announcing:
+            self._announcing.remove(torrent.digest)
+            torrent.announce.due_at = INFINITY
             self._actions.append(
                 act.Announce(torrent.digest, torrent.namespace, AnnounceState.STOPPED)
             )
@@ -244,7 +246,7 @@ class Scheduler:
         if torrent is None:
             return
         torrent.verified = True
-        if event.digest in self._announcing:
+        if event.digest in self._announcing and torrent.announce.outstanding is None:
             torrent.announce.due_at = now
         self._close_useless(torrent, now)
         self._announce_if_due(torrent, now)
@@ -275,18 +277,16 @@ class Scheduler:
             return
         announced, torrent.announce.outstanding = torrent.announce.outstanding, None
         torrent.announce.failures = 0
-        torrent.announce.due_at = now + event.interval
-        if announced is AnnounceState.COMPLETE:
-            torrent.announce.acknowledged_complete = True
-        elif torrent.verified:
-            torrent.announce.due_at = now
+        if event.digest in self._announcing:
+            unheard = torrent.verified and announced is not AnnounceState.COMPLETE
+            torrent.announce.due_at = now if unheard else now + event.interval
         torrent.connections.learn(event.peers)
         self._dial(torrent, now)
         self._reschedule(torrent, now)
 
     def _announce_failed(self, event: ev.AnnounceFailed, now: float) -> None:
         torrent = self._torrents.get(event.digest)
-        if torrent is None:
+        if torrent is None or event.digest not in self._announcing:
             return
         clock = torrent.announce
         clock.outstanding = None
@@ -356,10 +356,11 @@ class Scheduler:
         have = bitfield.from_bytes(hello.have, hello.piece_count)
         if torrent.is_complete and have == torrent.full:
             return ByeReason.USELESS, "both complete"
-        if event.announced is not None:
-            standing = torrent.connections.is_active(hello.peer_id)
-            return (ByeReason.DUPLICATE, "") if standing else None
-        if torrent.connections.is_backed_off(hello.peer_id, now) and have != torrent.full:
+        if torrent.connections.is_banned(hello.peer_id, now):
+            return ByeReason.CORRUPT, "it sent a wrong piece before"
+        if event.announced is not None and torrent.connections.is_pending(hello.peer_id):
+            return None  # its place is reserved
+        if torrent.connections.is_refused(hello.peer_id, now) and have != torrent.full:
             return ByeReason.BUSY, "backed off"
         return self._admission(torrent, hello.peer_id, now)
 
@@ -382,6 +383,7 @@ class Scheduler:
         if oldest is None or now - oldest.useful_at < EVICTABLE_AFTER:
             return False
         self._drop(torrent, oldest.connection, now, ByeReason.USELESS)
+        self._claim_from_all(torrent, now)
         return True
 
     def _greet(self, torrent: Torrent, peer: Peer, announced: int | None) -> None:
@@ -403,16 +405,14 @@ class Scheduler:
         self, torrent: Torrent, connection: int, now: float, reason: ByeReason, text: str = ""
     ) -> None:
         """Close a connection by our own decision."""
-        self._remove_peer(torrent, connection, now, banned=reason is ByeReason.CORRUPT)
+        self._remove_peer(torrent, connection, now)
         self._actions.append(act.Close(connection, reason, text))
 
-    def _remove_peer(
-        self, torrent: Torrent, connection: int, now: float, *, banned: bool = False
-    ) -> None:
+    def _remove_peer(self, torrent: Torrent, connection: int, now: float) -> None:
         peer = torrent.remove_peer(connection)
         del self._by_connection[connection]
         self._uploads.drop_connection(connection)
-        torrent.connections.lost(peer.contact.peer_id, now, banned=banned)
+        torrent.connections.lost(peer.contact.peer_id, now)
         self._start_uploads(now)
 
     def _recover(self, torrent: Torrent, now: float) -> None:
@@ -423,10 +423,17 @@ class Scheduler:
 
     def _close_useless(self, torrent: Torrent, now: float) -> None:
         """No two complete peers stay connected."""
-        if torrent.verified:
-            for peer in list(torrent.peers.values()):
-                if peer.have == torrent.full and not self._uploads.is_busy(peer.connection):
-                    self._drop(torrent, peer.connection, now, ByeReason.USELESS)
+        for peer in list(torrent.peers.values()):
+            self._close_if_done(torrent, peer, now)
+
+    def _close_if_done(self, torrent: Torrent, peer: Peer, now: float) -> None:
+        """Let go of a peer that is being sent nothing and will not be again."""
+        if self._uploads.is_busy(peer.connection):
+            return
+        if self._draining:
+            self._drop(torrent, peer.connection, now, ByeReason.DRAINING)
+        elif torrent.verified and peer.have == torrent.full:
+            self._drop(torrent, peer.connection, now, ByeReason.USELESS)
 
     # --- messages -----------------------------------------------------------------------------
 
@@ -449,18 +456,29 @@ class Scheduler:
                 self._claim_received(torrent, peer, message.index, now)
             case Cancel():
                 self._uploads.cancel(peer.connection, message.index)
+                self._close_if_done(torrent, peer, now)
+                self._reschedule(torrent, now)
             case Pass():
-                peer.passed |= 1 << message.index
-                torrent.unclaim(peer, message.index)
-                self._claim_from_all(torrent, now)
-        self._reschedule(torrent, now)
+                self._pass_received(torrent, peer, message.index, now)
 
     def _have_received(self, torrent: Torrent, peer: Peer, index: int, now: float) -> None:
         torrent.peer_gained(peer, index)
+        claims = len(peer.claims)
         if torrent.verified:
-            self._close_useless(torrent, now)
+            self._close_if_done(torrent, peer, now)
         else:
             self._claim_from(torrent, peer, now)
+        # By far the most frequent message; most change nothing that has a deadline.
+        if len(peer.claims) > claims or peer.connection not in torrent.peers:
+            self._reschedule(torrent, now)
+
+    def _pass_received(self, torrent: Torrent, peer: Peer, index: int, now: float) -> None:
+        torrent.passed(peer, index)
+        for other in list(torrent.peers.values()):
+            # A peer that owes us pieces has passed for want of room: it would pass the next one too.
+            if other is not peer or not peer.claims:
+                self._claim_from(torrent, other, now)
+        self._reschedule(torrent, now)
 
     def _claim_received(self, torrent: Torrent, peer: Peer, index: int, now: float) -> None:
         had = (torrent.have >> index) & 1
@@ -478,11 +496,12 @@ class Scheduler:
         self._uploads.sent(event.connection, event.index)
         torrent = self._by_connection.get(event.connection)
         if torrent is not None:
-            torrent.peers[event.connection].useful_at = now
+            peer = torrent.peers[event.connection]
+            peer.useful_at = now
             if self._draining:
                 self._drop(torrent, event.connection, now, ByeReason.DRAINING)
             else:
-                self._close_useless(torrent, now)
+                self._close_if_done(torrent, peer, now)
             self._reschedule(torrent, now)
         self._start_uploads(now)
 
@@ -493,8 +512,8 @@ class Scheduler:
         if torrent is None:
             return
         peer = torrent.peers[event.connection]
-        torrent.received(peer, event.index, now)
-        self._withdraw_elsewhere(torrent, event.index, event.connection)
+        if torrent.received(peer, event.index, now):
+            self._withdraw_elsewhere(torrent, event.index, event.connection)
         self._claim_from(torrent, peer, now)
         self._reschedule(torrent, now)
 
@@ -505,9 +524,8 @@ class Scheduler:
 
     def _piece_stored(self, event: ev.PieceStored, now: float) -> None:
         torrent = self._torrents.get(event.digest)
-        if torrent is None:
+        if torrent is None or not torrent.stored(event.index, now):
             return
-        torrent.stored(event.index, now)
         for peer in torrent.peers.values():
             self._send(peer.connection, Have(event.index))
         if torrent.is_complete:
@@ -520,9 +538,13 @@ class Scheduler:
         torrent = self._torrents.get(event.digest)
         if torrent is None:
             return
-        torrent.rejected(event.index)
-        if event.connection in torrent.peers:
-            self._drop(torrent, event.connection, now, ByeReason.CORRUPT, f"piece {event.index}")
+        sender = torrent.rejected(event.index)
+        if sender is None:
+            return
+        for peer in list(torrent.peers.values()):
+            if peer.contact.peer_id == sender:
+                self._drop(torrent, peer.connection, now, ByeReason.CORRUPT, f"piece {event.index}")
+        torrent.connections.ban(sender, now)
         self._recover(torrent, now)
 
     def _piece_lost(self, event: ev.PieceLost, now: float) -> None:
@@ -597,9 +619,9 @@ class Scheduler:
                 self._drop(torrent, peer.connection, now, ByeReason.STALLED)
 
     def _close_idle(self, torrent: Torrent, now: float) -> None:
-        limit = now - self._limits.connections.idle_timeout
+        timeout = self._limits.connections.idle_timeout
         for peer in list(torrent.peers.values()):
-            if peer.useful_at <= limit and not self._in_use(peer):
+            if peer.useful_at + timeout <= now and not self._in_use(peer):
                 self._drop(torrent, peer.connection, now, ByeReason.USELESS)
 
     def _in_use(self, peer: Peer) -> bool:

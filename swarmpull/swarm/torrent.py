@@ -38,8 +38,9 @@ class Peer:
         contact: who it is.
         have: the pieces it has, as a bitfield.
         claims: what we claimed there, oldest first.
-        cancelled: claims that we took back; the piece may still arrive and is not an offence.
-        passed: pieces it would not give us, until it tells of another one.
+        cancelled: claims that we took back or that it passed; the piece may be under way all the same and
+            is not an offence.
+        passed: pieces it would not give us, until it gives us one or tells of another.
         late_in_a_row: claims that came late, or not at all, since its last piece.
         useful_at: when a piece last went either way.
     """
@@ -57,16 +58,11 @@ class Peer:
 
 @attrs.define
 class AnnounceClock:
-    """When the tracker hears from us next.
-
-    ``acknowledged_complete`` becomes true when a tracker has answered an announce of completion: until
-    then it is announced again and again.
-    """
+    """When the tracker hears from us next, and what it has not answered yet."""
 
     due_at: float = float("inf")
     outstanding: AnnounceState | None = None
     failures: int = 0
-    acknowledged_complete: bool = False
 
 
 class Torrent:
@@ -74,7 +70,8 @@ class Torrent:
 
     Attributes:
         have: pieces that are verified and on disk.
-        verifying: pieces whose hash is being checked.
+        verifying: pieces whose hash is being checked, of which `PieceStored`, `PieceRejected` or
+            `PieceLost` will tell.
         verified: whether the whole blob has matched its digest and is in the store.
         progress_at: when the last piece was stored, or the torrent added.
     """
@@ -107,6 +104,7 @@ class Torrent:
         self.progress_at = 0.0
         self._claimants: dict[int, int] = {}
         self._claimed = 0
+        self._senders: dict[int, str] = {}  # of the pieces that are being verified, by peer id
 
     @property
     def digest(self) -> Digest:
@@ -139,10 +137,6 @@ class Torrent:
         peer.have = self.availability.gain(peer.have, index)
         peer.passed = 0
 
-    def is_mutual(self, peer: Peer) -> bool:
-        """Whether either side has something that the other lacks."""
-        return bool((peer.have & ~self.have) | (self.have & ~peer.have))
-
     # --- claims -------------------------------------------------------------------------------
 
     def free_pieces(self, peer: Peer) -> int:
@@ -165,14 +159,14 @@ class Torrent:
     def claim(self, peer: Peer, index: int, now: float) -> None:
         """Record a claim at a peer."""
         peer.claims[index] = ClaimRecord(now, now + peer.timing.timeout())
-        peer.cancelled.discard(index)
         self._claimants[index] = self._claimants.get(index, 0) + 1
         self._claimed |= 1 << index
 
-    def unclaim(self, peer: Peer, index: int) -> None:
+    def passed(self, peer: Peer, index: int) -> None:
         """The peer will not give this piece: it is free for others."""
+        peer.passed |= 1 << index
         if index in peer.claims:
-            self._release(peer, index)
+            self.withdraw(peer, index)
 
     def withdraw(self, peer: Peer, index: int) -> None:
         """Take a claim back; the piece may be under way already."""
@@ -209,28 +203,49 @@ class Torrent:
         return peer is not None and (index in peer.claims or index in peer.cancelled)
 
     def received(self, peer: Peer, index: int, now: float) -> bool:
-        """All bytes of a piece are here; False when it is not needed any more."""
+        """All bytes of a piece are here; whether it is to be verified.
+
+        True exactly when `expects` was true just before.
+        """
+        if not self.was_asked(peer.connection, index):
+            return False
+        wanted = self.expects(peer.connection, index)
         record = peer.claims.get(index)
         if record is not None:
             peer.timing.add(now - record.claimed_at)
             self._release(peer, index)
-        peer.cancelled.discard(index)
+        else:
+            # Not after a claim that stands: what was cancelled before it may have left as well.
+            peer.cancelled.discard(index)
         peer.late_in_a_row = 0
+        peer.passed = 0
         peer.useful_at = now
-        if ((self.have | self.verifying) >> index) & 1:
-            return False
-        self.verifying |= 1 << index
-        return True
+        if wanted:
+            self.verifying |= 1 << index
+            self._senders[index] = peer.contact.peer_id
+        return wanted
 
-    def stored(self, index: int, now: float) -> None:
-        """A piece is verified and on disk."""
+    def stored(self, index: int, now: float) -> bool:
+        """A piece is verified and on disk; False when it was not being verified.
+
+        The report of a piece may come from an earlier life of the torrent, which was removed and added
+        again meanwhile: what that one stored is not ours.
+        """
+        if not (self.verifying >> index) & 1:
+            return False
         self.verifying &= ~(1 << index)
+        del self._senders[index]
         self.have |= 1 << index
         self.progress_at = now
+        return True
 
-    def rejected(self, index: int) -> None:
-        """A piece was not stored: it is missing again."""
+    def rejected(self, index: int) -> str | None:
+        """A piece was not stored and is missing again; returns the id of the peer that sent it.
+
+        None when it was not being verified.
+        """
         self.verifying &= ~(1 << index)
+        return self._senders.pop(index, None)
 
     # --- time ---------------------------------------------------------------------------------
 
@@ -254,8 +269,8 @@ class Torrent:
                 assert (peer.have >> index) & 1, "claimed where it is not"
                 assert record.late_at >= record.claimed_at
                 claimants[index] = claimants.get(index, 0) + 1
-            assert not peer.cancelled & peer.claims.keys()
         assert claimants == self._claimants
+        assert self.verifying == sum(1 << index for index in self._senders)
         assert self._claimed == sum(1 << index for index in claimants)
         for index in range(self.piece_count):
             having = sum((peer.have >> index) & 1 for peer in self.peers.values())
