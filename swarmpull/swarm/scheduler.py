@@ -555,7 +555,8 @@ class Scheduler:
             self._reschedule(torrent, now)
 
     def _claim_from_all(self, torrent: Torrent, now: float) -> None:
-        for peer in list(torrent.peers.values()):
+        # What was taken back from a late peer goes to another one if there is one.
+        for peer in sorted(torrent.peers.values(), key=lambda peer: peer.late_in_a_row):
             self._claim_from(torrent, peer, now)
 
     def _claim_from(self, torrent: Torrent, peer: Peer, now: float) -> None:
