@@ -38,7 +38,7 @@ def typing(session):
 def sim(session):
     """The simulated swarms only."""
     session.install(".[test]")
-    session.run("python", "-m", "pytest", "-m", "sim", *session.posargs)
+    session.run("python", "-m", "pytest", "tests/sim", *session.posargs)
 
 
 @nox.session

@@ -134,7 +134,8 @@ def timeout_to_ms(seconds: float) -> int:
     """The wire form of a timeout, rounded up so that the server never gives up before the caller."""
     if seconds >= NO_TIMEOUT_MS / 1000:
         return NO_TIMEOUT_MS
-    return max(0, math.ceil(seconds * 1000))
+    # A cancelled scope has the deadline -inf.
+    return math.ceil(max(0.0, seconds) * 1000)
 
 
 def timeout_from_ms(milliseconds: int) -> float:

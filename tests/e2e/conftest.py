@@ -17,11 +17,12 @@ import pytest
 from .clients import Containerd, Docker, Host, containerd_daemon, docker_daemon, require
 from .images import ImageFactory
 from .ports import PortAllocator
-from .program import Cluster, separate_processes, single_node
+from .program import Cluster, Program, separate_processes, single_node
 
 AGENTS: Final = 3
 LOG_TAIL_BYTES: Final = 16 << 10
-LOGS: Final = pytest.StashKey[dict[Path, int]]()
+# The processes of the running clusters, each with the length of its log when the test began.
+RUNNING: Final = pytest.StashKey[dict[Program, int]]()
 
 
 @pytest.fixture(scope="session")
@@ -45,17 +46,15 @@ def images(scratch: Path) -> ImageFactory:
 
 
 def started(cluster: Cluster, config: pytest.Config) -> Iterator[Cluster]:
-    logs = {program.log: 0 for program in cluster.programs.values()}
-    config.stash.setdefault(LOGS, {}).update(logs)
+    running = config.stash.setdefault(RUNNING, {})
+    running.update(dict.fromkeys(cluster.programs.values(), 0))
     try:
         cluster.restart(*cluster.programs)
         yield cluster
     finally:
-        try:
-            cluster.stop()
-        finally:
-            for log in logs:
-                config.stash[LOGS].pop(log)
+        for program in cluster.programs.values():
+            running.pop(program)
+        cluster.stop()
 
 
 @pytest.fixture(scope="session")
@@ -108,14 +107,17 @@ def containerd(host: Host) -> Iterator[Containerd]:
 
 
 @pytest.fixture(autouse=True)
-def no_new_tracebacks(request) -> Iterator[None]:
-    """No test, whatever it sends, may make a role log an error that it did not foresee."""
-    logs = request.config.stash.setdefault(LOGS, {})
-    for log in logs:
-        logs[log] = size_of(log)
+def nothing_unforeseen(request) -> Iterator[None]:
+    """Whatever a test sends: every process goes on, and logs no error that it did not foresee."""
+    running = request.config.stash.setdefault(RUNNING, {})
+    for program in running:
+        program.check_alive()
+        running[program] = size_of(program.log)
     yield
-    for log, start in logs.items():
-        assert "Traceback (most recent call last)" not in text_from(log, start), log.stem
+    for program, start in running.items():
+        program.check_alive()
+        text = text_from(program.log, start)
+        assert "Traceback (most recent call last)" not in text, program.log.stem
 
 
 @pytest.hookimpl(wrapper=True)
@@ -123,7 +125,8 @@ def pytest_runtest_makereport(item):
     """Show with a failure what each process of the cluster logged during the test."""
     report = yield
     if report.failed:
-        for log, start in item.config.stash.get(LOGS, {}).items():
+        for program, start in item.config.stash.get(RUNNING, {}).items():
+            log = program.log
             if text := text_from(log, max(start, size_of(log) - LOG_TAIL_BYTES)):
                 report.sections.append((f"log of {log.stem}", text))
     return report

@@ -13,12 +13,11 @@ import io
 import itertools
 import json
 import os
-import shutil
 import stat
 import sys
 import sysconfig
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,7 +29,12 @@ MIB: Final = 1 << 20
 GZIP_LAYER: Final = "application/vnd.oci.image.layer.v1.tar+gzip"
 TAR_LAYER: Final = "application/vnd.oci.image.layer.v1.tar"
 REF_NAME: Final = "org.opencontainers.image.ref.name"
-SOURCES: Final = (sysconfig.get_path("stdlib"), "/usr/share", sys.base_prefix, "/usr/lib")
+# Where the files come from, for each kind of image in another order, so that the content of one does
+# not depend on which others were made before.
+STDLIB: Final = sysconfig.get_path("stdlib")
+SMALL_SOURCES: Final = (STDLIB, "/usr/share")
+LARGE_SOURCES: Final = ("/usr/share", sys.base_prefix, "/usr/lib")
+FRESH_SOURCES: Final = ("/usr/lib", sys.base_prefix, "/usr/share")
 # Tens of thousands of tiny files would only try how fast a client unpacks.
 FILE_BYTES: Final = range(8 << 10, 32 * MIB)
 
@@ -88,21 +92,26 @@ class ImageFactory:
         self._content = directory / "content"
         self._layouts = directory / "layouts"
         self._content.mkdir(parents=True)
-        self._files = real_files()
+        self._fresh_files = real_files(FRESH_SOURCES)
 
     @functools.cached_property
     def large_layers(self) -> tuple[Part, ...]:
         """About 200 MB in three layers."""
+        files = real_files(LARGE_SOURCES)
         return (
-            self._layer(160 * MIB, compressed=True),
-            self._layer(160 * MIB, compressed=True),
-            self._layer(96 * MIB, compressed=False),
+            self._write_layer(take(files, 160 * MIB), compressed=True),
+            self._write_layer(take(files, 160 * MIB), compressed=True),
+            self._write_layer(take(files, 96 * MIB), compressed=False),
         )
 
     @functools.cached_property
     def small_layers(self) -> tuple[Part, ...]:
         """About 20 MB in two layers."""
-        return (self._layer(24 * MIB, compressed=True), self._layer(12 * MIB, compressed=False))
+        files = real_files(SMALL_SOURCES)
+        return (
+            self._write_layer(take(files, 24 * MIB), compressed=True),
+            self._write_layer(take(files, 12 * MIB), compressed=False),
+        )
 
     def large(self, name: str) -> Image:
         return self._image(name, (*self.large_layers, self._note(name)))
@@ -112,7 +121,13 @@ class ImageFactory:
 
     def fresh(self, name: str) -> Image:
         """An image of about 20 MB of which nobody has any layer yet."""
-        return self._image(name, (self._layer(40 * MIB, compressed=True), self._note(name)))
+        layer = self._write_layer(take(self._fresh_files, 40 * MIB), compressed=True)
+        return self._image(name, (layer, self._note(name)))
+
+    def text(self, name: str) -> Image:
+        """An image of about 5 MB of source text."""
+        files = (entry for entry in real_files(SMALL_SOURCES) if entry[0].endswith(".py"))
+        return self._image(name, (self._write_layer(take(files, 20 * MIB), compressed=True),))
 
     def multi_architecture(self, name: str) -> Image:
         """An index of two images that share layers."""
@@ -170,19 +185,6 @@ class ImageFactory:
     def _note(self, text: str) -> Part:
         """A layer of one small file."""
         return self._write_layer([("etc/image-name", text.encode(), 0o644)], compressed=True)
-
-    def _layer(self, budget: int, *, compressed: bool) -> Part:
-        """A layer of the next real files, ``budget`` bytes of them before compression."""
-        return self._write_layer(self._take(budget), compressed=compressed)
-
-    def _take(self, budget: int) -> Iterator[tuple[str, bytes, int]]:
-        taken = 0
-        while taken < budget:
-            entry = next(self._files, None)
-            if entry is None:
-                return
-            taken += len(entry[1])
-            yield entry
 
     def _write_layer(self, entries: Any, *, compressed: bool) -> Part:
         draft = self._content / "draft"
@@ -247,10 +249,18 @@ def missing_parents(name: str, directories: set[str]) -> list[str]:
     return missing
 
 
-def real_files() -> Iterator[tuple[str, bytes, int]]:
+def take(files: Iterator[tuple[str, bytes, int]], budget: int) -> Iterator[tuple[str, bytes, int]]:
+    """The next files, until they have ``budget`` bytes together or there are no more."""
+    taken = 0
+    while taken < budget and (entry := next(files, None)) is not None:
+        taken += len(entry[1])
+        yield entry
+
+
+def real_files(sources: Iterable[str]) -> Iterator[tuple[str, bytes, int]]:
     """Regular files of this machine as (name within the image, content, mode), each once."""
     seen: set[tuple[int, int]] = set()
-    for path in itertools.chain.from_iterable(walk(source) for source in SOURCES):
+    for path in itertools.chain.from_iterable(walk(source) for source in sources):
         try:
             status = path.lstat()
             key = (status.st_dev, status.st_ino)
@@ -270,7 +280,3 @@ def walk(source: str) -> Iterator[Path]:
         for name in sorted(names):
             if name.isascii() and not name.endswith(".pyc"):
                 yield Path(folder, name)
-
-
-def remove(image: Image) -> None:
-    shutil.rmtree(image.layout)

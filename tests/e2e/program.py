@@ -25,6 +25,7 @@ from .waiting import wait_until
 READY_SECONDS_MAX: Final = 30.0
 STOP_SECONDS_MAX: Final = 20.0
 CONFIG_STATUS: Final = 78
+LOG_TAIL_CHARACTERS: Final = 8000
 # The tests try the same package that they import, wherever it is installed.
 PACKAGE_PARENT: Final = str(Path(swarmpull.__file__).parent.parent)
 
@@ -78,6 +79,7 @@ class Program:
 
     def __init__(self, arguments: Iterable[str], *, log: Path, admin: Iterable[int]) -> None:
         self._command = command("run", *arguments)
+        # None as long as it is not meant to run
         self._process: subprocess.Popen[bytes] | None = None
         self.log = log
         self.admin = tuple(admin)
@@ -119,10 +121,15 @@ class Program:
         """End it if it runs; the exit status, None if it did not run."""
         return None if self._process is None else self.kill(signal.SIGTERM)
 
+    def check_alive(self) -> None:
+        """Raises AssertionError when the process ended by itself, with the end of its log."""
+        status = None if self._process is None else self._process.poll()
+        if status is not None:
+            said = self.log.read_text()[-LOG_TAIL_CHARACTERS:]
+            raise AssertionError(f"{self.log.stem} ended with status {status}:\n{said}")
+
     def _is_ready(self) -> bool:
-        assert self._process is not None
-        status = self._process.poll()
-        assert status is None, f"{self.log.stem} ended with status {status} instead of serving"
+        self.check_alive()
         return all(answers_ready(port) for port in self.admin)
 
 
@@ -189,7 +196,9 @@ class Cluster:
         """End every process that still runs.  Raises AssertionError for an unclean exit."""
         statuses = {name: program.stop() for name, program in reversed(self.programs.items())}
         unclean = {name: status for name, status in statuses.items() if status not in {0, None}}
-        logs = "\n".join(self.programs[name].log.read_text()[-8000:] for name in unclean)
+        logs = "\n".join(
+            self.programs[name].log.read_text()[-LOG_TAIL_CHARACTERS:] for name in unclean
+        )
         assert not unclean, f"SIGTERM should end a role with status 0: {unclean}\n{logs}"
 
 

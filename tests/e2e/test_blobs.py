@@ -80,6 +80,26 @@ def test_push_prints_the_digest_and_pull_writes_the_file(cluster: Cluster, folde
     assert {path.name for path in folder.iterdir()} == {"source", "target"}
 
 
+def test_the_single_node_prints_commands_that_work(cluster: Cluster, folder: Path) -> None:
+    said = cluster.programs["all"].log.read_text()
+    commands = [
+        line.split()[1:]
+        for line in said.splitlines()
+        if line.lstrip().startswith(("swarmpull push", "swarmpull pull", "swarmpull status"))
+    ]
+    assert [command[0] for command in commands] == ["push", "pull", "status"]
+    source, target = folder / "source", folder / "target"
+    source.write_bytes(b"as it was printed")
+    words = {"DIGEST": web.digest_of(source.read_bytes())}
+
+    for command in commands:
+        words["FILE"] = str(target if command[0] == "pull" else source)
+        done = run_to_the_end(*(words.get(word, word) for word in command))
+        assert done.returncode == 0, done.stderr
+
+    assert target.read_bytes() == source.read_bytes()
+
+
 def test_an_image_is_pushed_from_a_layout_and_pulled_into_another(
     cluster: Cluster, images: ImageFactory, folder: Path
 ) -> None:

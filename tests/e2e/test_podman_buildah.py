@@ -7,16 +7,18 @@ import json
 import pytest
 
 from . import web
-from .clients import Host, require
+from .clients import Host, require, storage_driver
 from .images import ImageFactory
 from .program import Cluster
+from .recording import recorded
 
 pytestmark = pytest.mark.clients
 
 
 @pytest.fixture(autouse=True)
 def installed() -> None:
-    require("podman", "buildah", "skopeo")
+    # Without root they need ranges of user ids, which few machines are set up for.
+    require("podman", "buildah", "skopeo", root=True)
 
 
 def image_id(host: Host, name: str) -> str:
@@ -78,7 +80,8 @@ def test_an_image_in_docker_schema_2_keeps_its_media_types(
 def test_podman_pulls_a_zstd_chunked_image_by_ranges(
     cluster: Cluster, images: ImageFactory, host: Host, other_host: Host
 ) -> None:
-    host.podman("pull", "--quiet", images.small("chunked").reference)
+    # podman 4.3 cannot write its zstd:chunked form of every content: the small images break it.
+    host.podman("pull", "--quiet", images.text("chunked").reference)
     source = host.podman("image", "list", "--quiet", "--no-trunc").split()[0]
     name = f"127.0.0.1:{cluster.first.registry}/team/chunked:v1"
     pushing = ("push", "--quiet", "--tls-verify=false", "--compression-format", "zstd:chunked")
@@ -87,6 +90,10 @@ def test_podman_pulls_a_zstd_chunked_image_by_ranges(
     assert {layer["mediaType"].rpartition("+")[2] for layer in layers} == {"zstd"}
 
     for port in cluster.registries[1:]:
-        name = f"127.0.0.1:{port}/team/chunked:v1"
-        other_host.podman("pull", "--quiet", "--tls-verify=false", name)
-        assert image_id(other_host, name)
+        with recorded(port) as recording:
+            name = f"127.0.0.1:{recording.port}/team/chunked:v1"
+            other_host.podman("pull", "--quiet", "--tls-verify=false", name)
+            assert image_id(other_host, name) == image_id(host, source)
+        if storage_driver() == "overlay":  # podman reads in parts with this one only
+            assert any(value.startswith("bytes=") for value in recording.header_values("range"))
+        other_host.podman("image", "rm", name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import signal
 import threading
 from typing import Final
@@ -18,7 +17,7 @@ PROGRAMS: Final = ("tracker", "index", "origin", "agent-1", "agent-2", "agent-3"
 
 
 def layer(name: str, length: int = 12 * MIB) -> bytes:
-    return random.Random(name).randbytes(length)
+    return web.random_bytes(length, name)
 
 
 def push(cluster: Cluster, repository: str, *layers: bytes) -> str:

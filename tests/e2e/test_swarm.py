@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,10 +16,6 @@ from .waiting import wait_until
 MIB: Final = 1 << 20
 SWARM_BYTES: Final = 160 * MIB
 SENDERS: Final = ("origin", "agent")
-
-
-def random_bytes(length: int, seed: str) -> bytes:
-    return random.Random(seed).randbytes(length)
 
 
 def push(cluster: Cluster, repository: str, content: bytes) -> str:
@@ -43,7 +38,7 @@ def files_of(directory: Path) -> set[str]:
 
 
 def test_agents_get_pieces_from_the_origin_and_from_other_agents(separate_cluster: Cluster) -> None:
-    content = random_bytes(SWARM_BYTES, "swarm")
+    content = web.random_bytes(SWARM_BYTES, "swarm")
     digest = push(separate_cluster, "team/swarm", content)
     before = received(separate_cluster)
     ready = threading.Barrier(len(separate_cluster.registries))
@@ -70,7 +65,7 @@ def test_agents_get_pieces_from_the_origin_and_from_other_agents(separate_cluste
 
 
 def test_every_agent_keeps_a_copy_of_its_own(separate_cluster: Cluster) -> None:
-    content = random_bytes(8 * MIB, "copies")
+    content = web.random_bytes(8 * MIB, "copies")
     digest = push(separate_cluster, "team/copies", content)
     for port in separate_cluster.registries:
         assert web.stream(port, f"/v2/team/copies/blobs/{digest}").digest == digest
@@ -88,7 +83,7 @@ def test_every_agent_keeps_a_copy_of_its_own(separate_cluster: Cluster) -> None:
 
 
 def test_head_of_a_blob_starts_no_download(separate_cluster: Cluster) -> None:
-    content = random_bytes(8 * MIB, "head")
+    content = web.random_bytes(8 * MIB, "head")
     digest = push(separate_cluster, "team/head", content)
     agents = {
         name: separate_cluster.directory / name
@@ -110,7 +105,7 @@ def test_head_of_a_blob_starts_no_download(separate_cluster: Cluster) -> None:
 
 
 def test_the_counters_of_status_are_in_the_metrics_too(separate_cluster: Cluster) -> None:
-    digest = push(separate_cluster, "team/metrics", random_bytes(MIB, "metrics"))
+    digest = push(separate_cluster, "team/metrics", web.random_bytes(MIB, "metrics"))
     agent = separate_cluster.ports.agents[1]
     assert web.stream(agent.registry, f"/v2/team/metrics/blobs/{digest}").digest == digest
 
@@ -122,7 +117,7 @@ def test_the_counters_of_status_are_in_the_metrics_too(separate_cluster: Cluster
 
 
 def test_ranges_of_a_blob_are_exact_while_it_downloads(cluster: Cluster) -> None:
-    content = random_bytes(48 * MIB, "ranges")
+    content = web.random_bytes(48 * MIB, "ranges")
     digest = push(cluster, "team/ranges", content)
     total = len(content)
     cases = {
@@ -141,7 +136,7 @@ def test_ranges_of_a_blob_are_exact_while_it_downloads(cluster: Cluster) -> None
 
 
 def test_a_client_that_hangs_up_does_not_end_the_download_of_others(cluster: Cluster) -> None:
-    content = random_bytes(64 * MIB, "hang-up")
+    content = web.random_bytes(64 * MIB, "hang-up")
     digest = push(cluster, "team/hang-up", content)
     port = cluster.registries[2]
     target = f"/v2/team/hang-up/blobs/{digest}"
@@ -154,7 +149,7 @@ def test_a_client_that_hangs_up_does_not_end_the_download_of_others(cluster: Clu
 
 
 def test_many_small_blobs_are_pulled_at_once(cluster: Cluster) -> None:
-    layers = [random_bytes(1000 + number, f"small {number}") for number in range(60)]
+    layers = [web.random_bytes(1000 + number, f"small {number}") for number in range(60)]
     web.push_image(cluster.ports.origin_registry, "team/many-small", "v1", layers)
 
     def pull(layer: bytes) -> bytes:
@@ -176,7 +171,7 @@ def test_an_empty_blob_and_one_of_a_single_byte_are_content_like_any_other(
 
 
 def test_the_complete_blob_is_reported_by_status(cluster: Cluster) -> None:
-    content = random_bytes(5 * MIB, "status")
+    content = web.random_bytes(5 * MIB, "status")
     digest = push(cluster, "team/status", content)
     agent = cluster.ports.agents[1]
     assert web.stream(agent.registry, f"/v2/team/status/blobs/{digest}").digest == digest

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import http.client
 import json
+import random
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -105,6 +106,12 @@ def with_digest(target: str, digest: str) -> str:
     return f"{target}{'&' if '?' in target else '?'}digest={digest}"
 
 
+def random_bytes(length: int, seed: str) -> bytes:
+    """Content that no compression shrinks, the same for the same seed."""
+    source, block = random.Random(seed), 1 << 20
+    return b"".join(source.randbytes(min(block, length - at)) for at in range(0, length, block))
+
+
 def start_upload(port: int, repository: str) -> str:
     """Open an upload session; returns the target that takes its content."""
     answer = request(port, "POST", f"/v2/{repository}/blobs/uploads/")
@@ -114,7 +121,8 @@ def start_upload(port: int, repository: str) -> str:
 
 def push_blob(port: int, repository: str, content: bytes, *, digest: str | None = None) -> Answer:
     """A session and one PUT, as containerd does; the answer of the PUT."""
-    target = with_digest(start_upload(port, repository), digest or digest_of(content))
+    digest = digest_of(content) if digest is None else digest
+    target = with_digest(start_upload(port, repository), digest)
     return request(
         port, "PUT", target, body=content, headers={"Content-Type": "application/octet-stream"}
     )

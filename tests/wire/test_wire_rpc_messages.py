@@ -138,3 +138,7 @@ def test_any_bytes_are_a_message_or_a_protocol_error(frame_type, body):
     for data in (body, rpc_messages.MAGIC + body):
         with contextlib.suppress(ProtocolError):
             unpack(frame_type, data)
+
+
+def test_the_timeout_of_a_cancelled_call_is_none_left():
+    assert timeout_to_ms(-math.inf) == 0
