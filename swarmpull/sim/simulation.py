@@ -6,6 +6,7 @@ pieces over a `swarmpull.sim.network`.  There is no second implementation of any
 
 from __future__ import annotations
 
+import enum
 import math
 import random
 from typing import Final
@@ -17,8 +18,9 @@ from swarmpull.sim.network import Clock, Link
 from swarmpull.swarm import actions as act
 from swarmpull.swarm import bitfield
 from swarmpull.swarm import events as ev
+from swarmpull.swarm.connections import ConnectionLimits
 from swarmpull.swarm.handout import HandoutLimits, PeerTable
-from swarmpull.swarm.messages import Hello
+from swarmpull.swarm.messages import Hello, Message
 from swarmpull.swarm.metainfo import (
     PIECE_HASH_BYTES,
     Metainfo,
@@ -26,10 +28,18 @@ from swarmpull.swarm.metainfo import (
     piece_length_for,
 )
 from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
+from swarmpull.swarm.pipeline import PipelineLimits
 from swarmpull.swarm.scheduler import Scheduler, SwarmLimits, contact_of
 
 # BLAKE3 on one core of a small server, in bytes per second (DESIGN, section 6).
 HASH_RATE: Final = 5e9
+
+
+class Policy(enum.Enum):
+    """How pieces are exchanged."""
+
+    OFFERS = "offers"
+    PIPELINE = "pipeline"
 
 
 @attrs.frozen(kw_only=True)
@@ -48,6 +58,7 @@ class SimulationOptions:
         killed: agents that are killed midway; their connections break.
         vanished: agents that fall silent midway; their connections stay, nothing comes out of them.
         corrupt: agents that send wrong bytes in every piece.
+        policy: ``offers``, or ``pipeline`` for the classic request queues.
         seed: of all random choices.
         until: simulated seconds after which the run is given up.
         check_every: events between two checks of every invariant; 0 for never.
@@ -64,6 +75,7 @@ class SimulationOptions:
     killed: int = attrs.field(default=0, validator=attrs.validators.ge(0))
     vanished: int = attrs.field(default=0, validator=attrs.validators.ge(0))
     corrupt: int = attrs.field(default=0, validator=attrs.validators.ge(0))
+    policy: Policy = Policy.OFFERS
     seed: int = 1
     until: float = attrs.field(default=600.0, validator=attrs.validators.gt(0))
     check_every: int = attrs.field(default=0, validator=attrs.validators.ge(0))
@@ -158,9 +170,8 @@ class _Host:
 class Simulation:
     """One run of one experiment."""
 
-    def __init__(self, options: SimulationOptions, limits: SwarmLimits | None = None) -> None:
+    def __init__(self, options: SimulationOptions) -> None:
         self._options = options
-        self._limits = limits or SwarmLimits()
         self._rng = random.Random(options.seed)
         self._clock = Clock()
         self._tracker = PeerTable(HandoutLimits(), random.Random(self._rng.getrandbits(64)))
@@ -195,7 +206,8 @@ class Simulation:
         peer_id = f"{self._rng.getrandbits(128):032x}"
         contact = PeerContact(peer_id, f"{kind.value}-{number}", 7100, kind)
         rng = random.Random(self._rng.getrandbits(64))
-        scheduler = Scheduler(peer_id, kind, 7100, rng=rng, limits=self._limits)
+        limits = _limits(kind, self._options.policy)
+        scheduler = Scheduler(peer_id, kind, 7100, rng=rng, limits=limits)
         self._hosts[peer_id] = _Host(contact, scheduler, Link(rate, rate))
 
     def _of_kind(self, kind: PeerKind) -> list[_Host]:
@@ -263,6 +275,9 @@ class Simulation:
             case act.Send(connection, message):
                 self._messages += 1
                 self._later(self._deliver, self._connections.get(connection), host, message)
+            case act.SendAll(connections, message):
+                self._messages += len(connections)
+                self._later(self._deliver_all, connections, host, message)
             case act.SendPiece(connection, digest, index):
                 self._send_piece(host, connection, digest, index)
             case act.Dial(digest, contact):
@@ -316,15 +331,18 @@ class Simulation:
         contact = contact_of(hello, self._hosts[hello.peer_id].contact.host)
         self._dispatch(host, ev.PeerConnected(connection.number, hello, contact, announced))
 
-    def _deliver(self, connection: _Connection | None, sender: _Host, message: object) -> None:
+    def _deliver(self, connection: _Connection | None, sender: _Host, message: Message) -> None:
         if connection is None or connection.closed or sender.dead:
             return
         receiver = connection.other(sender)
         if isinstance(message, Hello):
             self._greet(connection, receiver, message, connection.announced)
         else:
-            event = ev.MessageReceived(connection.number, message)  # type: ignore[arg-type]
-            self._dispatch(receiver, event)
+            self._dispatch(receiver, ev.MessageReceived(connection.number, message))
+
+    def _deliver_all(self, numbers: tuple[int, ...], sender: _Host, message: Message) -> None:
+        for number in numbers:
+            self._deliver(self._connections.get(number), sender, message)
 
     def _disconnect(self, connection: _Connection | None, closer: _Host) -> None:
         if connection is None or connection.closed:
@@ -410,3 +428,14 @@ def _layer(index: int, options: SimulationOptions) -> Metainfo:
     piece_length = piece_length_for(length)
     hashes = bytes(PIECE_HASH_BYTES * piece_count_for(length, piece_length))
     return Metainfo(Digest.of(f"layer {index}".encode()), length, piece_length, hashes)
+
+
+def _limits(kind: PeerKind, policy: Policy) -> SwarmLimits:
+    """What the roles are configured with by default: origins take more connections than agents."""
+    if policy is Policy.PIPELINE:
+        return SwarmLimits(
+            connections=ConnectionLimits(dialled=20, per_torrent=20), exchange=PipelineLimits()
+        )
+    if kind is PeerKind.ORIGIN:
+        return SwarmLimits(connections=ConnectionLimits(per_torrent=100, per_host=1000))
+    return SwarmLimits()

@@ -95,9 +95,6 @@ class Uploads:
         """Connections whose receiver takes too long over one piece."""
         return [c for c, sending in self._sending.items() if sending.until <= now]
 
-    def next_deadline(self) -> float:
-        return min((sending.until for sending in self._sending.values()), default=float("inf"))
-
     @property
     def sending_count(self) -> int:
         return len(self._sending)
