@@ -32,6 +32,19 @@ class Outbox:
         self.actions.append(SendPiece(connection, digest, index))
 
 
+@attrs.frozen
+class Uplink:
+    """What an uplink has to do: pieces being sent, claims that wait, offers out, peers that want.
+
+    With the classic policy a peer that wants has claimed, so only the first two count anything.
+    """
+
+    sending: int
+    claimed: int
+    offered: int
+    wanting: int
+
+
 class Exchange(Protocol):
     """Decides what is claimed and what is sent.  Called by the scheduler only; never blocks, never raises."""
 
@@ -76,6 +89,10 @@ class Exchange(Protocol):
 
     def drain(self) -> None:
         """Promise nothing any more; what is being sent goes on."""
+        ...
+
+    def uplink(self) -> Uplink:
+        """What the uplink has to do now, to look at."""
         ...
 
     def check_invariants(self) -> None: ...

@@ -31,7 +31,7 @@ import attrs
 
 from swarmpull.digest import Digest
 from swarmpull.swarm import bitfield
-from swarmpull.swarm.exchange import Outbox
+from swarmpull.swarm.exchange import Outbox, Uplink
 from swarmpull.swarm.messages import Cancel, Claim, Message, Offer, Pass, Want
 from swarmpull.swarm.torrent import Inbound, Peer, Torrent
 
@@ -188,6 +188,10 @@ class OfferExchange:
         self._ready.clear()
         for line in list(self._offers.values()):
             self._take_back_offer(line)
+
+    def uplink(self) -> Uplink:
+        wanting = sum(map(len, self._queues.values()))
+        return Uplink(len(self._sending), len(self._ready), len(self._offers), wanting)
 
     def check_invariants(self) -> None:
         limits = self._limits

@@ -11,7 +11,7 @@ import random
 
 import attrs
 
-from swarmpull.swarm.exchange import Outbox
+from swarmpull.swarm.exchange import Outbox, Uplink
 from swarmpull.swarm.messages import Cancel, Claim, Message, Pass
 from swarmpull.swarm.torrent import Inbound, Peer, Torrent
 from swarmpull.swarm.uploads import UploadLimits, Uploads
@@ -91,6 +91,9 @@ class PipelineExchange:
 
     def drain(self) -> None:
         self._draining = True
+
+    def uplink(self) -> Uplink:
+        return Uplink(self._uploads.sending_count, self._uploads.waiting_count, 0, 0)
 
     def check_invariants(self) -> None:
         self._uploads.check_invariants()

@@ -31,7 +31,7 @@ from swarmpull.swarm import actions as act
 from swarmpull.swarm import bitfield
 from swarmpull.swarm import events as ev
 from swarmpull.swarm.connections import Admission, ConnectionLimits, HostPlaces
-from swarmpull.swarm.exchange import Outbox
+from swarmpull.swarm.exchange import Outbox, Uplink
 from swarmpull.swarm.messages import (
     Bye,
     ByeReason,
@@ -171,6 +171,10 @@ class Scheduler:
 
     def statistics(self) -> list[TorrentStatistics]:
         return [torrent.statistics() for torrent in self._torrents.values()]
+
+    def uplink(self) -> Uplink:
+        """What the uplink has to do now, to look at."""
+        return self._exchange.uplink()
 
     @property
     def connection_count(self) -> int:
