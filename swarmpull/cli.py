@@ -183,14 +183,13 @@ def _announce(running: Sequence[RoleAddresses]) -> None:
 
 def _announcement(running: Sequence[RoleAddresses]) -> Iterator[str]:
     """What listens where, and for a whole cluster in one process what to type next."""
-    counts: dict[str, int] = {}
+    agents = [each for each in running if each.role == "agent"]
     for each in running:
-        counts[each.role] = counts.get(each.role, 0) + 1
         listeners = "  ".join(f"{name} {address}" for name, address in each.listeners.items())
-        number = f" {counts[each.role]}" if each.role == "agent" else ""
+        number = f" {agents.index(each) + 1}" if each in agents and len(agents) > 1 else ""
         yield f"{each.role + number:<10} {listeners}"
-    if set(counts) == set(_ROLES):
-        yield from _next_steps([each for each in running if each.role == "agent"])
+    if {each.role for each in running} == set(_ROLES):
+        yield from _next_steps(agents)
 
 
 def _next_steps(agents: Sequence[RoleAddresses]) -> Iterator[str]:
@@ -198,8 +197,9 @@ def _next_steps(agents: Sequence[RoleAddresses]) -> Iterator[str]:
     last = agents[-1].listeners["registry"]
     yield ""
     yield "Push an image, and pull it through an agent:"
-    yield "  skopeo copy --dest-tls-verify=false "
-    yield f"      docker-daemon:IMAGE:TAG docker://{first}/IMAGE:TAG"
+    yield (
+        f"  skopeo copy --dest-tls-verify=false docker-daemon:IMAGE:TAG docker://{first}/IMAGE:TAG"
+    )
     yield f"  docker pull {last}/IMAGE:TAG"
     yield "Push any file, and pull it by the digest that is printed:"
     yield f"  swarmpull push --registry http://{first} FILE"

@@ -280,7 +280,10 @@ class IndexConfig:
     )
     data_dir: Path = attrs.field(
         default=Path("swarmpull-data/index"),
-        metadata=_meaning("Directory of the index's working state.", default="<data_dir>/index"),
+        metadata=_meaning(
+            "Directory for working state of the index; so far it has none outside its backend.",
+            default="<data_dir>/index",
+        ),
     )
 
 

@@ -1,8 +1,8 @@
 """Requests and responses straight over ASGI, with bodies of any length.
 
 Quart reads a request body into memory without back-pressure, 16 MiB at most, cuts responses after a minute,
-and costs nearly twice as much per small request: the registry API does without it.  The server behind (`swarmpull.registry.server`) is
-hypercorn, two habits of which shape this module:
+and costs nearly twice as much per small request: the registry API does without it.  The server behind
+(`swarmpull.registry.server`) is hypercorn, two habits of which shape this module:
 
 - Sending to a client that is gone raises nothing, it is only reported as ``http.disconnect``: whoever sends
   for long must watch for it (`until_disconnect`).
@@ -12,7 +12,7 @@ hypercorn, two habits of which shape this module:
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final
 from urllib.parse import parse_qs
 
@@ -92,27 +92,26 @@ class Request:
         """Whether nothing of the body is left to read."""
         return self._body_read
 
-    async def body(self) -> AsyncIterator[bytes]:
-        """The rest of the body, in the chunks that arrive, none of them empty.
+    async def read(self) -> bytes:
+        """The next bytes of the body as they arrive; none once it has ended.
 
         Raises:
-            ClientGone: it ends before its end.
+            ClientGone: it breaks off.
         """
-        while not self._body_read:
+        chunk = b""
+        while not chunk and not self._body_read:
             with trio.move_on_after(self.body_idle_timeout) as scope:
                 message = await self._receive()
             if scope.cancelled_caught or message["type"] == "http.disconnect":
                 raise ClientGone
             self._body_read = not message.get("more_body", False)
-            if message["body"]:
-                yield message["body"]
+            chunk = message["body"]
+        return chunk
 
-    async def discard_body(self, limit: int) -> None:
+    async def discard(self, limit: int) -> None:
         """Read up to ``limit`` further bytes of the body and forget them.  Raises ClientGone."""
-        async for chunk in self.body():
+        while limit > 0 and (chunk := await self.read()):
             limit -= len(chunk)
-            if limit < 0:
-                return
 
     async def wait_disconnect(self) -> None:
         """Return when the client has hung up; what it still sends until then is forgotten."""
@@ -157,7 +156,7 @@ async def send_response(request: Request, send: Send, response: Response) -> Non
     await send_chunk(send, response.body)
     with trio.move_on_after(_LINGER_SECONDS):
         try:
-            await request.discard_body(_LINGER_BYTES)
+            await request.discard(_LINGER_BYTES)
         except ClientGone:
             return
     async with trio.open_nursery() as nursery:

@@ -132,12 +132,12 @@ async def _send_body(
     """Send what follows the head: preambles and ranges, to the end, or cut short and never padded."""
     try:
         for preamble, byte_range in parts:
-            if preamble:
-                await send_chunk(send, preamble)
-            offset = byte_range.start
+            head, offset = preamble, byte_range.start
             while offset < byte_range.stop:
                 chunk = await reader.read_at(offset, min(CHUNK_BYTES, byte_range.stop - offset))
-                await send_chunk(send, chunk)
+                # One send for a small part: a client may ask for thousands of them.
+                await send_chunk(send, head + chunk if head else chunk)
+                head = b""
                 offset += len(chunk)
     except SwarmpullError as error:
         # With no last chunk the server closes the connection, so the client sees that bytes are missing.

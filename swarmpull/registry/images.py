@@ -121,7 +121,7 @@ async def _read_manifest(request: Request) -> bytes:
     content = bytearray()
     if (request.content_length or 0) > MANIFEST_BYTES_MAX:
         raise _too_large()
-    async for chunk in request.body():
+    while chunk := await request.read():
         content += chunk
         if len(content) > MANIFEST_BYTES_MAX:
             raise _too_large()

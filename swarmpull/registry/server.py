@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import logging
-import os
 import socket
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Final
 
 import attrs
+import hypercorn.trio.run
+import structlog
 import trio
 from hypercorn.config import Config, Sockets
-from hypercorn.trio import serve, tcp_server
+from hypercorn.events import Closed, RawData
+from hypercorn.trio.tcp_server import TCPServer
 
 from swarmpull.registry.asgi import AsgiApp
 from swarmpull.wire.listen import BACKLOG, open_listeners
+
+log = structlog.get_logger()
 
 # hypercorn logs every listener at INFO, which the role that opens it does as well; what remains are faults.
 _server_logger: Final = logging.getLogger("swarmpull.registry.hypercorn")
 _server_logger.setLevel(logging.WARNING)
 
-# hypercorn reads 64 KiB at a time and takes some 130 us for each; with 256 KiB a body arrives at 1 GB/s instead
-# of 0.5.  Its queue of ten of them is what one upload holds in memory.
+# Read at once.  Each read costs some 130 us: with hypercorn's own 64 KiB a body arrives at 0.5 GB/s, with
+# this at 1 GB/s.  Its queue of ten reads is what one upload holds in memory.
 RECEIVE_BYTES: Final = 256 << 10
-tcp_server.MAX_RECV = RECEIVE_BYTES
-
-_Address = tuple[object, ...]
 
 
 @attrs.frozen(kw_only=True)
@@ -33,6 +35,7 @@ class HttpLimits:
     """Bounds of one HTTP listener.
 
     Attributes:
+        connections: at once; further ones are closed at once.
         head_bytes: request line and headers together; more gets 431.  stargz asks for some thousand
             ranges in one header.
         keep_alive_timeout: seconds that a connection may wait for its next request to be there.
@@ -40,20 +43,23 @@ class HttpLimits:
             CRI gives up a pull without progress after as long.
     """
 
+    connections: int = 4096
     head_bytes: int = 128 << 10
     keep_alive_timeout: float = 75.0
     stalled_timeout: float = 300.0
 
 
 class _Config(Config):
-    """hypercorn's configuration, for sockets that listen already.
+    """hypercorn's configuration, for sockets that listen already, and their connections.
 
     Every limit is set, since the defaults are made for web pages: 5 s of keep-alive, 1000 requests on a
     connection.
     """
 
     def __init__(self, sockets: list[socket.socket], grace: float, limits: HttpLimits) -> None:
-        self._listening = sockets
+        self.listening = sockets
+        self.connections: set[trio.SocketStream] = set()
+        self.connections_max = limits.connections
         self.accesslog = None
         self.errorlog = _server_logger
         self.include_server_header = False
@@ -63,11 +69,55 @@ class _Config(Config):
         self.keep_alive_timeout = limits.keep_alive_timeout
         self.keep_alive_max_requests = 1 << 62
         self.max_requests = None
-        # It would run while a response is sent, too, and cut every long download.
-        self.read_timeout = None
 
     def create_sockets(self) -> Sockets:
-        return Sockets([], self._listening, [])
+        return Sockets([], self.listening, [])
+
+
+class _Connection(TCPServer):
+    """A connection of hypercorn, with what that lacks: a cap, a way to cut it, an end with its client."""
+
+    config: _Config
+    # hypercorn declares what it gets with TLS, which it never has here.
+    stream: trio.SocketStream  # type: ignore[assignment]
+    _client_ended = False
+
+    async def run(self) -> None:
+        connections = self.config.connections
+        if len(connections) >= self.config.connections_max:
+            log.warning("connection_refused", reason="busy", connections_max=len(connections))
+            await trio.aclose_forcefully(self.stream)
+            return
+        connections.add(self.stream)
+        try:
+            await super().run()
+        except Exception:
+            # Whatever one client brings about, the listener goes on.
+            log.exception("connection_failed")
+        finally:
+            connections.remove(self.stream)
+            await trio.aclose_forcefully(self.stream)
+
+    async def _read_data(self) -> None:
+        data = b"-"
+        while data:
+            try:
+                data = bytes(await self.stream.receive_some(RECEIVE_BYTES))
+            except (trio.ClosedResourceError, trio.BrokenResourceError):
+                break
+            await self.protocol.handle(RawData(data))
+        self._client_ended = True
+        await self.protocol.handle(Closed())
+        await self.idle_task.stop()
+
+    async def _idle_timeout(self) -> None:
+        # hypercorn would keep the connection of a client that is gone for as long as an idle one.
+        if not self._client_ended:
+            await super()._idle_timeout()
+
+
+# There is no setting for the class; the tests notice when this has lost its effect.
+hypercorn.trio.run.TCPServer = _Connection  # type: ignore[attr-defined]
 
 
 async def serve_http(
@@ -96,21 +146,25 @@ async def serve_http(
         StartupError: the address cannot be used.
     """
     limits = limits or HttpLimits()
-    sockets = [
-        socket.socket(fileno=listener.socket.detach())
-        for listener in await open_listeners(host, port)
-    ]
-    addresses: list[_Address] = [sock.getsockname() for sock in sockets]
+    listeners = await open_listeners(host, port)
+    sockets = [socket.socket(fileno=listener.socket.detach()) for listener in listeners]
     for sock in sockets:
         # Accepted connections inherit it.
         timeout = round(limits.stalled_timeout * 1000)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout)
-    started = _Started((str(addresses[0][0]), sockets[0].getsockname()[1]), task_status)
+    config = _Config(sockets, grace, limits)
+    started = _Started(sockets[0].getsockname()[:2], task_status)
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_cut_when_late, addresses, drain, grace)
-            config = _Config(sockets, grace, limits)
-            await serve(app, config, shutdown_trigger=drain.wait, task_status=started, mode="asgi")  # type: ignore[arg-type]
+            nursery.start_soon(_cut_when_late, config, drain)
+            # Without a trigger of its own hypercorn would swallow KeyboardInterrupt.
+            await hypercorn.trio.serve(
+                app,  # type: ignore[arg-type]  # its types name each message
+                config,
+                shutdown_trigger=drain.wait,
+                task_status=started,
+                mode="asgi",
+            )
             nursery.cancel_scope.cancel()
     finally:
         for sock in sockets:
@@ -124,42 +178,24 @@ class _Started:
     address: tuple[str, int]
     task_status: trio.TaskStatus[tuple[str, int]]
 
-    def started(self, urls: list[str]) -> None:
-        del urls
+    def started(self, _: list[str] | None = None) -> None:
         self.task_status.started(self.address)
 
 
-async def _cut_when_late(addresses: list[_Address], drain: trio.Event, grace: float) -> None:
-    """Cut what is left of the connections when their time is over, or when this is cancelled.
+async def _cut_when_late(config: _Config, drain: trio.Event) -> None:
+    """Cut the connections that are left when their time is over, or when this is cancelled.
 
-    hypercorn shields its sends from cancellation, so a client that does not read would hold up the end for
-    ever.  Its connections are out of reach; their descriptors are not.
+    hypercorn shields its sends from cancellation: a client that does not read would hold up the end.
     """
     try:
         await drain.wait()
-        await trio.sleep(grace)
+        await trio.sleep(config.graceful_timeout)
     finally:
-        _cut_connections(addresses)
+        _cut(config.connections)
 
 
-def _cut_connections(addresses: list[_Address]) -> None:
-    for name in os.listdir("/proc/self/fd"):
-        # Other threads close descriptors meanwhile, and a socket that listens has no peer.
+def _cut(connections: Iterable[trio.SocketStream]) -> None:
+    for stream in connections:
+        # Gone meanwhile.
         with suppress(OSError):
-            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
-                _cut_connection(os.dup(int(name)), addresses)
-
-
-def _cut_connection(descriptor: int, addresses: list[_Address]) -> None:
-    with socket.socket(fileno=descriptor) as connection:
-        connection.getpeername()
-        if _belongs(connection.getsockname(), addresses):
-            connection.shutdown(socket.SHUT_RDWR)
-
-
-def _belongs(local: _Address, addresses: list[_Address]) -> bool:
-    return any(
-        local[1] == address[1] and address[0] in (local[0], "0.0.0.0", "::")
-        for address in addresses
-        if len(local) == len(address)
-    )
+            stream.socket.shutdown(socket.SHUT_RDWR)

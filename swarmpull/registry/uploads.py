@@ -132,7 +132,7 @@ async def put_generic_blob(call: Call) -> Response:
     except BlobNotFound:
         await _receive_whole(call, await _open_session(call), digest)
         return _created(call, digest)
-    await call.request.discard_body(_EXISTING_BYTES)
+    await call.request.discard(_EXISTING_BYTES)
     return Response(200, _blob_headers(call, digest))
 
 
@@ -158,7 +158,7 @@ async def _forget(upload: Upload) -> None:
 async def _append_body(request: Request, upload: Upload) -> None:
     expected = _expected_bytes(request, upload)
     received = 0
-    async for chunk in request.body():
+    while chunk := await request.read():
         received += len(chunk)
         if expected is not None and received > expected:
             break

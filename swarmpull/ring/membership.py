@@ -73,13 +73,13 @@ class Membership:
         self._weights = weights
         self._interval = interval
         self._resolved: dict[_Name, tuple[str, ...]] = {}
+        self._members = tuple(sorted(set(self._static)))
         self._health = HealthTable(health if health is not None else HealthLimits())
 
     @property
     def members(self) -> tuple[str, ...]:
         """All members as ``host:port``, sorted, whatever their health."""
-        resolved = (member for members in self._resolved.values() for member in members)
-        return tuple(sorted({*self._static, *resolved}))
+        return self._members
 
     @property
     def entries(self) -> tuple[str, ...]:
@@ -121,12 +121,13 @@ class Membership:
             await self._resolve_all()
 
     async def _resolve_all(self) -> None:
-        before = self.members
         async with trio.open_nursery() as nursery:
             for name in self._names:
                 nursery.start_soon(self._resolve, name)
-        members = self.members
-        if members != before:
+        resolved = (member for members in self._resolved.values() for member in members)
+        members = tuple(sorted({*self._static, *resolved}))
+        if members != self._members:
+            self._members = members
             self._health.retain(members)
             log.info("ring_changed", ring=self.name, members=members)
 

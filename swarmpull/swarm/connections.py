@@ -87,6 +87,7 @@ class ConnectionTable:
         self._limits = limits
         self._host = host
         self._known: dict[str, PeerContact] = {}
+        self._tried_at: dict[str, float] = {}
         self._pending: dict[str, float] = {}
         self._active: dict[str, int] = {}
         self._backoffs: dict[str, _Backoff] = {}
@@ -106,24 +107,24 @@ class ConnectionTable:
                 self._known.pop(contact.peer_id, None)
                 self._known[contact.peer_id] = contact
         while len(self._known) > KNOWN_PEERS_MAX:
-            del self._known[next(iter(self._known))]
+            forgotten = next(iter(self._known))
+            del self._known[forgotten]
+            self._tried_at.pop(forgotten, None)
 
     def dials(self, wanted: int, now: float) -> list[PeerContact]:
         """Reserve places for new dials, up to ``wanted`` connections in all.
 
-        Returns the peers to dial; each is pending until `connected` or `dial_failed`.
+        Returns the peers to dial; each is pending until `connected` or `dial_failed`.  Those that were never
+        tried come first, then those whose turn is longest ago: a few peers that accept and then give
+        nothing must not keep us from the others for ever.
         """
-        places = (
-            min(wanted, self._limits.dialled, self._limits.per_torrent)
-            - self.active_count
-            - self.pending_count
-        )
-        chosen: list[PeerContact] = []
-        for peer_id, contact in self._known.items():
-            if len(chosen) >= min(places, self._host.free):
-                break
-            if self._may_dial(peer_id, now):
-                chosen.append(contact)
+        places = min(wanted, self._limits.dialled, self._limits.per_torrent)
+        places = min(places - self.active_count - self.pending_count, self._host.free)
+        if places <= 0:
+            return []
+        candidates = [c for peer_id, c in self._known.items() if self._may_dial(peer_id, now)]
+        candidates.sort(key=lambda c: self._tried_at.get(c.peer_id, float("-inf")))
+        chosen = candidates[:places]
         for contact in chosen:
             self._pending[contact.peer_id] = now + DIAL_TIMEOUT
         self._host.taken += len(chosen)
@@ -231,6 +232,9 @@ class ConnectionTable:
         self._set_backoff(peer_id, _Backoff(failures, until, unreachable=unreachable))
 
     def _set_backoff(self, peer_id: str, backoff: _Backoff) -> None:
+        # Every end of an attempt leads here.
+        if peer_id in self._known:
+            self._tried_at[peer_id] = backoff.until
         self._backoffs.pop(peer_id, None)
         self._backoffs[peer_id] = backoff
         if len(self._backoffs) > BACKOFFS_MAX:

@@ -76,7 +76,8 @@ class PipelineExchange:
         self._claim_from(torrent, peer, now)
 
     def freed(self, torrent: Torrent, now: float) -> None:
-        for peer in torrent.peers.values():
+        # What was taken back from a late peer goes to another one if there is one.
+        for peer in sorted(torrent.peers.values(), key=lambda peer: peer.late_in_a_row):
             self._claim_from(torrent, peer, now)
 
     def sent(self, connection: int, index: int, now: float) -> None:

@@ -258,10 +258,9 @@ class Torrent:
         The report of a piece may come from an earlier life of the torrent, which was removed and added
         again meanwhile: what that one stored is not ours.
         """
-        if not (self.verifying >> index) & 1:
+        if self._senders.pop(index, None) is None:
             return False
         self.verifying &= ~(1 << index)
-        del self._senders[index]
         self.have |= 1 << index
         self.progress_at = now
         return True
@@ -271,8 +270,10 @@ class Torrent:
 
         None when it was not being verified.
         """
-        self.verifying &= ~(1 << index)
-        return self._senders.pop(index, None)
+        sender = self._senders.pop(index, None)
+        if sender is not None:
+            self.verifying &= ~(1 << index)
+        return sender
 
     # --- introspection ------------------------------------------------------------------------
 

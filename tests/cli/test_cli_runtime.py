@@ -13,6 +13,7 @@ import sys
 
 import pytest
 
+MEMBER_LISTS = ("cluster.trackers", "cluster.origins", "cluster.indexes")
 PROGRAM = """
 import sys
 import trio
@@ -159,9 +160,23 @@ def test_what_listens_and_what_to_type_next_is_announced(start) -> None:
         "agent 2    registry 127.0.0.1:5001  admin 127.0.0.1:7501",
     ]
     text = "\n".join(said)
-    assert "docker://127.0.0.1:5000/IMAGE:TAG" in text
+    assert (
+        "skopeo copy --dest-tls-verify=false docker-daemon:IMAGE:TAG "
+        "docker://127.0.0.1:5000/IMAGE:TAG\n" in text
+    )
     assert "docker pull 127.0.0.1:5001/IMAGE:TAG" in text
     assert "swarmpull pull --registry http://127.0.0.1:5001 DIGEST -o FILE" in text
+
+
+def test_a_role_alone_announces_what_it_listens_on_and_no_next_steps(start) -> None:
+    process = start("--role", "agent", *(f"-o{key}=h:1" for key in MEMBER_LISTS))
+    assert process.popen.stdout is not None
+    assert process.popen.stdout.readline().split() == [
+        *("agent", "registry", "127.0.0.1:5000", "admin", "127.0.0.1:7500")
+    ]
+    process.send(signal.SIGTERM)
+    assert process.end()[0] == 0
+    assert process.popen.stdout.read() == ""
 
 
 def test_roles_are_logged_as_json_when_that_is_wanted(start) -> None:

@@ -192,7 +192,6 @@ def test_a_method_that_an_endpoint_lacks_is_answered_with_those_it_has(
 def test_no_path_yields_a_repository_outside_the_grammar(path: str) -> None:
     try:
         route = find_route("GET", ("/v2/" + path).encode())
-    except RegistryError as error:
-        assert error.status in (400, 404, 405)
-    else:
-        assert route.repository == "" or is_repository(route.repository)
+    except RegistryError:
+        return
+    assert route.repository == "" or is_repository(route.repository)

@@ -1,0 +1,76 @@
+"""The admin pages of a role."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from functools import partial
+
+import attrs
+import httpx
+import pytest
+import trio
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+
+from swarmpull.registry.admin import create_admin_app
+from swarmpull.registry.server import serve_http
+
+
+@attrs.define
+class Admin:
+    """A running admin listener, and what its role says."""
+
+    client: httpx.AsyncClient
+    reasons: list[str]
+    counter: Counter
+
+
+@pytest.fixture
+async def admin() -> AsyncIterator[Admin]:
+    registry = CollectorRegistry()
+    counter = Counter("swarmpull_test_total", "A test.", registry=registry)
+    reasons: list[str] = []
+    app = create_admin_app(
+        readiness=lambda: reasons,
+        metrics=lambda: (generate_latest(registry), "text/plain; version=0.0.4; charset=utf-8"),
+        status=lambda: {"role": "agent", "torrents": [{"digest": "sha256:x", "have": 0.5}]},
+    )
+    drain = trio.Event()
+    async with trio.open_nursery() as nursery:
+        serve = partial(serve_http, app, "127.0.0.1", 0, drain=drain, grace=1.0)
+        host, port = await nursery.start(serve)
+        async with httpx.AsyncClient(base_url=f"http://{host}:{port}") as client:
+            yield Admin(client, reasons, counter)
+        drain.set()
+
+
+async def test_health_is_ok_as_long_as_somebody_answers(admin: Admin) -> None:
+    admin.reasons.append("starting")
+    reply = await admin.client.get("/health")
+    assert (reply.status_code, reply.json()) == (200, {"status": "ok"})
+
+
+async def test_readiness_gives_the_reasons_why_not(admin: Admin) -> None:
+    reply = await admin.client.get("/readiness")
+    assert (reply.status_code, reply.json()) == (200, {"ready": True, "reasons": []})
+    admin.reasons.append("no tracker answers")
+    reply = await admin.client.get("/readiness")
+    assert reply.status_code == 503
+    assert reply.json() == {"ready": False, "reasons": ["no tracker answers"]}
+
+
+async def test_metrics_are_those_of_the_role(admin: Admin) -> None:
+    admin.counter.inc(3)
+    reply = await admin.client.get("/metrics")
+    assert reply.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert "swarmpull_test_total 3.0" in reply.text
+
+
+async def test_status_is_the_document_of_the_role(admin: Admin) -> None:
+    reply = await admin.client.get("/status")
+    assert reply.headers["content-type"] == "application/json"
+    assert reply.json()["torrents"] == [{"digest": "sha256:x", "have": 0.5}]
+
+
+async def test_other_pages_are_404(admin: Admin) -> None:
+    assert (await admin.client.get("/v2/")).status_code == 404
+    assert (await admin.client.post("/health")).status_code == 405

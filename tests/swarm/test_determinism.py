@@ -1,0 +1,48 @@
+"""Same events and seeds, same actions: whatever the hash seed of the interpreter is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+# Prints a digest of every event and the actions that answered it, of all schedulers of a swarm with faults.
+TRACE = """
+import hashlib, sys
+from swarmpull.sim.simulation import Simulation, SimulationOptions
+from swarmpull.swarm.scheduler import Scheduler
+
+trace = hashlib.sha256()
+handle = Scheduler.handle
+
+def traced(self, event, now):
+    actions = handle(self, event, now)
+    trace.update(repr((self.peer_id, now, event, actions)).encode())
+    return actions
+
+Scheduler.handle = traced
+options = SimulationOptions(
+    hosts=12, origins=2, size=48 << 20, layers=2, killed=1, vanished=1, corrupt=1, seed=int(sys.argv[1])
+)
+Simulation(options).run()
+print(trace.hexdigest())
+"""
+
+
+def trace_digest(seed: int, hash_seed: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", TRACE, str(seed)],
+        env={**os.environ, "PYTHONHASHSEED": hash_seed},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+def test_a_run_depends_on_its_seed_alone():
+    digest = trace_digest(seed=1, hash_seed="1")
+    assert len(digest) == 64
+    assert trace_digest(seed=1, hash_seed="2") == digest
+    assert trace_digest(seed=2, hash_seed="1") != digest

@@ -1,0 +1,186 @@
+"""What trackers hear from a host, and how a host leaves."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from swarmpull.swarm import actions as act
+from swarmpull.swarm import events as ev
+from swarmpull.swarm.messages import ByeReason, Cancel, Claim, Have
+from swarmpull.swarm.peers import AnnounceState
+from swarmpull.swarm.scheduler import (
+    ANNOUNCE_RETRY_MAX,
+    REANNOUNCE_SPACING,
+    SwarmLimits,
+)
+from swarmpull.swarm.uploads import UploadLimits
+
+from .playbook import Play, claims, close, metainfo_of, passes
+
+LEECHING, COMPLETE, STOPPED = AnnounceState.LEECHING, AnnounceState.COMPLETE, AnnounceState.STOPPED
+
+
+def announcing(have: str = "..", **limits: float) -> Play:
+    """A host whose first announce is out."""
+    play = Play(have, limits=SwarmLimits(stall_timeout=1e6, uploads=UploadLimits(**limits)))
+    play >> play.added(announce=True)
+    assert len(play.wait()) == 1
+    return play
+
+
+def complete(play: Play) -> list[act.Action]:
+    play >> play.connected(1, "a", "##")
+    for index in (0, 1):
+        play.piece(1, index)
+    return play >> ev.BlobVerified(play.digest)
+
+
+def test_a_leecher_announces_at_once_and_then_at_the_interval():
+    play = Play("..")
+    play >> play.added(announce=True)
+    assert play.wait() == [play.announce(LEECHING)]
+    assert play.now == 100.0
+    play >> play.replied(interval=7.0)
+    assert play.wait() == [play.announce(LEECHING)]
+    assert play.now == 107.0
+
+
+def test_no_tracker_hears_of_a_torrent_that_is_not_announced():
+    play = Play("..")
+    play >> play.added(announce=False)
+    play >> play.replied("c", interval=7.0)
+    assert play.wait_until(115.0) == []
+    assert complete(play)[-1] == close(1, ByeReason.USELESS)
+    assert play >> ev.AnnounceFailed(play.digest) == []
+    assert play.wait_until(400.0) == []
+    assert play >> ev.TorrentRemoved(play.digest) == []
+
+
+def test_a_failed_announce_is_repeated_after_a_pause_that_grows():
+    play = announcing()
+    pauses = []
+    for _ in range(12):
+        play >> ev.AnnounceFailed(play.digest)
+        before = play.now
+        assert play.wait() == [play.announce(LEECHING)]
+        pauses.append(play.now - before)
+    for count, pause in enumerate(pauses, start=1):
+        longest = min(0.5 * 2**count, ANNOUNCE_RETRY_MAX)
+        assert longest / 2 <= pause <= longest
+
+
+def test_completion_is_announced_at_once():
+    play = announcing()
+    play >> play.replied(interval=60.0)
+    assert complete(play)[-1] == play.announce(COMPLETE)
+
+
+def test_completion_is_announced_until_it_is_acknowledged():
+    play = announcing()
+    play >> play.replied(interval=60.0)
+    complete(play)
+    for _ in range(5):
+        play >> ev.AnnounceFailed(play.digest)
+        assert play.wait() == [play.announce(COMPLETE)]
+    play >> play.replied(interval=60.0)
+    assert play.scheduler.next_deadline() == play.now + 60.0
+
+
+@pytest.mark.parametrize("answer", ["replied", "failed"])
+def test_completion_that_comes_while_an_announce_is_out_is_announced_after_it(answer):
+    play = announcing()
+    actions = complete(play)
+    assert not any(isinstance(action, act.Announce) for action in actions)
+    assert play.scheduler.next_deadline() == math.inf, "waiting for the tracker must not spin"
+    play >> (play.replied(interval=60.0) if answer == "replied" else ev.AnnounceFailed(play.digest))
+    assert play.wait() == [play.announce(COMPLETE)]
+    assert play.now < 102.0
+
+
+def test_after_a_restart_the_cached_blobs_are_announced_spread_over_time():
+    play = Play("##")
+    play >> play.added(announce=True)
+    for number in range(199):
+        metainfo = metainfo_of(2, f"blob {number}")
+        play >> ev.TorrentAdded(metainfo, "", 0b11, verified=True, announce=True)
+    announced = [(play.now, action) for _ in range(200) for action in play.wait()]
+    assert len({action.digest for _, action in announced}) == 200
+    assert all(action.state is COMPLETE for _, action in announced)
+    assert announced[0][0] < 101.0
+    assert 200 * REANNOUNCE_SPACING * 0.7 < announced[-1][0] - 100.0 <= 200 * REANNOUNCE_SPACING
+
+
+def test_a_torrent_that_is_removed_is_stopped_at_the_trackers():
+    play = announcing()
+    assert play >> ev.TorrentRemoved(play.digest) == [play.announce(STOPPED)]
+
+
+# --- draining ---------------------------------------------------------------------------------
+
+
+def test_a_drain_says_goodbye_to_those_who_wait_for_nothing():
+    play = announcing()
+    play >> play.connected(1, "a", "##")
+    play >> play.connected(2, "b", "..")
+    assert play >> ev.DrainStarted() == [
+        close(1, ByeReason.DRAINING),
+        close(2, ByeReason.DRAINING),
+        play.announce(STOPPED),
+    ]
+    assert play.scheduler.next_deadline() == math.inf
+
+
+def test_a_drain_lets_the_pieces_end_that_are_being_sent():
+    play = announcing("##", slots=1)
+    for connection, name in ((1, "a"), (2, "b")):
+        play >> play.connected(connection, name, "..")
+        play >> play.says(connection, Claim(0))
+    play >> play.says(1, Claim(1))
+
+    assert play >> ev.DrainStarted() == [play.announce(STOPPED)]
+    assert play >> play.says(2, Claim(1)) == [passes(2, 1)], "nothing new"
+    assert play >> ev.PieceSent(1, 0) == [
+        act.SendPiece(2, play.digest, 0),
+        close(1, ByeReason.DRAINING),
+    ]
+    assert play >> ev.PieceSent(2, 0) == [close(2, ByeReason.DRAINING)]
+
+
+def test_a_drain_does_not_wait_for_a_peer_that_took_its_claim_back():
+    play = announcing("##", slots=1)
+    for connection, name in ((1, "a"), (2, "b")):
+        play >> play.connected(connection, name, "..")
+        play >> play.says(connection, Claim(0))
+    play >> ev.DrainStarted()
+    assert play >> play.says(2, Cancel(0)) == [close(2, ByeReason.DRAINING)]
+
+
+def test_a_drain_does_not_wait_for_a_receiver_that_stalls():
+    play = announcing("##", send_timeout=20.0)
+    play >> play.connected(1, "a", "..")
+    play >> play.says(1, Claim(0))
+    play >> ev.DrainStarted()
+    assert play.scheduler.next_deadline() == play.now + 20.0
+    assert play.wait() == [close(1, ByeReason.STALLED)]
+
+
+def test_stopped_is_announced_once_however_a_host_ends():
+    play = announcing()
+    assert play >> ev.DrainStarted() == [play.announce(STOPPED)]
+    assert play >> ev.DrainStarted() == []
+    assert play >> play.replied("ab") == [], "the answer to the announce that was out"
+    assert play >> ev.TorrentRemoved(play.digest) == []
+
+
+def test_a_draining_host_takes_nobody_in_and_claims_nothing():
+    play = announcing(".#")
+    play >> play.connected(1, "a", "..")
+    play >> play.says(1, Claim(1))
+    play >> play.found("c")
+    play >> ev.DrainStarted()
+    assert play >> play.connected(2, "b", "##") == [close(2, ByeReason.DRAINING)]
+    assert play >> play.connected(3, "c", "##", announced=".#") == [close(3, ByeReason.DRAINING)]
+    assert play >> play.found("d") == []
+    assert claims(play >> play.says(1, Have(0))) == {}

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swarmpull.swarm.timing import TIMEOUT_INITIAL, TIMEOUT_MAX, TIMEOUT_MIN, PieceTiming
+
+
+def timing_of(*samples: float) -> PieceTiming:
+    timing = PieceTiming()
+    for sample in samples:
+        timing.add(sample)
+    return timing
+
+
+def test_before_the_first_piece_the_timeout_is_generous():
+    assert timing_of().timeout() == TIMEOUT_INITIAL
+
+
+def test_the_first_sample_counts_as_in_the_retransmission_timer_of_tcp():
+    # RFC 6298 (2.2): mean R, deviation R/2, timeout mean + 4 deviations.
+    assert timing_of(2.0).timeout() == 2.0 + 4 * 1.0
+
+
+def test_further_samples_are_weighted_as_in_the_retransmission_timer_of_tcp():
+    # RFC 6298 (2.3): an eighth for the mean, a quarter for the deviation, which is taken first.
+    mean, deviation = 2.0 + (4.0 - 2.0) / 8, 1.0 + (2.0 - 1.0) / 4
+    assert timing_of(2.0, 4.0).timeout() == pytest.approx(mean + 4 * deviation)
+
+
+def test_a_steady_peer_is_held_to_its_pace():
+    assert timing_of(*[0.5] * 100).timeout() == pytest.approx(TIMEOUT_MIN)
+    assert timing_of(*[3.0] * 100).timeout() == pytest.approx(3.0, rel=0.01)
+
+
+def test_a_fast_peer_may_hiccup():
+    assert timing_of(*[0.01] * 50).timeout() == TIMEOUT_MIN
+
+
+def test_each_late_claim_doubles_the_time_until_a_piece_arrives():
+    timing = timing_of(*[1.0] * 200)
+    usual = timing.timeout()
+    timing.back_off()
+    assert timing.timeout() == pytest.approx(2 * usual)
+    timing.back_off()
+    assert timing.timeout() == pytest.approx(4 * usual)
+    timing.add(1.0)
+    assert timing.timeout() == pytest.approx(usual, rel=0.01)
+
+
+@given(st.lists(st.one_of(st.floats(0, 1e4), st.none()), max_size=60))
+def test_the_timeout_is_always_within_its_bounds(history: list[float | None]) -> None:
+    timing = PieceTiming()
+    for seconds in history:
+        if seconds is None:
+            timing.back_off()
+        else:
+            timing.add(seconds)
+    assert TIMEOUT_MIN <= timing.timeout() <= TIMEOUT_MAX
