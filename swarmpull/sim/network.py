@@ -78,12 +78,12 @@ class Link:
         """Take in bytes of which the first comes at ``first_at`` and the last at ``last_at``.
 
         Returns when all are in.  They flow through: a receiver that is slower than the sender takes its own
-        time from the first byte on.  To be called in the order in which the transfers begin, for one that
-        still waits for its sender's uplink must not hold up the others.
+        time from the first byte on; one that is faster has the rest of its rate for others meanwhile.  To
+        be called in the order in which the transfers begin, for one that still waits for its sender's
+        uplink must not hold up the others.
         """
-        taken_in_at = max(first_at, self._down_free_at) + size / self.down_rate
-        self._down_free_at = max(last_at, taken_in_at)
-        return self._down_free_at
+        self._down_free_at = max(first_at, self._down_free_at) + size / self.down_rate
+        return max(last_at, self._down_free_at)
 
     def pressed_back(self, taken_in_at: float, buffer: float) -> float:
         """When the sender is rid of a piece that this receiver has taken in at ``taken_in_at``.

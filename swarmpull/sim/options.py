@@ -55,8 +55,9 @@ class SimulationOptions:
         jitter: each control message takes up to so much longer, at random, in order on a connection.
         arrival: agents (or images) begin at a random moment within so many seconds.
         piece: the length of a piece; 0 for what the length of a blob says.
-        buffer: bytes that the network and the receiver's system take off the sender's hands while the
-            receiver's link is busy.
+        buffer: bytes that the network and the two systems take off the sender's hands while the
+            receiver's link is busy; a slot is free when all but so much of its piece is through.  inf
+            makes every sender finish at its own rate, however busy the receiver is.
         readers: every agent reads its layers in order while they are downloaded.
         reader_rate: of a reader; inf for as fast as it comes.
         faults: see `swarmpull.sim.faults`; a text is parsed.
@@ -79,7 +80,7 @@ class SimulationOptions:
     jitter: float = _not_negative(0.0)
     arrival: float = _not_negative(0.5)
     piece: int = attrs.field(default=0, validator=attrs.validators.ge(0))
-    buffer: float = _not_negative(math.inf)
+    buffer: float = _not_negative(1 << 20)
     readers: bool = False
     reader_rate: float = _positive(math.inf)
     faults: tuple[Fault, ...] = attrs.field(default=(), converter=_faults)
@@ -94,8 +95,7 @@ class SimulationOptions:
         if self.images and self.pullers > self.hosts:
             raise ValueError(f"each image is to be pulled by {self.pullers} of {self.hosts} hosts")
         if self.piece and (
-            self.piece & (self.piece - 1)
-            or not PIECE_LENGTH_MIN <= self.piece <= PIECE_LENGTH_MAX
+            self.piece & (self.piece - 1) or not PIECE_LENGTH_MIN <= self.piece <= PIECE_LENGTH_MAX
         ):
             raise ValueError(
                 f"the piece length is {self.piece}, allowed are powers of two "

@@ -1,0 +1,7 @@
+"""stub"""
+
+from swarmpull.sim.options import SimulationOptions
+
+
+def draw(options, results):
+    return ""
