@@ -12,19 +12,12 @@ import trio
 
 from swarmpull.config import AgentConfig, Config
 from swarmpull.digest import Digest
-from swarmpull.errors import BlobNotFound, RpcUnavailable, StoreUnavailable
+from swarmpull.errors import BlobNotFound, RpcUnavailable, StoreFull, StoreUnavailable
 from swarmpull.registry.app import create_registry_app
 from swarmpull.registry.manifests import Manifest
 from swarmpull.registry.service import BlobReader, StoredManifest
-from swarmpull.ring.membership import Membership
 from swarmpull.roles.addresses import RoleAddresses
-from swarmpull.roles.cluster import (
-    METAINFO_TIMEOUT,
-    IndexClient,
-    OriginClient,
-    RingClient,
-    TrackerClient,
-)
+from swarmpull.roles.cluster import Cluster, IndexClient, OriginClient, TrackerClient
 from swarmpull.roles.repositories import Repositories
 from swarmpull.roles.serving import serve_role
 from swarmpull.roles.swarm_host import SwarmHost, open_swarm_host
@@ -38,6 +31,8 @@ from swarmpull.wire.rpc import open_rpc_pool
 
 log = structlog.get_logger()
 
+# How long a tracker may take over a first announce, in seconds: one that knows the blob takes milliseconds.
+TRACKER_PATIENCE: Final = 3.0
 # Until the next try to find a tracker when an origin had to stand in for one, in seconds.
 TRACKERLESS_INTERVAL: Final = 3.0
 
@@ -50,16 +45,22 @@ class BlobFinder:
         self._origins = origins
 
     async def find(self, request: AnnounceRequest) -> AnnounceReply:
-        """Ask a tracker; while none answers, ask the origins themselves.
+        """Ask a tracker; when none answers, or none in good time, ask the origins themselves.
+
+        A tracker that hangs must not stop pulls, and one that waits for an origin waits for what the
+        origins then tell us.
 
         Raises:
             BlobNotFound: no origin has the blob.
             SwarmpullError: nobody can say.
         """
         try:
-            return await self._trackers.announce(request, timeout=METAINFO_TIMEOUT)
+            with trio.fail_after(TRACKER_PATIENCE):
+                return await self._trackers.announce(request)
         except RpcUnavailable as error:
             log.warning("no_tracker", digest=str(request.digest), reason=str(error))
+        except trio.TooSlowError:
+            log.info("tracker_slow", digest=str(request.digest), waited=TRACKER_PATIENCE)
         reply = await self._origins.get_metainfo(request.digest, request.namespace)
         return AnnounceReply((reply.seeder,), TRACKERLESS_INTERVAL, reply.metainfo)
 
@@ -176,15 +177,23 @@ class AgentRegistry(Repositories):
 async def seed_cache(store: BlobStore, host: SwarmHost) -> None:
     """Offer everything in the store to peers, as after a restart."""
     seeded = 0
-    for stat in store.list():
-        try:
-            host.seed(await store.metainfo(stat.digest), "")
-        except (BlobNotFound, StoreUnavailable) as error:
-            log.warning("blob_not_seeded", digest=str(stat.digest), reason=str(error))
-        else:
-            seeded += 1
+    try:
+        for stat in store.list():
+            seeded += await _seed(stat.digest, store, host)
+    except StoreUnavailable as error:
+        log.warning("cache_not_listed", reason=str(error))
     if seeded:
         log.info("cache_seeded", blobs=seeded)
+
+
+async def _seed(digest: Digest, store: BlobStore, host: SwarmHost) -> bool:
+    try:
+        metainfo = await store.metainfo(digest)
+    except (BlobNotFound, StoreFull, StoreUnavailable) as error:
+        log.warning("blob_not_seeded", digest=str(digest), reason=str(error))
+        return False
+    host.seed(metainfo, "")
+    return True
 
 
 async def run_agent(
@@ -200,13 +209,8 @@ async def run_agent(
         StartupError: a listener or the data directory cannot be had.
     """
     metrics = Metrics()
-    trackers = Membership(config.cluster.trackers, name="tracker")
-    origins = Membership(config.cluster.origins, name="origin")
-    indexes = Membership(config.cluster.indexes, name="index")
     async with open_rpc_pool() as pool:
-        tracker_client = TrackerClient(RingClient(pool, trackers, "tracker"))
-        origin_client = OriginClient(RingClient(pool, origins, "origin"))
-        index_client = IndexClient(RingClient(pool, indexes, "index"))
+        cluster = Cluster(pool, config.cluster)
         async with (
             open_store(settings.data_dir, name="agent") as store,
             open_swarm_host(
@@ -215,19 +219,18 @@ async def run_agent(
                 settings.peer,
                 config.swarm,
                 metrics,
-                announce=tracker_client.announce,
+                announce=cluster.tracker.announce,
             ) as host,
             trio.open_nursery() as nursery,
         ):
-            for members in (trackers, origins, indexes):
-                nursery.start_soon(members.run)
+            await nursery.start(cluster.run)
             nursery.start_soon(seed_cache, store, host)
             registry = AgentRegistry(
                 store,
                 host,
-                index_client,
-                origin_client,
-                BlobFinder(tracker_client, origin_client),
+                cluster.index,
+                cluster.origin,
+                BlobFinder(cluster.tracker, cluster.origin),
                 push=settings.registry.push,
             )
             await serve_role(
@@ -235,7 +238,12 @@ async def run_agent(
                 settings,
                 None,
                 metrics=metrics,
-                readiness=partial(unreachable, trackers, origins, indexes),
+                readiness=partial(
+                    unreachable,
+                    cluster.trackers.members,
+                    cluster.origins.members,
+                    cluster.indexes.members,
+                ),
                 status=partial(swarm_status, host),
                 drain=drain,
                 grace=config.drain_timeout,

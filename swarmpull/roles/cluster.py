@@ -111,17 +111,20 @@ class TrackerClient:
         self._ring = ring
 
     async def announce(
-        self, request: AnnounceRequest, *, timeout: float = LOOKUP_TIMEOUT
+        self, request: AnnounceRequest, *, timeout: float | None = None
     ) -> AnnounceReply:
         """Announce to the tracker of this blob, or to another one while that is down.
 
-        Give it the time of `OriginClient.get_metainfo` when metainfo is wanted.
+        ``timeout`` in seconds is by default that of a lookup, and longer when metainfo is wanted,
+        because the tracker asks an origin for it.
 
         Raises:
             BlobNotFound: metainfo is wanted and no origin can get the blob.
             BackendUnavailable: metainfo is wanted and no origin answers.
             RpcUnavailable: no tracker answers.
         """
+        if timeout is None:
+            timeout = METAINFO_TIMEOUT if request.want_metainfo else LOOKUP_TIMEOUT
         return await self._ring.call(str(request.digest), api.ANNOUNCE, request, timeout=timeout)
 
 

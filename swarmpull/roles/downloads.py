@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from itertools import count
 from typing import Final
@@ -19,8 +20,8 @@ _reader_numbers: Final = count()
 class Download:
     """A download in progress: its partial blob, its end, and those who wait for either.
 
-    Readers come and go without any effect on the download.  The partial stays open until the download
-    has ended and the last reader has left.
+    Readers come and go without any effect on the download.  Of a blob that is complete the partial stays
+    open until the last reader has left; one that failed is closed at once, and readers hear of it.
 
     Attributes:
         metainfo: of the blob.
@@ -40,9 +41,14 @@ class Download:
         self._on_reader_closed = on_reader_closed
         self._waiting = trio.lowlevel.ParkingLot()
         self._ended = trio.Event()
-        self._unused = trio.Event()
+        self._closable = trio.Event()
         self._error: SwarmpullError | None = None
         self._readers = 0
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has ended without the blob."""
+        return self._error is not None
 
     def progress(self) -> None:
         """A piece has been stored: wake those who wait for one."""
@@ -54,7 +60,7 @@ class Download:
             self._error = error
             self._ended.set()
             self._waiting.unpark_all()
-            self._check_unused()
+            self._check_closable()
 
     async def wait(self) -> None:
         """Return when the blob is in the store.
@@ -65,9 +71,9 @@ class Download:
         await self._ended.wait()
         self._raise_if_failed()
 
-    async def wait_unused(self) -> None:
-        """Return when the download has ended and nobody reads from it any more."""
-        await self._unused.wait()
+    async def wait_closable(self) -> None:
+        """Return when the partial may be closed: the download has failed, or has ended unread."""
+        await self._closable.wait()
 
     def reader(self) -> DownloadReader | None:
         """A new reader, to be closed; None once the download has ended: look into the store then."""
@@ -77,27 +83,31 @@ class Download:
         return DownloadReader(self, next(_reader_numbers))
 
     async def wait_piece(self, index: int, reader: int) -> None:
-        """Return when a piece is stored; until then it is urgent."""
-        if (self.partial.have >> index) & 1:
+        """Return when a piece is stored; until then it is urgent.  Raises what `wait` does."""
+        self._raise_if_failed()
+        if self._has(index):
             return
         self._on_reader_moved(self.metainfo.digest, reader, index)
-        while not (self.partial.have >> index) & 1:
-            self._raise_if_failed()
+        while not self._has(index):
             await self._waiting.park()
+            self._raise_if_failed()
 
     def close_reader(self, reader: int) -> None:
         self._readers -= 1
         self._on_reader_closed(self.metainfo.digest, reader)
-        self._check_unused()
+        self._check_closable()
+
+    def _has(self, index: int) -> bool:
+        return bool((self.partial.have >> index) & 1)
 
     def _raise_if_failed(self) -> None:
         if self._error is not None:
-            # A fresh copy for each reader: a raised exception collects one traceback only.
-            raise self._error.with_traceback(None)
+            # An exception collects the traceback of whoever raises it: each reader raises its own.
+            raise copy.copy(self._error)
 
-    def _check_unused(self) -> None:
-        if self._ended.is_set() and self._readers == 0:
-            self._unused.set()
+    def _check_closable(self) -> None:
+        if self._ended.is_set() and (self._error is not None or self._readers == 0):
+            self._closable.set()
 
 
 class DownloadReader:
@@ -115,9 +125,12 @@ class DownloadReader:
     async def read_at(self, offset: int, size: int) -> bytes:
         """At least one and at most ``size`` bytes from ``offset``, which is below ``length``.
 
+        The last bytes of the blob are held back until the whole of it has matched its digest: who has
+        read all of it has read the right blob.
+
         Raises:
-            DownloadFailed: the piece will not come.
-            StoreUnavailable: the disk failed.
+            DownloadFailed: the piece will not come, or the blob is not what its digest says.
+            StoreFull, StoreUnavailable: the disk failed.
         """
         metainfo = self._download.metainfo
         first = offset // metainfo.piece_length
@@ -127,6 +140,8 @@ class DownloadReader:
         stop = min(
             offset + size, metainfo.length, (first + stored_in_a_row) * metainfo.piece_length
         )
+        if stop == metainfo.length:
+            await self._download.wait()
         return await self._download.partial.read_at(offset, stop - offset)
 
     def close(self) -> None:

@@ -209,7 +209,6 @@ async def run_index(
 
 def _status(watch: BackendWatch) -> dict[str, Any]:
     return {
-        "role": "index",
         "backend": {
             "url": watch.catalog.backend_name,
             "available": not watch.trouble,

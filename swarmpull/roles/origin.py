@@ -12,9 +12,10 @@ import trio
 
 from swarmpull.config import Config, OriginConfig
 from swarmpull.digest import Digest
-from swarmpull.errors import BlobNotFound, PushRefused
+from swarmpull.errors import BackendUnavailable, BlobNotFound, ProtocolError, PushRefused
 from swarmpull.registry.app import create_registry_app
 from swarmpull.registry.manifests import Manifest, parse_manifest
+from swarmpull.registry.names import is_repository
 from swarmpull.registry.service import BlobReader, StoredManifest
 from swarmpull.ring.membership import Membership
 from swarmpull.roles.addresses import RoleAddresses
@@ -146,6 +147,7 @@ class OriginCalls:
         self, request: api.BlobRequest, context: RpcContext
     ) -> api.MetainfoReply:
         """Get the blob to the disk, seed it, and say so."""
+        _check_namespace(request.namespace)
         metainfo = await self._content.metainfo(request.digest)
         self._host.seed(metainfo, request.namespace)
         contact = self._host.contact
@@ -156,13 +158,15 @@ class OriginCalls:
     async def adopt_blob(self, request: api.AdoptRequest, context: RpcContext) -> api.Empty:
         """Fetch a blob from the agent that took the push, and make it durable."""
         digest = request.metainfo.digest
+        _check_namespace(request.namespace)
         source = request.source
         if not source.host:
             source = attrs.evolve(source, host=context.remote_host)
         try:
-            await self._content.stat(digest)
             await self._content.ensure_local(digest)
-        except BlobNotFound:
+        except (BlobNotFound, BackendUnavailable) as error:
+            if isinstance(error, BackendUnavailable) and not self._content.is_corrupt(digest):
+                raise
             await self._host.adopt(request.metainfo, request.namespace, source)
         await self._registry.accept_blob(request.namespace or None, digest)
         return api.Empty()
@@ -175,6 +179,12 @@ class OriginCalls:
             raise PushRefused(f"the manifest has digest {manifest.digest}, not {request.reference}")
         await self._registry.put_manifest(request.repository, request.reference, manifest)
         return api.PutManifestReply(manifest.digest, manifest.subject)
+
+
+def _check_namespace(namespace: str) -> None:
+    """Raise ProtocolError for what peers could not be told, and no index would take."""
+    if namespace and not is_repository(namespace):
+        raise ProtocolError(f"{namespace[:80]!r} is not a repository name")
 
 
 async def run_origin(

@@ -6,14 +6,14 @@ fetched to the disk when somebody asks for it, once however many ask.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from typing import Final
 
-import attrs
 import structlog
 import trio
 
 from swarmpull.digest import Digest
-from swarmpull.errors import BlobNotFound, DigestMismatch, ObjectNotFound, SwarmpullError
+from swarmpull.errors import BackendUnavailable, BlobNotFound, DigestMismatch, ObjectNotFound
+from swarmpull.roles.shared_work import SharedWork
 from swarmpull.store.backends.base import Backend, blob_key
 from swarmpull.store.blobs import BlobStore
 from swarmpull.swarm.metainfo import Metainfo
@@ -21,42 +21,9 @@ from swarmpull.telemetry import Metrics
 
 log = structlog.get_logger()
 
-
-@attrs.define(eq=False)
-class _Work:
-    """One piece of work that several callers wait for."""
-
-    done: trio.Event = attrs.field(factory=trio.Event)
-    error: SwarmpullError | None = None
-
-
-class SharedWork:
-    """Runs a job once for all who ask for it at the same time, and to its end if they leave."""
-
-    def __init__(self, nursery: trio.Nursery) -> None:
-        self._nursery = nursery
-        self._works: dict[Digest, _Work] = {}
-
-    async def run(self, digest: Digest, job: Callable[[Digest], Awaitable[None]]) -> None:
-        """Join the job under way for this digest, or begin one.  Raises what the job raises."""
-        work = self._works.get(digest)
-        if work is None:
-            work = self._works[digest] = _Work()
-            self._nursery.start_soon(self._run, digest, job, work)
-        await work.done.wait()
-        if work.error is not None:
-            raise work.error.with_traceback(None)
-
-    async def _run(
-        self, digest: Digest, job: Callable[[Digest], Awaitable[None]], work: _Work
-    ) -> None:
-        try:
-            await job(digest)
-        except SwarmpullError as error:
-            work.error = error
-        finally:
-            del self._works[digest]
-            work.done.set()
+# Blobs that are fetched at once, and as many that are written; each costs a connection to the backend and
+# its share of the disk, and more at once would only make each of them slower.
+TRANSFERS_MAX: Final = 16
 
 
 class OriginContent:
@@ -67,8 +34,11 @@ class OriginContent:
     ) -> None:
         self.store = store
         self.backend = backend
-        self._fetching = SharedWork(nursery)
-        self._writing = SharedWork(nursery)
+        self._fetching: SharedWork[None] = SharedWork(nursery)
+        self._writing: SharedWork[None] = SharedWork(nursery)
+        self._fetches = trio.CapacityLimiter(TRANSFERS_MAX)
+        self._writes = trio.CapacityLimiter(TRANSFERS_MAX)
+        self._corrupt: set[Digest] = set()
         self._fetched = metrics.counter(
             "backend_bytes_read_total", "Bytes of blobs read from the backend."
         )
@@ -97,8 +67,8 @@ class OriginContent:
 
         Raises:
             BlobNotFound: the backend does not have it either.
-            DigestMismatch: the object in the backend is not what its name says; it is not used.
-            BackendUnavailable, StoreFull, StoreUnavailable: the blob cannot be fetched now.
+            BackendUnavailable: the backend fails, or its object is not what its name says and is not used.
+            StoreFull, StoreUnavailable: the disk has no room for it, or fails.
         """
         if not self._is_local(digest):
             await self._fetching.run(digest, self._fetch)
@@ -117,6 +87,10 @@ class OriginContent:
         """
         await self._writing.run(digest, self._write)
 
+    def is_corrupt(self, digest: Digest) -> bool:
+        """Whether the backend's object was found to be something else; the next write replaces it."""
+        return digest in self._corrupt
+
     def _is_local(self, digest: Digest) -> bool:
         try:
             self.store.stat(digest)
@@ -125,32 +99,43 @@ class OriginContent:
         return True
 
     async def _fetch(self, digest: Digest) -> None:
-        if self._is_local(digest):
-            return
-        try:
-            async with (
-                self.store.create() as writer,
-                self.backend.open(blob_key(digest)) as chunks,
-            ):
-                async for chunk in chunks:
-                    await writer.write(chunk)
-                    self._fetched.inc(len(chunk))
-                stat = await writer.commit(digest)
-        except ObjectNotFound as error:
-            raise BlobNotFound(str(digest), self.backend.name) from error
-        except DigestMismatch as error:
-            log.error("backend_object_corrupt", digest=str(digest), reason=str(error))
-            raise
-        log.info("blob_fetched", digest=str(digest), length=stat.length)
+        async with self._fetches:
+            if self._is_local(digest):
+                return
+            key = blob_key(digest)
+            try:
+                length = await self._copy_to_disk(digest, key)
+            except ObjectNotFound as error:
+                raise BlobNotFound(str(digest), self.backend.name) from error
+            except DigestMismatch as error:
+                self._corrupt.add(digest)
+                log.error("backend_object_corrupt", key=key, actual=error.actual)
+                reason = f"the object is corrupt, it hashes to {error.actual}: push the blob again"
+                raise BackendUnavailable(self.backend.name, key, reason) from error
+        log.info("blob_fetched", digest=str(digest), length=length)
+
+    async def _copy_to_disk(self, digest: Digest, key: str) -> int:
+        async with self.store.create() as writer, self.backend.open(key) as chunks:
+            async for chunk in chunks:
+                await writer.write(chunk)
+                self._fetched.inc(len(chunk))
+            return (await writer.commit(digest)).length
 
     async def _write(self, digest: Digest) -> None:
-        key = blob_key(digest)
-        length = self.store.stat(digest).length
-        try:
-            if (await self.backend.stat(key)).length == length:
+        async with self._writes:
+            key = blob_key(digest)
+            length = self.store.stat(digest).length
+            if await self._is_in_backend(digest, key, length):
                 return
-        except ObjectNotFound:
-            pass
-        await self.backend.put_file(key, self.store.path(digest))
+            await self.backend.put_file(key, self.store.path(digest))
+            self._corrupt.discard(digest)
         self._written.inc(length)
         log.info("blob_durable", digest=str(digest), length=length)
+
+    async def _is_in_backend(self, digest: Digest, key: str, length: int) -> bool:
+        if digest in self._corrupt:
+            return False
+        try:
+            return (await self.backend.stat(key)).length == length
+        except ObjectNotFound:
+            return False

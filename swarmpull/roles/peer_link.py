@@ -5,7 +5,6 @@ Control messages go out ahead of the next chunk of a piece, so they wait for one
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections import deque
 from typing import Final, Protocol
@@ -14,17 +13,25 @@ import attrs
 import trio
 
 from swarmpull.digest import Digest
-from swarmpull.errors import ProtocolError
-from swarmpull.swarm.messages import Bye, ByeReason, Message, PieceChunk
+from swarmpull.errors import ProtocolError, StoreUnavailable
+from swarmpull.swarm.messages import Bye, ByeReason, Have, Message, PieceChunk
 from swarmpull.swarm.metainfo import Metainfo
+from swarmpull.swarm.peers import PeerContact
 from swarmpull.wire.streams import CHUNK_BYTES_MAX, PeerStream
 
 # Haves of a very large blob may come in a burst; a peer that is this far behind does not read at all.
 OUTBOX_MAX: Final = 20_000
 # Messages that leave in one write.
 BATCH_MAX: Final = 500
-# For the last words of a connection.
-GOODBYE_TIMEOUT: Final = 1.0
+# What may end a connection without being a fault of this program.
+CONNECTION_ERRORS: Final = (
+    OSError,
+    trio.EndOfChannel,
+    trio.BrokenResourceError,
+    trio.ClosedResourceError,
+    ProtocolError,
+    StoreUnavailable,
+)
 
 
 class LinkOwner(Protocol):
@@ -76,19 +83,34 @@ class PeerLink:
     Attributes:
         number: by which the core knows it.
         digest: the torrent.
+        contact: the other side.
     """
 
-    def __init__(self, number: int, digest: Digest, stream: PeerStream, owner: LinkOwner) -> None:
+    def __init__(
+        self,
+        number: int,
+        digest: Digest,
+        contact: PeerContact,
+        stream: PeerStream,
+        owner: LinkOwner,
+    ) -> None:
         self.number = number
         self.digest = digest
+        self.contact = contact
         self._stream = stream
         self._owner = owner
         self._outbox: deque[Message] = deque()
         self._work = trio.Event()
         self._outgoing: _Outgoing | None = None
         self._incoming: _Incoming | None = None
+        self._haves = 0
         self._bye: Bye | None = None
         self._scope = trio.CancelScope()
+
+    @property
+    def bye(self) -> Bye | None:
+        """Why this side ends the connection; None as long as it does not."""
+        return self._bye
 
     # --- called by the owner, never blocking --------------------------------------------------
 
@@ -107,7 +129,7 @@ class PeerLink:
         self._work.set()
 
     def close(self, reason: ByeReason, text: str = "") -> None:
-        """Say goodbye, then end; the first reason counts."""
+        """End `run`; the first reason counts, and is in `bye`."""
         if self._bye is None:
             self._bye = Bye(reason, text)
             self._scope.cancel()
@@ -117,7 +139,9 @@ class PeerLink:
     async def run(self, metainfo: Metainfo) -> None:
         """Carry messages and pieces until either side ends the connection.
 
-        Raises, in an exception group:
+        What this side has begun to receive is given back and what it has begun to send is closed.
+
+        Raises, in an exception group, unless `close` was called before:
             trio.EndOfChannel: the other side closed.
             trio.BrokenResourceError, trio.ClosedResourceError: the connection is lost.
             ProtocolError: the other side broke the protocol.
@@ -129,19 +153,11 @@ class PeerLink:
                     nursery.start_soon(self._write)
                     await self._read(metainfo)
                     nursery.cancel_scope.cancel()
+        except* CONNECTION_ERRORS:
+            if self._bye is None:
+                raise
         finally:
             self._release()
-        await self._say_goodbye()
-
-    async def _say_goodbye(self) -> None:
-        """Send what is left and the reason, as far as the other side takes it."""
-        if self._bye is None:
-            return
-        with (
-            trio.move_on_after(GOODBYE_TIMEOUT),
-            contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError),
-        ):
-            await self._stream.send(*self._outbox, self._bye)
 
     def _release(self) -> None:
         if self._outgoing is not None:
@@ -149,7 +165,7 @@ class PeerLink:
             self._outgoing = None
         if self._incoming is not None and self._incoming.buffer is not None:
             self._owner.release_buffer(self._incoming.buffer)
-            self._incoming = None
+        self._incoming = None
 
     # --- writing ------------------------------------------------------------------------------
 
@@ -182,9 +198,17 @@ class PeerLink:
             if isinstance(message, PieceChunk):
                 await self._receive_chunk(metainfo, message)
                 continue
+            if isinstance(message, Have):
+                self._count_have(metainfo)
             self._owner.message_received(self.number, message)
             if isinstance(message, Bye):
                 return
+
+    def _count_have(self, metainfo: Metainfo) -> None:
+        # Each piece is told of once: a peer that goes on for ever would cost time and give nothing.
+        self._haves += 1
+        if self._haves > metainfo.piece_count:
+            raise ProtocolError(f"more HAVEs than the {metainfo.piece_count} pieces of the blob")
 
     async def _receive_chunk(self, metainfo: Metainfo, chunk: PieceChunk) -> None:
         if self._incoming is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import structlog
 
 from swarmpull.digest import Digest
-from swarmpull.errors import BlobNotFound, ManifestNotFound, RpcUnavailable
+from swarmpull.errors import BlobNotFound, ManifestNotFound, RepositoryNotFound, RpcUnavailable
 from swarmpull.roles.cluster import IndexClient
 from swarmpull.wire.api import Descriptor, ListReply
 
@@ -59,20 +59,21 @@ class Repositories:
         if repository is None:
             return
         try:
-            if await self._index.has_blob(repository, digest):
+            # Some clients ask for manifests as blobs when they copy by digest.
+            if await self._index.has_blob(repository, digest) or await self._is_manifest(
+                repository, digest
+            ):
                 return
         except RpcUnavailable as error:
             log.warning(
                 "membership_unknown", repository=repository, digest=str(digest), reason=str(error)
             )
             return
-        if not await self._is_manifest(repository, digest):
-            raise BlobNotFound(str(digest), f"repository {repository}")
+        raise BlobNotFound(str(digest), f"repository {repository}")
 
     async def _is_manifest(self, repository: str, digest: Digest) -> bool:
-        # Some clients ask for manifests as blobs when they copy by digest.
         try:
             await self._index.resolve(repository, str(digest))
-        except ManifestNotFound:
+        except (ManifestNotFound, RepositoryNotFound):
             return False
         return True

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, Final, cast
 
+import attrs
+import structlog
 import trio
 
 from swarmpull.config import AgentConfig, IndexConfig, OriginConfig, TrackerConfig
@@ -16,6 +19,11 @@ from swarmpull.roles.addresses import RoleAddresses
 from swarmpull.telemetry import Metrics
 from swarmpull.wire.listen import format_address
 from swarmpull.wire.rpc import RpcService, serve_rpc
+
+log = structlog.get_logger()
+
+# Of the time to drain, what requests have before the rest is ended: peers want to be told goodbye, too.
+REQUESTS_SHARE: Final = 0.8
 
 
 async def serve_role(
@@ -33,7 +41,7 @@ async def serve_role(
     on_drain: Callable[[], Awaitable[None]] | None = None,
     task_status: trio.TaskStatus[RoleAddresses] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve until ``drain`` is set and the requests under way have ended, or ``grace`` seconds later.
+    """Serve until ``drain`` is set and what is under way has ended, or ``grace`` seconds later.
 
     Args:
         role: its name.
@@ -43,10 +51,10 @@ async def serve_role(
         readiness: the reasons why the role is not ready; while draining it is not in any case.
         status: for the admin listener; gets role, ready and reasons added.
         drain: once set, nothing new is accepted.
-        grace: seconds that requests under way have then.
+        grace: seconds that requests under way, and then ``on_drain``, have together.
         registry: the registry application, if the role has one.
         bound: listeners that the role has bound itself, to be reported with the others.
-        on_drain: called when draining begins; the role ends only after it has returned.
+        on_drain: called when the requests under way have ended, which may need what this ends.
         task_status: started when everything is bound.
 
     Raises:
@@ -67,16 +75,34 @@ async def serve_role(
     if service is not None:
         servers["rpc"] = partial(serve_rpc, service)
     servers["admin"] = partial(serve_http, cast("AsgiApp", admin))
+    deadline = _Deadline(drain, grace)
+    servers_grace = grace if on_drain is None else grace * REQUESTS_SHARE
     async with trio.open_nursery() as nursery:
+        nursery.start_soon(deadline.watch)
         addresses = dict(bound or {})
         for name, serve in servers.items():
             listen = _section(settings, name).listen
-            start = partial(serve, listen.host, listen.port, drain=drain, grace=grace)
+            start = partial(serve, listen.host, listen.port, drain=drain, grace=servers_grace)
             addresses[name] = format_address(*await nursery.start(start))
         task_status.started(RoleAddresses(role, addresses))
-        await drain.wait()
-        if on_drain is not None:
+    if on_drain is not None:
+        with trio.move_on_at(deadline.at) as scope:
             await on_drain()
+        if scope.cancelled_caught:
+            log.warning("drain_cut_short", role=role, grace=grace)
+
+
+@attrs.define
+class _Deadline:
+    """When a drain is over; known once it has begun."""
+
+    drain: trio.Event
+    grace: float
+    at: float = math.inf
+
+    async def watch(self) -> None:
+        await self.drain.wait()
+        self.at = trio.current_time() + self.grace
 
 
 def _section(settings: object, name: str) -> Any:  # noqa: ANN401 - the roles' sections differ

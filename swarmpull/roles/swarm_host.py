@@ -1,9 +1,9 @@
-"""The trio shell around the scheduler: sockets, disk, trackers and the clock of one agent or origin.
+"""The trio shell around the scheduler: downloads, seeding, trackers and the clock of one agent or origin.
 
 `dispatch` is synchronous: trio runs one task at a time between checkpoints, so the core needs neither a lock
 nor a mailbox.  An action that leads to a further event queues it behind the actions at hand.  One task
-sleeps until the core's next deadline; each connection, dial, announce and piece under verification is a task
-of one nursery and ends in an event.
+sleeps until the core's next deadline; each announce, and each piece under verification, is a task of one
+nursery and ends in an event.  Connections are in `swarmpull.roles.peer_connections`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from __future__ import annotations
 import os
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from itertools import count
-from typing import Any, Final
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Final
 
-import attrs
 import structlog
 import trio
 
@@ -27,71 +26,44 @@ from swarmpull.errors import (
     DigestMismatch,
     DownloadFailed,
     InvalidMetainfo,
-    ProtocolError,
     StoreFull,
     StoreUnavailable,
     SwarmpullError,
 )
 from swarmpull.roles.buffers import PieceBuffers
 from swarmpull.roles.downloads import Download
-from swarmpull.roles.peer_link import PeerLink
+from swarmpull.roles.peer_connections import ArrivedPiece, PeerConnections
+from swarmpull.roles.shared_work import SharedWork
 from swarmpull.roles.swarm_metrics import SwarmMetrics
 from swarmpull.store.blobs import BlobStore
 from swarmpull.swarm import actions as act
 from swarmpull.swarm import bitfield
 from swarmpull.swarm import events as ev
 from swarmpull.swarm.connections import ConnectionLimits
-from swarmpull.swarm.messages import Bye, ByeReason, Hello, Message
+from swarmpull.swarm.messages import Hello
 from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN, Metainfo
 from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
 from swarmpull.swarm.pipeline import PipelineLimits, PipelinePolicy
-from swarmpull.swarm.scheduler import Scheduler, SwarmLimits, contact_of
+from swarmpull.swarm.scheduler import Scheduler, SwarmLimits
 from swarmpull.swarm.torrent import TorrentStatistics
 from swarmpull.swarm.uploads import UploadLimits
 from swarmpull.telemetry import Metrics
 from swarmpull.wire.api import AnnounceReply, AnnounceRequest
-from swarmpull.wire.listen import (
-    format_address,
-    open_listeners,
-    remote_host,
-    serve_connections,
-    set_keepalive,
-)
-from swarmpull.wire.streams import PeerStream
+from swarmpull.wire.listen import format_address, open_listeners
 
 log = structlog.get_logger()
 
-# Dial and handshake together; below the time after which the core gives a dial up by itself.
-HANDSHAKE_TIMEOUT: Final = 10.0
-# A host that vanished without a word is noticed by the kernel after so many seconds at the latest.
-DEAD_AFTER: Final = 60.0
 # Announces that wait for a tracker at the same time, over all torrents.
 ANNOUNCES_MAX: Final = 16
 # A first announce may wait for an origin that has to fetch the blob; the others wait for nobody.
 ANNOUNCE_TIMEOUT: Final = 10.0
 
-# What may end a connection without being a fault of this program.
-CONNECTION_ERRORS: Final = (
-    OSError,
-    trio.EndOfChannel,
-    trio.BrokenResourceError,
-    trio.ClosedResourceError,
-    trio.TooSlowError,
-    ProtocolError,
-    StoreUnavailable,
-)
+# What a tracker may ask for, in seconds: it must neither be flooded nor forget us.
+INTERVAL_MIN: Final = 1.0
+INTERVAL_MAX: Final = 600.0
 
 Announce = Callable[[AnnounceRequest], Awaitable[AnnounceReply]]
 FindPeers = Callable[[AnnounceRequest], Awaitable[AnnounceReply]]
-
-
-@attrs.define(eq=False)
-class _Start:
-    """A download whose metainfo is being looked up; everybody who wants the blob waits for the same."""
-
-    done: trio.Event = attrs.field(factory=trio.Event)
-    download: Download | None = None
-    error: SwarmpullError | None = None
 
 
 class SwarmHost:
@@ -99,6 +71,7 @@ class SwarmHost:
 
     Attributes:
         contact: this host as others may dial it; the host is empty unless it is advertised.
+        address: where peers dial, as it was bound.
         metrics: what it counts.
     """
 
@@ -107,14 +80,14 @@ class SwarmHost:
         scheduler: Scheduler,
         store: BlobStore,
         contact: PeerContact,
+        address: str,
         nursery: trio.Nursery,
         buffers: PieceBuffers,
         announce: Announce | None,
         metrics: SwarmMetrics,
-        bound_host: str,
     ) -> None:
         self.contact = contact
-        self._bound_host = bound_host
+        self.address = address
         self.metrics = metrics
         self._scheduler = scheduler
         self._store = store
@@ -122,14 +95,16 @@ class SwarmHost:
         self._buffers = buffers
         self._announce = announce
         self._announces = trio.CapacityLimiter(ANNOUNCES_MAX)
-        self._links: dict[int, PeerLink] = {}
-        self._numbers = count(1)
+        self._announcing = 0
+        self._connections = PeerConnections(self, scheduler, nursery, buffers, metrics)
+        self._starting: SharedWork[Download] = SharedWork(nursery)
         self._downloads: dict[Digest, Download] = {}
-        self._starts: dict[Digest, _Start] = {}
+        # Downloads whose partial is open, and may be so after their end.
+        self._open: set[Download] = set()
+        self._closing = False
         self._events: deque[ev.Event] = deque()
         self._dispatching = False
         self._deadline_moved = trio.Event()
-        self._announcing = 0
         self._something_ended = trio.Event()
 
     # --- for roles ----------------------------------------------------------------------------
@@ -142,9 +117,7 @@ class SwarmHost:
 
     def forget(self, digest: Digest) -> None:
         """Stop downloading or seeding a blob."""
-        download = self._downloads.pop(digest, None)
-        if download is not None:
-            self._end(download, DownloadFailed(str(digest), "the blob was deleted here"))
+        self._fail(digest, DownloadFailed(str(digest), "the blob was deleted here"))
         self.dispatch(ev.TorrentRemoved(digest))
 
     def downloading(self, digest: Digest) -> Download | None:
@@ -161,19 +134,10 @@ class SwarmHost:
             BlobNotFound: nobody has it.
             SwarmpullError: whatever else ``find`` raises, or the store for want of room.
         """
-        while True:
-            under_way = self._downloads.get(digest)
-            if under_way is not None:
-                return under_way
-            start = self._starts.get(digest)
-            if start is None:
-                start = self._starts[digest] = _Start()
-                self._nursery.start_soon(self._find_and_start, digest, namespace, find, start)
-            await start.done.wait()
-            if start.error is not None:
-                raise start.error.with_traceback(None)
-            assert start.download is not None
-            return start.download
+        under_way = self._downloads.get(digest)
+        if under_way is not None:
+            return under_way
+        return await self._starting.run(digest, partial(self._find_and_begin, namespace, find))
 
     async def adopt(self, metainfo: Metainfo, namespace: str, source: PeerContact) -> None:
         """Download a blob from a peer that is known to have it; return when it is in the store.
@@ -182,27 +146,29 @@ class SwarmHost:
             SwarmpullError: why it cannot be: DownloadFailed, DigestMismatch, StoreFull, ...
         """
         digest = metainfo.digest
+        if self._is_stored(digest):
+            return
         download = self._downloads.get(digest)
         if download is None:
-            download = await self._begin(metainfo, namespace, announce=False)
+            download = await self._starting.run(
+                digest, partial(self._begin, metainfo, namespace, announce=False)
+            )
         self.dispatch(ev.PeersFound(digest, (source,)))
         await download.wait()
 
     async def drain(self) -> None:
-        """Refuse new work, let what is being sent end, leave the swarms."""
+        """Refuse new work, let what is being sent end, leave the swarms.
+
+        Takes as long as the slowest peer and the trackers do: bound it by cancelling.
+        """
         self.dispatch(ev.DrainStarted())
-        while self._links or self._announcing:
+        while len(self._connections) or self._announcing:
             self._something_ended = trio.Event()
             await self._something_ended.wait()
 
     def torrents(self) -> list[TorrentStatistics]:
         """A snapshot of every torrent."""
         return self._scheduler.statistics()
-
-    @property
-    def address(self) -> str:
-        """Where peers dial, as it was bound."""
-        return format_address(self._bound_host, self.contact.port)
 
     # --- the core -----------------------------------------------------------------------------
 
@@ -222,7 +188,19 @@ class SwarmHost:
         self.metrics.connections.set(self._scheduler.connection_count)
         self._deadline_moved.set()
 
-    async def keep_time(self) -> None:
+    async def serve(
+        self,
+        listeners: list[trio.SocketListener],
+        connections_max: int,
+        *,
+        task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Accept peers and keep the core's time, until cancelled; by `open_swarm_host`."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_time)
+            await self._connections.serve(listeners, connections_max, task_status=task_status)
+
+    async def _keep_time(self) -> None:
         """Report each deadline of the core when it has come."""
         while True:
             self._deadline_moved = trio.Event()
@@ -235,16 +213,16 @@ class SwarmHost:
     def _perform(self, action: act.Action) -> None:
         match action:
             case act.Send(connection, message):
-                link = self._links.get(connection)
-                if link is not None:
-                    link.send(message)
+                self._connections.send(connection, message)
             case act.SendPiece(connection, digest, index):
-                self._send_piece(connection, digest, index)
+                self._connections.send_piece(connection, digest, index)
             case act.Close(connection, reason, text):
-                self._close(connection, reason, text)
+                self._connections.close(connection, reason, text)
             case act.Dial(digest, contact):
-                self._nursery.start_soon(self._dial, digest, contact)
+                self._connections.dial(digest, contact)
             case act.Announce(digest, namespace, state):
+                # Counted from here on, so that a drain waits for the last words to the trackers.
+                self._announcing += 1
                 self._nursery.start_soon(self._tell_trackers, digest, namespace, state)
             case act.Finish(digest):
                 self._nursery.start_soon(self._finish, digest)
@@ -253,43 +231,48 @@ class SwarmHost:
 
     # --- downloads ----------------------------------------------------------------------------
 
-    async def _find_and_start(
-        self, digest: Digest, namespace: str, find: FindPeers, start: _Start
-    ) -> None:
-        try:
-            start.download = await self._find_and_begin(digest, namespace, find)
-        except SwarmpullError as error:
-            log.info("download_not_started", digest=str(digest), reason=str(error))
-            start.error = error
-        finally:
-            del self._starts[digest]
-            start.done.set()
-
-    async def _find_and_begin(self, digest: Digest, namespace: str, find: FindPeers) -> Download:
+    async def _find_and_begin(self, namespace: str, find: FindPeers, digest: Digest) -> Download:
         request = AnnounceRequest(
             digest, namespace, self.contact, AnnounceState.LEECHING, want_metainfo=True
         )
-        reply = await find(request)
-        metainfo = reply.metainfo
-        if metainfo is None or metainfo.digest != digest:
-            raise InvalidMetainfo(str(digest), "the answer was about another blob")
-        download = await self._begin(metainfo, namespace, announce=self._announce is not None)
-        self.dispatch(ev.AnnounceReplied(digest, reply.interval, reply.peers))
+        try:
+            reply = await find(request)
+            metainfo = reply.metainfo
+            if metainfo is None or metainfo.digest != digest:
+                raise InvalidMetainfo(str(digest), "the answer was about another blob")
+            announce = self._announce is not None
+            download = await self._begin(metainfo, namespace, digest, announce=announce)
+        except SwarmpullError as error:
+            log.info("download_not_started", digest=str(digest), reason=str(error))
+            raise
+        self.dispatch(ev.AnnounceReplied(digest, _sane(reply.interval), reply.peers))
         return download
 
-    async def _begin(self, metainfo: Metainfo, namespace: str, *, announce: bool) -> Download:
-        partial = await self._store.open_partial(metainfo)
-        download = Download(metainfo, partial, self._reader_moved, self._reader_closed)
-        self._downloads[metainfo.digest] = download
+    async def _begin(
+        self, metainfo: Metainfo, namespace: str, digest: Digest, *, announce: bool
+    ) -> Download:
+        for former in [d for d in self._open if d.metainfo.digest == digest and d.failed]:
+            await former.partial.aclose()
+        partial_blob = await self._store.open_partial(metainfo)
+        if self._closing:
+            await partial_blob.aclose()
+            raise _shutting_down(digest)
+        download = Download(metainfo, partial_blob, self._reader_moved, self._reader_closed)
+        self._downloads[digest] = download
+        self._open.add(download)
         log.info(
             "download_started",
-            digest=str(metainfo.digest),
+            digest=str(digest),
             length=metainfo.length,
             pieces=metainfo.piece_count,
-            have=partial.have.bit_count(),
+            have=partial_blob.have.bit_count(),
         )
+        # The core may still seed it: the blob was deleted behind our back.
+        self.dispatch(ev.TorrentRemoved(digest))
         self.dispatch(
-            ev.TorrentAdded(metainfo, namespace, partial.have, verified=False, announce=announce)
+            ev.TorrentAdded(
+                metainfo, namespace, partial_blob.have, verified=False, announce=announce
+            )
         )
         return download
 
@@ -304,33 +287,60 @@ class SwarmHost:
         download = self._downloads.get(digest)
         if download is None:
             return
+        failure: SwarmpullError | None = None
         try:
             await download.partial.commit()
-        except (DigestMismatch, StoreFull, StoreUnavailable) as error:
-            log.error("download_not_stored", digest=str(digest), reason=str(error))
-            self._fail(digest, error)
+        except DigestMismatch as error:
+            reason = f"every piece matched the metainfo, but the {error}"
+            failure = DownloadFailed(str(digest), reason)
+        except (StoreFull, StoreUnavailable) as error:
+            failure = error
+        except ValueError:
+            if self._downloads.get(digest) is download:
+                raise
+        if self._downloads.get(digest) is not download:
+            return  # it was given up meanwhile
+        if failure is not None:
+            self._fail(digest, failure)
             self.dispatch(ev.TorrentRemoved(digest))
             return
         log.info("download_complete", digest=str(digest), length=download.metainfo.length)
         self.metrics.downloads.labels("complete").inc()
-        del self._downloads[digest]
         self._end(download)
         self.dispatch(ev.BlobVerified(digest))
 
     def _fail(self, digest: Digest, error: SwarmpullError) -> None:
-        download = self._downloads.pop(digest, None)
+        download = self._downloads.get(digest)
         if download is not None:
             log.warning("download_failed", digest=str(digest), reason=str(error))
             self.metrics.downloads.labels("failed").inc()
             self._end(download, error)
 
     def _end(self, download: Download, error: SwarmpullError | None = None) -> None:
+        del self._downloads[download.metainfo.digest]
         download.end(error)
         self._nursery.start_soon(self._close_partial, download)
 
     async def _close_partial(self, download: Download) -> None:
-        await download.wait_unused()
+        await download.wait_closable()
         await download.partial.aclose()
+        self._open.discard(download)
+
+    async def close_downloads(self) -> None:
+        """Give up what is under way, keeping what it has fetched; by `open_swarm_host`."""
+        self._closing = True
+        self._downloads.clear()
+        with trio.CancelScope(shield=True):
+            for download in list(self._open):
+                download.end(_shutting_down(download.metainfo.digest))
+                await download.partial.aclose()
+
+    def _is_stored(self, digest: Digest) -> bool:
+        try:
+            self._store.stat(digest)
+        except BlobNotFound:
+            return False
+        return True
 
     # --- trackers -----------------------------------------------------------------------------
 
@@ -338,7 +348,6 @@ class SwarmHost:
         if self._announce is None:
             return
         request = AnnounceRequest(digest, namespace, self.contact, state)
-        self._announcing += 1
         try:
             async with self._announces:
                 with trio.fail_after(ANNOUNCE_TIMEOUT):
@@ -349,33 +358,14 @@ class SwarmHost:
                 self.dispatch(ev.AnnounceFailed(digest))
         else:
             if state is not AnnounceState.STOPPED:
-                self.dispatch(ev.AnnounceReplied(digest, reply.interval, reply.peers))
+                self.dispatch(ev.AnnounceReplied(digest, _sane(reply.interval), reply.peers))
         finally:
             self._announcing -= 1
             self._something_ended.set()
 
-    # --- connections --------------------------------------------------------------------------
+    # --- for the connections ------------------------------------------------------------------
 
-    async def accept(self, stream: trio.SocketStream) -> None:
-        """Serve a peer that dialled us, until the connection ends."""
-        peer_stream = PeerStream(stream)
-        async with _closing(peer_stream):
-            with self._connection_boundary("accept") as boundary:
-                set_keepalive(stream, dead_after=DEAD_AFTER)
-                host = remote_host(stream)
-                with trio.fail_after(HANDSHAKE_TIMEOUT):
-                    hello = await peer_stream.receive_hello()
-                    if isinstance(hello, Bye):
-                        return
-                    metainfo = await self._metainfo_for(hello)
-                if metainfo is None:
-                    await peer_stream.send(Bye(ByeReason.UNKNOWN_TORRENT))
-                    return
-                await self._run_link(peer_stream, hello, contact_of(hello, host), None, metainfo)
-            if boundary.protocol_error is not None:
-                await _refuse(peer_stream, boundary.protocol_error)
-
-    async def _metainfo_for(self, hello: Hello) -> Metainfo | None:
+    async def metainfo_for(self, hello: Hello) -> Metainfo | None:
         """The metainfo of a torrent that a peer asks for; a blob of the store becomes a torrent."""
         torrent = self._scheduler.torrent(hello.digest)
         if torrent is not None:
@@ -387,244 +377,66 @@ class SwarmHost:
         self.seed(metainfo, hello.namespace)
         return metainfo
 
-    async def _dial(self, digest: Digest, contact: PeerContact) -> None:
-        connected = False
-        with self._connection_boundary("dial", contact):
-            with trio.fail_after(HANDSHAKE_TIMEOUT):
-                stream = await trio.open_tcp_stream(contact.host, contact.port)
-            peer_stream = PeerStream(stream)
-            async with _closing(peer_stream):
-                set_keepalive(stream, dead_after=DEAD_AFTER)
-                greeting = await self._greet(peer_stream, digest, contact)
-                if greeting is not None:
-                    connected = True
-                    hello, announced, metainfo = greeting
-                    await self._run_link(peer_stream, hello, contact, announced, metainfo)
-        if not connected:
-            self.dispatch(ev.DialFailed(digest, contact.peer_id))
-
-    async def _greet(
-        self, stream: PeerStream, digest: Digest, contact: PeerContact
-    ) -> tuple[Hello, int, Metainfo] | None:
-        """Exchange Hellos on a connection that we dialled; None when it comes to nothing."""
-        own = self._scheduler.hello(digest)
-        torrent = self._scheduler.torrent(digest)
-        if own is None or torrent is None:
-            return None
-        with trio.fail_after(HANDSHAKE_TIMEOUT):
-            await stream.send(own)
-            hello = await stream.receive_hello()
-        if isinstance(hello, Bye):
-            log.debug(
-                "peer_refused", digest=str(digest), peer=contact.host, reason=hello.reason.name
-            )
-            return None
-        if hello.digest != digest or hello.peer_id != contact.peer_id:
-            raise ProtocolError("another peer or torrent than the one that was dialled")
-        return hello, bitfield.from_bytes(own.have, own.piece_count), torrent.metainfo
-
-    async def _run_link(
-        self,
-        stream: PeerStream,
-        hello: Hello,
-        contact: PeerContact,
-        announced: int | None,
-        metainfo: Metainfo,
-    ) -> None:
-        number = next(self._numbers)
-        owner = _Owner(self, self._scheduler, self._buffers, contact)
-        link = self._links[number] = PeerLink(number, hello.digest, stream, owner)
-        try:
-            self.dispatch(ev.PeerConnected(number, hello, contact, announced))
-            await link.run(metainfo)
-        finally:
-            del self._links[number]
-            self.dispatch(ev.PeerDisconnected(number))
-            self._something_ended.set()
-
-    @contextmanager
-    def _connection_boundary(
-        self, direction: str, contact: PeerContact | None = None
-    ) -> Iterator[_Boundary]:
-        """The one place where the end of a connection is not an error of the program."""
-        boundary = _Boundary()
-        try:
-            yield boundary
-        except* CONNECTION_ERRORS as group:
-            error = _first(group)
-            if isinstance(error, ProtocolError):
-                boundary.protocol_error = error
-            level = "info" if isinstance(error, ProtocolError | StoreUnavailable) else "debug"
-            peer = None if contact is None else f"{contact.host}:{contact.port}"
-            getattr(log, level)(
-                "peer_connection_ended",
-                direction=direction,
-                peer=peer,
-                reason=str(error) or type(error).__name__,
-            )
-
-    def _close(self, connection: int, reason: ByeReason, text: str) -> None:
-        link = self._links.get(connection)
-        if link is not None:
-            if reason in (ByeReason.PROTOCOL_ERROR, ByeReason.CORRUPT, ByeReason.STALLED):
-                log.info(
-                    "peer_dropped", digest=str(link.digest), reason=reason.name.lower(), detail=text
-                )
-            link.close(reason, text)
-
-    # --- pieces -------------------------------------------------------------------------------
-
-    def _send_piece(self, connection: int, digest: Digest, index: int) -> None:
-        link = self._links.get(connection)
-        torrent = self._scheduler.torrent(digest)
-        if link is None or torrent is None:
-            return
-        try:
-            file = self._open_for_sending(digest)
-        except (BlobNotFound, StoreUnavailable) as error:
-            log.warning("blob_lost", digest=str(digest), reason=str(error))
-            self.dispatch(ev.TorrentRemoved(digest))
-            return
-        metainfo = torrent.metainfo
-        link.send_piece(index, file, metainfo.piece_offset(index), metainfo.piece_size(index))
-
-    def _open_for_sending(self, digest: Digest) -> int:
-        """A descriptor of our own, which stays good whatever happens to the blob meanwhile."""
+    def open_for_sending(self, digest: Digest) -> int:
+        """A descriptor of its own for the caller, which stays good whatever happens to the blob."""
         download = self._downloads.get(digest)
         if download is not None:
             return os.dup(download.partial.fileno())
         with self._store.open(digest) as handle:
             return os.dup(handle.fileno())
 
-    def piece_received(
-        self, connection: int, index: int, buffer: bytearray | None, size: int, contact: PeerContact
-    ) -> None:
-        """All bytes of a piece have arrived; a buffer holds those that were wanted when it began."""
-        wanted = buffer is not None and self._scheduler.expects(connection, index)
-        link = self._links[connection]
-        self.dispatch(ev.PieceReceived(connection, index))
-        download = self._downloads.get(link.digest)
-        if buffer is not None and wanted and download is not None:
-            self._nursery.start_soon(
-                self._store_piece, download, connection, index, buffer, size, contact
-            )
-            return
-        self.metrics.bytes_wasted.inc(size)
-        if buffer is not None:
-            self._buffers.release(buffer)
+    def take_piece(self, piece: ArrivedPiece) -> bool:
+        """Begin to verify and store a piece; False when its download is over."""
+        download = self._downloads.get(piece.digest)
+        if download is None:
+            return False
+        self._nursery.start_soon(self._store_piece, download, piece)
+        return True
 
-    async def _store_piece(
-        self,
-        download: Download,
-        connection: int,
-        index: int,
-        buffer: bytearray,
-        size: int,
-        contact: PeerContact,
-    ) -> None:
-        digest = download.metainfo.digest
+    def connection_ended(self) -> None:
+        self._something_ended.set()
+
+    async def _store_piece(self, download: Download, piece: ArrivedPiece) -> None:
+        digest, index = piece.digest, piece.index
+        size = download.metainfo.piece_size(index)
+        failure: SwarmpullError | None = None
+        stored = False
         try:
-            stored = await download.partial.store_piece(index, memoryview(buffer)[:size])
+            stored = await download.partial.store_piece(index, memoryview(piece.buffer)[:size])
         except (StoreFull, StoreUnavailable) as error:
-            self._fail(digest, error)
-            self.dispatch(ev.TorrentRemoved(digest))
-            return
+            failure = error
         except ValueError:
-            # The download was given up, and its partial closed, while the piece was under way.
-            self.dispatch(ev.PieceLost(digest, index))
-            return
+            if self._downloads.get(digest) is download:
+                raise
         finally:
-            self._buffers.release(buffer)
-        if stored:
-            self.metrics.pieces_received.labels(contact.kind.value).inc()
-            self.metrics.bytes_received.labels(contact.kind.value).inc(size)
+            self._buffers.release(piece.buffer)
+        if self._downloads.get(digest) is not download:
+            return  # it was given up meanwhile; another download of the blob may be under way
+        if failure is not None:
+            self._fail(digest, failure)
+            self.dispatch(ev.TorrentRemoved(digest))
+        elif stored:
+            self._count_received(piece.sender.kind, size)
             download.progress()
-            self.dispatch(ev.PieceStored(connection, digest, index))
+            self.dispatch(ev.PieceStored(piece.connection, digest, index))
         else:
             self.metrics.pieces_rejected.inc()
-            log.warning(
-                "piece_rejected",
-                digest=str(digest),
-                piece=index,
-                peer=f"{contact.host}:{contact.port}",
-            )
-            self.dispatch(ev.PieceRejected(connection, digest, index))
+            sender = format_address(piece.sender.host, piece.sender.port)
+            log.warning("piece_rejected", digest=str(digest), piece=index, peer=sender)
+            self.dispatch(ev.PieceRejected(piece.connection, digest, index))
+
+    def _count_received(self, kind: PeerKind, size: int) -> None:
+        self.metrics.pieces_received.labels(kind.value).inc()
+        self.metrics.bytes_received.labels(kind.value).inc(size)
 
 
-@attrs.define
-class _Boundary:
-    """What ended a connection, where the other side is to be told."""
-
-    protocol_error: ProtocolError | None = None
+def _shutting_down(digest: Digest) -> DownloadFailed:
+    return DownloadFailed(str(digest), "this host shuts down")
 
 
-@attrs.frozen
-class _Owner:
-    """The host as one link sees it: it adds who is at the other end."""
-
-    host: SwarmHost
-    scheduler: Scheduler
-    buffers: PieceBuffers
-    contact: PeerContact
-
-    def message_received(self, connection: int, message: Message) -> None:
-        self.host.dispatch(ev.MessageReceived(connection, message))
-
-    def piece_sent(self, connection: int, index: int, size: int) -> None:
-        self.host.metrics.pieces_sent.inc()
-        self.host.metrics.bytes_sent.inc(size)
-        self.host.dispatch(ev.PieceSent(connection, index))
-
-    def was_asked(self, connection: int, index: int) -> bool:
-        return self.scheduler.was_asked(connection, index)
-
-    def expects(self, connection: int, index: int) -> bool:
-        return self.scheduler.expects(connection, index)
-
-    async def acquire_buffer(self, size: int) -> bytearray:
-        return await self.buffers.acquire(size)
-
-    def release_buffer(self, buffer: bytearray) -> None:
-        self.buffers.release(buffer)
-
-    def piece_received(
-        self, connection: int, index: int, buffer: bytearray | None, size: int
-    ) -> None:
-        self.host.piece_received(connection, index, buffer, size, self.contact)
-
-
-@asynccontextmanager
-async def _closing(stream: PeerStream) -> AsyncIterator[None]:
-    try:
-        yield
-    finally:
-        await stream.aclose()
-
-
-async def _refuse(stream: PeerStream, error: ProtocolError) -> None:
-    """Tell a peer what it did wrong, if it still listens."""
-    with trio.move_on_after(1.0):
-        try:
-            await stream.send(Bye(ByeReason.PROTOCOL_ERROR, error.reason))
-        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
-            return
-
-
-async def _refuse_busy(stream: trio.SocketStream) -> None:
-    await PeerStream(stream).send(Bye(ByeReason.BUSY, "this host has as many peers as it takes"))
-
-
-def _first(group: BaseExceptionGroup[Exception]) -> Exception:
-    """The most telling error of a group: a broken protocol over its consequences."""
-    errors: list[Exception] = []
-    pending: list[Any] = [group]
-    while pending:
-        error = pending.pop()
-        if isinstance(error, BaseExceptionGroup):
-            pending.extend(error.exceptions)
-        else:
-            errors.append(error)
-    return min(errors, key=lambda error: not isinstance(error, ProtocolError))
+def _sane(interval: float) -> float:
+    # Written so that NaN becomes the least.
+    return min(interval, INTERVAL_MAX) if interval >= INTERVAL_MIN else INTERVAL_MIN
 
 
 def limits_of(config: SwarmConfig) -> SwarmLimits:
@@ -654,51 +466,32 @@ async def open_swarm_host(
     Raises:
         StartupError: the peer port cannot be had.
     """
-    rng = random.Random()
     peer_id = f"{random.SystemRandom().getrandbits(128):032x}"
+    counters = SwarmMetrics(metrics)
     listeners = await open_listeners(listen.listen.host, listen.listen.port)
     port = listeners[0].socket.getsockname()[1]
     scheduler = Scheduler(
         peer_id,
         kind,
         port,
-        rng=rng,
+        rng=random.Random(),
         limits=limits_of(config),
         policy=PipelinePolicy(PipelineLimits(per_peer=config.pipeline_per_peer)),
     )
     contact = PeerContact(peer_id, listen.advertise, port, kind)
     buffers = PieceBuffers(config.max_inbound_pieces * PIECE_LENGTH_MIN)
+    address = format_address(listen.listen.host, port)
+    failure: Exception | None = None
     async with trio.open_nursery() as nursery:
-        host = SwarmHost(
-            scheduler,
-            store,
-            contact,
-            nursery,
-            buffers,
-            announce,
-            SwarmMetrics(metrics),
-            listen.listen.host,
-        )
-        nursery.start_soon(host.keep_time)
-        await nursery.start(_serve, host, listeners, config.max_total_connections)
+        host = SwarmHost(scheduler, store, contact, address, nursery, buffers, announce, counters)
         try:
+            await nursery.start(host.serve, listeners, config.max_total_connections)
             yield host
+        except Exception as error:
+            # Raised again outside: the nursery would hand it to the caller inside a group.
+            failure = error
         finally:
             nursery.cancel_scope.cancel()
-
-
-async def _serve(
-    host: SwarmHost,
-    listeners: list[trio.SocketListener],
-    connections_max: int,
-    *,
-    task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    # Twice the connections that the core admits: those that it refuses need a place for their goodbye.
-    await serve_connections(
-        listeners,
-        host.accept,
-        connections_max=2 * connections_max,
-        refuse=_refuse_busy,
-        task_status=task_status,
-    )
+            await host.close_downloads()
+    if failure is not None:
+        raise failure

@@ -162,7 +162,6 @@ def _readiness(members: Membership) -> list[str]:
 def _status(table: PeerTable, members: Membership) -> dict[str, Any]:
     statistics = table.statistics()
     return {
-        "role": "tracker",
         "swarms": attrs.asdict(statistics) | {"peers": statistics.peers},
         "origins": {
             "members": list(members.members),

@@ -108,6 +108,19 @@ async def test_an_error_about_the_blob_is_an_answer(pool, nursery):
     assert client.members.unhealthy() == ()
 
 
+async def test_a_member_that_answers_with_errors_is_healthy_again(pool, member):
+    member.error = BlobNotFound(str(BLOB), "backend")
+    client = ring(pool, member.address, fall=1, rise=2, expiry=1000.0)
+    client.members.record_failure(member.address, "refused")
+    assert client.members.unhealthy() == (member.address,)
+
+    for _ in range(2):
+        with pytest.raises(BlobNotFound):
+            await OriginClient(client).stat_blob(BLOB)
+
+    assert client.members.unhealthy() == ()
+
+
 async def test_when_nobody_answers_the_error_names_all_who_were_tried(pool):
     client = OriginClient(ring(pool, *DEAD))
 

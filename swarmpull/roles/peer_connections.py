@@ -1,0 +1,373 @@
+"""The peer connections of one host: accepted and dialled, greeted, carried to their end.
+
+A connection is a task.  It reports to the core what happens on it, beginning with `PeerConnected` and ending
+with `PeerDisconnected`; whom to dial, what to send and when to close is the core's decision, which comes
+back through `PeerConnections.send`, `send_piece`, `close` and `dial`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from itertools import count
+from typing import Any, Final, Protocol
+
+import attrs
+import structlog
+import trio
+
+from swarmpull.digest import Digest
+from swarmpull.errors import (
+    BlobNotFound,
+    ProtocolError,
+    StoreFull,
+    StoreUnavailable,
+    SwarmpullError,
+)
+from swarmpull.roles.buffers import PieceBuffers
+from swarmpull.roles.peer_link import CONNECTION_ERRORS, PeerLink
+from swarmpull.roles.swarm_metrics import SwarmMetrics
+from swarmpull.swarm import bitfield
+from swarmpull.swarm import events as ev
+from swarmpull.swarm.messages import Bye, ByeReason, Hello, Message
+from swarmpull.swarm.metainfo import Metainfo
+from swarmpull.swarm.peers import PeerContact
+from swarmpull.swarm.scheduler import Scheduler, contact_of
+from swarmpull.wire.listen import format_address, remote_host, serve_connections, set_keepalive
+from swarmpull.wire.streams import PeerStream
+
+log = structlog.get_logger()
+
+# A dial, and a handshake, each; together below the time after which the core gives a dial up by itself.
+HANDSHAKE_TIMEOUT: Final = 10.0
+# A host that vanished without a word is noticed by the kernel after so many seconds at the latest.
+DEAD_AFTER: Final = 60.0
+
+# Ends that an operator should hear of; the others are the everyday life of a swarm.
+_OFFENCES: Final = (ByeReason.PROTOCOL_ERROR, ByeReason.CORRUPT, ByeReason.STALLED)
+
+
+@attrs.frozen(eq=False)
+class ArrivedPiece:
+    """A piece whose bytes are all here, not yet verified; whoever takes it releases the buffer.
+
+    Attributes:
+        connection: on which it came.
+        digest: the torrent.
+        index: of the piece.
+        buffer: its bytes.
+        sender: who sent it.
+    """
+
+    connection: int
+    digest: Digest
+    index: int
+    buffer: bytearray = attrs.field(repr=False)
+    sender: PeerContact
+
+
+class ConnectionHost(Protocol):
+    """What connections need of the host that they belong to."""
+
+    def dispatch(self, event: ev.Event) -> None: ...
+
+    async def metainfo_for(self, hello: Hello) -> Metainfo | None:
+        """The metainfo of a torrent that a peer asks for; None if the blob is not here."""
+        ...
+
+    def open_for_sending(self, digest: Digest) -> int:
+        """A descriptor for the caller to close.  Raises BlobNotFound, StoreUnavailable, OSError."""
+        ...
+
+    def take_piece(self, piece: ArrivedPiece) -> bool:
+        """Begin to verify and store a piece; False, and the buffer stays the caller's, if not wanted."""
+        ...
+
+    def connection_ended(self) -> None: ...
+
+
+class PeerConnections:
+    """All peer connections of a host."""
+
+    def __init__(
+        self,
+        host: ConnectionHost,
+        scheduler: Scheduler,
+        nursery: trio.Nursery,
+        buffers: PieceBuffers,
+        metrics: SwarmMetrics,
+    ) -> None:
+        self._host = host
+        self._scheduler = scheduler
+        self._nursery = nursery
+        self._buffers = buffers
+        self._metrics = metrics
+        self._links: dict[int, PeerLink] = {}
+        self._numbers = count(1)
+
+    def __len__(self) -> int:
+        """Connections that have come as far as the other side's Hello, and are not closed yet."""
+        return len(self._links)
+
+    async def serve(
+        self,
+        listeners: list[trio.SocketListener],
+        connections_max: int,
+        *,
+        task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Accept peers until cancelled; ``connections_max`` is what the core admits."""
+        # Twice as many: those that the core refuses need a place for their goodbye.
+        await serve_connections(
+            listeners,
+            self._accept,
+            connections_max=2 * connections_max,
+            refuse=_refuse_busy,
+            task_status=task_status,
+        )
+
+    # --- what the core decided ----------------------------------------------------------------
+
+    def dial(self, digest: Digest, contact: PeerContact) -> None:
+        """Begin to connect; `PeerConnected` or `DialFailed` will be reported."""
+        self._nursery.start_soon(self._dial, digest, contact)
+
+    def send(self, connection: int, message: Message) -> None:
+        link = self._links.get(connection)
+        if link is not None:
+            link.send(message)
+
+    def send_piece(self, connection: int, digest: Digest, index: int) -> None:
+        """Begin to send a piece; `PieceSent` will be reported, or that the connection has ended."""
+        link = self._links.get(connection)
+        torrent = self._scheduler.torrent(digest)
+        if link is None or torrent is None:
+            return
+        try:
+            file = self._host.open_for_sending(digest)
+        except BlobNotFound as error:
+            log.warning("blob_lost", digest=str(digest), reason=str(error))
+            self._host.dispatch(ev.TorrentRemoved(digest))
+            return
+        except (StoreUnavailable, OSError) as error:
+            log.warning("piece_not_sent", digest=str(digest), piece=index, reason=str(error))
+            link.close(ByeReason.BUSY, "the piece cannot be read just now")
+            return
+        metainfo = torrent.metainfo
+        link.send_piece(index, file, metainfo.piece_offset(index), metainfo.piece_size(index))
+
+    def close(self, connection: int, reason: ByeReason, text: str) -> None:
+        link = self._links.get(connection)
+        if link is not None:
+            link.close(reason, text)
+
+    # --- the beginning of a connection --------------------------------------------------------
+
+    async def _accept(self, stream: trio.SocketStream) -> None:
+        try:
+            set_keepalive(stream, dead_after=DEAD_AFTER)
+            host = remote_host(stream)
+            peer_stream = PeerStream(stream)
+        except (OSError, trio.ClosedResourceError) as error:
+            _log_end(False, direction="accepted", reason=str(error))
+            return
+        async with _closing(peer_stream, direction="accepted", peer=host):
+            with _in_time("HELLO"):
+                hello = await peer_stream.receive_hello()
+            if isinstance(hello, Bye):
+                return
+            metainfo = await self._host.metainfo_for(hello)
+            if metainfo is None:
+                await peer_stream.leave(Bye(ByeReason.UNKNOWN_TORRENT))
+                return
+            await self._carry(peer_stream, hello, contact_of(hello, host), None, metainfo)
+
+    async def _dial(self, digest: Digest, contact: PeerContact) -> None:
+        stream = await _connect(digest, contact)
+        if stream is None or not await self._call(stream, digest, contact):
+            self._host.dispatch(ev.DialFailed(digest, contact.peer_id))
+
+    async def _call(self, stream: PeerStream, digest: Digest, contact: PeerContact) -> bool:
+        """Use a connection that we dialled; False when it did not come to the other side's Hello."""
+        greeted = False
+        async with _closing(stream, direction="dialled", digest=str(digest), peer=_name(contact)):
+            own = self._scheduler.hello(digest)
+            torrent = self._scheduler.torrent(digest)
+            if own is None or torrent is None:
+                return False
+            with _in_time("answer to our HELLO"):
+                await stream.send(own)
+                hello = await stream.receive_hello()
+            if isinstance(hello, Bye):
+                _log_bye(hello, digest, contact, said="by the peer")
+                return False
+            if hello.digest != digest or hello.peer_id != contact.peer_id:
+                raise ProtocolError("another peer or torrent than the one that was dialled")
+            greeted = True
+            announced = bitfield.from_bytes(own.have, own.piece_count)
+            await self._carry(stream, hello, contact, announced, torrent.metainfo)
+        return greeted
+
+    # --- its life and its end -----------------------------------------------------------------
+
+    async def _carry(
+        self,
+        stream: PeerStream,
+        hello: Hello,
+        contact: PeerContact,
+        announced: int | None,
+        metainfo: Metainfo,
+    ) -> None:
+        number = next(self._numbers)
+        owner = _Owner(
+            self._host, self._scheduler, self._buffers, self._metrics, hello.digest, contact
+        )
+        link = PeerLink(number, hello.digest, contact, stream, owner)
+        self._links[number] = link
+        try:
+            try:
+                self._host.dispatch(ev.PeerConnected(number, hello, contact, announced))
+                await link.run(metainfo)
+            finally:
+                # At once: what was claimed there is free for others while we say goodbye.
+                self._host.dispatch(ev.PeerDisconnected(number))
+            if link.bye is not None:
+                _log_bye(link.bye, hello.digest, contact, said="by us")
+                await stream.leave(link.bye)
+        finally:
+            del self._links[number]
+            self._host.connection_ended()
+
+
+@attrs.frozen
+class _Owner:
+    """The host as one link sees it: it adds what the link is about and who is at the other end."""
+
+    host: ConnectionHost
+    scheduler: Scheduler
+    buffers: PieceBuffers
+    metrics: SwarmMetrics
+    digest: Digest
+    contact: PeerContact
+
+    def message_received(self, connection: int, message: Message) -> None:
+        if isinstance(message, Bye):
+            _log_bye(message, self.digest, self.contact, said="by the peer")
+        self.host.dispatch(ev.MessageReceived(connection, message))
+
+    def piece_sent(self, connection: int, index: int, size: int) -> None:
+        self.metrics.pieces_sent.inc()
+        self.metrics.bytes_sent.inc(size)
+        self.host.dispatch(ev.PieceSent(connection, index))
+
+    def was_asked(self, connection: int, index: int) -> bool:
+        return self.scheduler.was_asked(connection, index)
+
+    def expects(self, connection: int, index: int) -> bool:
+        return self.scheduler.expects(connection, index)
+
+    async def acquire_buffer(self, size: int) -> bytearray:
+        return await self.buffers.acquire(size)
+
+    def release_buffer(self, buffer: bytearray) -> None:
+        self.buffers.release(buffer)
+
+    def piece_received(
+        self, connection: int, index: int, buffer: bytearray | None, size: int
+    ) -> None:
+        # What the core expects at this moment it takes for being verified, and waits for the outcome.
+        expected = self.scheduler.expects(connection, index)
+        self.host.dispatch(ev.PieceReceived(connection, index))
+        if expected and buffer is not None:
+            piece = ArrivedPiece(connection, self.digest, index, buffer, self.contact)
+            if self.host.take_piece(piece):
+                return
+        self.metrics.bytes_wasted.inc(size)
+        if buffer is not None:
+            self.buffers.release(buffer)
+        if expected:
+            # It was thrown away as it came, because another peer had sent it; that one was wrong.
+            self.host.dispatch(ev.PieceLost(self.digest, index))
+
+
+async def _connect(digest: Digest, contact: PeerContact) -> PeerStream | None:
+    """A connection to a peer; None when there is none to be had."""
+    address = _name(contact)
+    try:
+        with trio.fail_after(HANDSHAKE_TIMEOUT):
+            stream = await trio.open_tcp_stream(contact.host, contact.port)
+    except trio.TooSlowError:
+        reason = f"no connection within {HANDSHAKE_TIMEOUT:g} s"
+    except (OSError, ValueError, OverflowError) as error:
+        # The last two: names and ports that no resolver takes; contacts come from other hosts.
+        reason = str(error)
+    else:
+        try:
+            set_keepalive(stream, dead_after=DEAD_AFTER)
+            return PeerStream(stream)
+        except (OSError, trio.ClosedResourceError) as error:
+            reason = str(error)
+            await trio.aclose_forcefully(stream)
+    _log_end(False, direction="dialled", digest=str(digest), peer=address, reason=reason)
+    return None
+
+
+def _name(contact: PeerContact) -> str:
+    return format_address(contact.host, contact.port)
+
+
+@contextmanager
+def _in_time(what: str) -> Iterator[None]:
+    try:
+        with trio.fail_after(HANDSHAKE_TIMEOUT):
+            yield
+    except trio.TooSlowError as error:
+        raise ProtocolError(f"no {what} within {HANDSHAKE_TIMEOUT:g} s") from error
+
+
+@asynccontextmanager
+async def _closing(stream: PeerStream, **about: str) -> AsyncIterator[None]:
+    """Close at the end; the one place where the end of a connection is not an error of the program.
+
+    A peer that broke the protocol is told how.
+    """
+    errors: list[Exception] = []
+    try:
+        try:
+            yield
+        except* (*CONNECTION_ERRORS, StoreFull) as group:
+            errors = _most_telling_first(group)
+        if errors:
+            reason = str(errors[0]) or type(errors[0]).__name__
+            _log_end(isinstance(errors[0], SwarmpullError), reason=reason, **about)
+        if errors and isinstance(errors[0], ProtocolError):
+            await stream.leave(Bye(ByeReason.PROTOCOL_ERROR, errors[0].reason))
+    finally:
+        await stream.aclose()
+
+
+def _most_telling_first(group: BaseExceptionGroup[Exception]) -> list[Exception]:
+    """The errors of a group, a broken protocol or a failing disk before their consequences."""
+    errors: list[Exception] = []
+    pending: list[Any] = [group]
+    while pending:
+        error = pending.pop()
+        if isinstance(error, BaseExceptionGroup):
+            pending.extend(error.exceptions)
+        else:
+            errors.append(error)
+    return sorted(errors, key=lambda error: not isinstance(error, SwarmpullError))
+
+
+def _log_end(offence: bool, **about: str) -> None:
+    (log.info if offence else log.debug)("peer_connection_ended", **about)
+
+
+def _log_bye(bye: Bye, digest: Digest, contact: PeerContact, *, said: str) -> None:
+    reason = f"{bye.reason.name.lower()} {bye.text}".rstrip()
+    offence = bye.reason in _OFFENCES
+    _log_end(offence, ended=said, digest=str(digest), peer=_name(contact), reason=reason)
+
+
+async def _refuse_busy(stream: trio.SocketStream) -> None:
+    await PeerStream(stream).send(Bye(ByeReason.BUSY, "this host has as many peers as it takes"))

@@ -1,0 +1,225 @@
+"""The blobs of an origin: its store in front of a directory backend."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import attrs
+import pytest
+import trio
+import trio.testing
+
+from swarmpull.digest import Digest
+from swarmpull.errors import BackendUnavailable, BlobNotFound, DownloadFailed
+from swarmpull.roles import origin_content
+from swarmpull.roles.origin_content import OriginContent
+from swarmpull.roles.shared_work import SharedWork
+from swarmpull.store.backends import open_backend
+from swarmpull.store.backends.base import blob_key
+from swarmpull.store.backends.directory import DirectoryBackend
+from swarmpull.store.blobs import BlobStore, open_store
+from swarmpull.telemetry import Metrics
+
+DATA = bytes(range(256)) * 20_000
+BLOB = Digest.of(DATA)
+
+
+@attrs.define
+class Counted:
+    """A backend whose reads are counted, and may have to wait."""
+
+    backend: DirectoryBackend
+    reads: int = 0
+    open_now: int = 0
+    open_most: int = 0
+    gate: trio.Event | None = None
+
+    def __getattr__(self, name: str):
+        return getattr(self.backend, name)
+
+    def open(self, key: str):
+        self.reads += 1
+        return self._open(key)
+
+    @attrs.define
+    class _Reading:
+        outer: Counted
+        inner: object
+
+        async def __aenter__(self):
+            self.outer.open_now += 1
+            self.outer.open_most = max(self.outer.open_most, self.outer.open_now)
+            if self.outer.gate is not None:
+                await self.outer.gate.wait()
+            return await self.inner.__aenter__()
+
+        async def __aexit__(self, *exc):
+            self.outer.open_now -= 1
+            return await self.inner.__aexit__(*exc)
+
+    def _open(self, key: str):
+        return self._Reading(self, self.backend.open(key))
+
+
+@attrs.define
+class Play:
+    content: OriginContent
+    store: BlobStore
+    backend: Counted
+    root: Path
+
+    async def add(self, data: bytes = DATA) -> Digest:
+        async with self.store.create() as writer:
+            await writer.write(data)
+            return (await writer.commit(Digest.of(data))).digest
+
+    async def put(self, digest: Digest, data: bytes) -> None:
+        await self.backend.backend.put_bytes(blob_key(digest), data)
+
+    def nothing_is_left(self) -> bool:
+        return not list((self.root / "store" / "temporary").iterdir())
+
+
+@pytest.fixture
+async def play(tmp_path: Path) -> AsyncIterator[Play]:
+    backend = Counted(await open_backend((tmp_path / "backend").as_uri()))
+    async with (
+        open_store(tmp_path / "store", name="origin") as store,
+        trio.open_nursery() as nursery,
+    ):
+        yield Play(OriginContent(store, backend, nursery, Metrics()), store, backend, tmp_path)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_blob_is_found_on_the_disk_or_in_the_backend(play: Play) -> None:
+    on_disk = await play.add()
+    in_backend = Digest.of(b"only there")
+    await play.put(in_backend, b"only there")
+
+    assert await play.content.stat(on_disk) == len(DATA)
+    assert await play.content.stat(in_backend) == 10
+    assert play.backend.reads == 0, "a question about the length fetches nothing"
+
+
+async def test_a_blob_that_nobody_has_is_not_found(play: Play) -> None:
+    for ask in (play.content.stat, play.content.ensure_local, play.content.metainfo):
+        with pytest.raises(BlobNotFound) as caught:
+            await ask(BLOB)
+        assert caught.value.where.startswith("file://")
+    assert play.nothing_is_left()
+
+
+async def test_concurrent_requests_share_one_fetch(play: Play) -> None:
+    await play.put(BLOB, DATA)
+    play.backend.gate = trio.Event()
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(20):
+            nursery.start_soon(play.content.metainfo, BLOB)
+        await trio.testing.wait_all_tasks_blocked()
+        play.backend.gate.set()
+
+    assert play.backend.reads == 1
+    assert play.store.stat(BLOB).length == len(DATA)
+
+
+async def test_a_fetch_goes_on_when_those_who_wait_give_up(play: Play) -> None:
+    await play.put(BLOB, DATA)
+    play.backend.gate = trio.Event()
+    with trio.move_on_after(0.05):
+        await play.content.ensure_local(BLOB)
+    play.backend.gate.set()
+
+    await play.content.ensure_local(BLOB)
+
+    assert play.backend.reads == 1
+
+
+async def test_only_so_many_blobs_are_fetched_at_once(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(play.content, "_fetches", trio.CapacityLimiter(3))
+    blobs = [f"blob {number}".encode() for number in range(10)]
+    for data in blobs:
+        await play.put(Digest.of(data), data)
+    play.backend.gate = trio.Event()
+
+    async with trio.open_nursery() as nursery:
+        for data in blobs:
+            nursery.start_soon(play.content.ensure_local, Digest.of(data))
+        await trio.testing.wait_all_tasks_blocked()
+        play.backend.gate.set()
+
+    assert play.backend.open_most == 3
+    assert play.backend.reads == 10
+    assert origin_content.TRANSFERS_MAX > 0
+
+
+async def test_a_corrupt_object_is_refused_and_nothing_is_visible(play: Play) -> None:
+    await play.put(BLOB, DATA[:-1] + b"x")
+
+    with pytest.raises(BackendUnavailable, match="corrupt, it hashes to sha256") as caught:
+        await play.content.ensure_local(BLOB)
+
+    assert BLOB.hex in caught.value.key
+    assert play.content.is_corrupt(BLOB)
+    with pytest.raises(BlobNotFound):
+        play.store.stat(BLOB)
+    assert play.nothing_is_left()
+
+
+async def test_a_corrupt_object_of_the_right_length_is_replaced_by_the_next_push(
+    play: Play,
+) -> None:
+    await play.put(BLOB, DATA[:-1] + b"x")
+    with pytest.raises(BackendUnavailable):
+        await play.content.ensure_local(BLOB)
+    await play.add()
+
+    await play.content.make_durable(BLOB)
+
+    assert await play.backend.get_bytes(blob_key(BLOB)) == DATA
+    assert not play.content.is_corrupt(BLOB)
+
+
+async def test_a_truncated_object_is_replaced_by_the_next_push(play: Play) -> None:
+    await play.put(BLOB, DATA[:100])
+    await play.add()
+
+    await play.content.make_durable(BLOB)
+
+    assert await play.backend.get_bytes(blob_key(BLOB)) == DATA
+
+
+async def test_what_the_backend_has_is_not_written_again(play: Play) -> None:
+    await play.add()
+    await play.content.make_durable(BLOB)
+    file = play.backend.backend._path(blob_key(BLOB))
+    written_at = file.stat().st_mtime_ns
+
+    await play.content.make_durable(BLOB)
+
+    assert file.stat().st_mtime_ns == written_at
+
+
+async def test_what_is_not_on_the_disk_cannot_be_made_durable(play: Play) -> None:
+    with pytest.raises(BlobNotFound):
+        await play.content.make_durable(BLOB)
+
+
+async def test_an_answer_never_comes_from_work_that_was_cancelled() -> None:
+    async def never(_: Digest) -> int:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async with trio.open_nursery() as waiting, trio.open_nursery() as working:
+        shared: SharedWork[int] = SharedWork(working)
+
+        async def want() -> None:
+            with pytest.raises(DownloadFailed, match="shuts down"):
+                await shared.run(BLOB, never)
+
+        waiting.start_soon(want)
+        await trio.testing.wait_all_tasks_blocked()
+        working.cancel_scope.cancel()
