@@ -44,6 +44,7 @@ from benchmarks.lab_report import PairReport, SwarmReport, document, pair_lines,
 from benchmarks.lab_swarm import (
     Burst,
     SwarmOptions,
+    bound_of,
     build,
     burst_of_libtorrent,
     burst_of_swarmpull,
@@ -55,6 +56,7 @@ from swarmpull.units import parse_duration, parse_size
 AGENTS_MAX: Final = 200
 ORIGINS_MAX: Final = 20
 RATE_UNITS: Final = {"kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
+ENDING: Final = (signal.SIGINT, signal.SIGTERM)
 # A pull that takes so many times what its bytes need is given up, and none sooner than that.
 PATIENCE: Final = 10
 SECONDS_MIN: Final = 60
@@ -68,6 +70,14 @@ def parse_rate(text: str) -> int:
     if match is None or not int(match[1]):
         raise ValueError(f"must be a rate such as 200mbit or 1gbit: {text!r}")
     return int(match[1]) * RATE_UNITS[match[2]]
+
+
+def some_bytes(text: str) -> int:
+    """A size that is not zero."""
+    size = parse_size(text)
+    if not size:
+        raise argparse.ArgumentTypeError("must not be zero")
+    return size
 
 
 def number_up_to(limit: int) -> Callable[[str], int]:
@@ -94,8 +104,7 @@ def swarm_experiment(
     bursts: dict[str, list[Burst]] = {name: [] for name in contenders}
     with open_network() as network:
         hosts = build(network, options)
-        bound = predict(options, 0.0).bound
-        blob = new_blob(directory, options.size, bound)
+        blob = new_blob(directory, options.size, bound_of(options))
         if "libtorrent" in contenders:
             make_torrent(hosts.origins[0], blob)
         for number in range(rounds):
@@ -202,8 +211,8 @@ def parser() -> argparse.ArgumentParser:
     add("--origins", type=number_up_to(ORIGINS_MAX), default=1, metavar="N")
     add("--rate", type=parse_rate, default=parse_rate("200mbit"), metavar="RATE")
     add("--origin-rate", type=parse_rate, metavar="RATE", help="of the origins; default: --rate")
-    add("--size", type=parse_size, default=parse_size("256MiB"), metavar="SIZE")
-    add("--pair-size", type=parse_size, default=parse_size("1GiB"), metavar="SIZE")
+    add("--size", type=some_bytes, default=some_bytes("256MiB"), metavar="SIZE")
+    add("--pair-size", type=some_bytes, default=some_bytes("1GiB"), metavar="SIZE")
     add("--rounds", type=number_up_to(100), default=3, metavar="N")
     add("--rtt", type=parse_duration, default=0.0005, help="for the simulation; default: 0.5ms")
     add(
@@ -240,7 +249,12 @@ def measure(arguments: argparse.Namespace) -> tuple[SwarmReport | None, PairRepo
 
 
 def interrupt(number: int, frame: object) -> None:  # noqa: ARG001
-    """A request to end is an exception: everything that was started is ended on its way out."""
+    """A request to end is an exception: everything that was started is ended on its way out.
+
+    A second request must not get in the way of that.
+    """
+    for each in ENDING:
+        signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
@@ -249,9 +263,13 @@ def main() -> int:
     if reason := obstacle(arguments):
         say(f"skipped: {reason}")
         return 0
-    signal.signal(signal.SIGTERM, interrupt)
+    for each in ENDING:
+        signal.signal(each, interrupt)
     try:
         swarm, pair = measure(arguments)
+    except RuntimeError as error:
+        say(f"failed: {error}")
+        return 1
     except KeyboardInterrupt:
         say("interrupted; everything that was started has been ended and removed")
         return 130

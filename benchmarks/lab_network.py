@@ -7,15 +7,20 @@ side is its uplink, that on the bridge's side its downlink.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
+import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Final
 
 import attrs
 
+# Where ip(8) keeps the names of namespaces.
+NAMESPACES: Final = Path("/run/netns")
 SUBNET: Final = ipaddress.ip_network("10.77.0.0/16")
 COMMAND_SECONDS_MAX: Final = 30
 # A bucket has to hold what its rate brings between two ticks of the kernel's timer, 10 ms at the worst.
@@ -76,11 +81,12 @@ class Network:
         return Namespace(name, namespace, address)
 
     def close(self) -> None:
-        """Remove all namespaces, and with them all links; nothing may run in them any more."""
+        """Remove all namespaces, and with them all links; end what still runs in them."""
         failed = []
         while self._namespaces:
+            namespace = self._namespaces.pop()
             try:
-                run("ip", "netns", "del", self._namespaces.pop())
+                _remove(namespace)
             except RuntimeError as error:
                 failed.append(str(error))
         if failed:
@@ -94,8 +100,9 @@ class Network:
 
     def _add_namespace(self, name: str) -> str:
         namespace = f"{self._prefix}-{name}"
-        run("ip", "netns", "add", namespace)
+        # Noted first: an interruption in between must not leave it behind.
         self._namespaces.append(namespace)
+        run("ip", "netns", "add", namespace)
         run("ip", "-n", namespace, "link", "set", "lo", "up")
         return namespace
 
@@ -110,13 +117,31 @@ def open_network() -> Iterator[Network]:
         network.close()
 
 
-def run(*command: str) -> None:
-    """Run a command of the system.  Raises RuntimeError with what it said when it fails."""
+def run(*command: str) -> str:
+    """Run a command of the system; returns what it prints.
+
+    Raises:
+        RuntimeError: it failed; with what it said.
+    """
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=COMMAND_SECONDS_MAX, check=False
     )
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip() or done.returncode}")
+    return done.stdout
+
+
+def _remove(namespace: str) -> None:
+    """Remove a namespace if there is one.
+
+    Processes are left in it only if this one was interrupted between starting them and noting it.
+    """
+    if not (NAMESPACES / namespace).exists():
+        return
+    for pid in run("ip", "netns", "pids", namespace).split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+    run("ip", "netns", "del", namespace)
 
 
 def _bucket(rate: int) -> list[str]:

@@ -42,7 +42,7 @@ def swarm_lines(report: SwarmReport) -> Iterator[str]:
     rounds = len(next(iter(report.bursts.values())))
     reading = "the whole blob" if options.read_all else "the last byte"
     yield (
-        f"{options.agents} agents and {options.origins} origins, links of {options.rate / 1e6:g} and "
+        f"agents: {options.agents}, origins: {options.origins}; links of {options.rate / 1e6:g} and "
         f"{options.origin_rate / 1e6:g} Mbit/s ({rate:.1f} MB/s of payload for an agent), "
         f"{options.size / MIB:g} MiB, readers want {reading}; rounds: {rounds}; {_loads(report)}"
     )
@@ -101,17 +101,22 @@ def _time_rows(
     yield ("bound", f"{prediction.bound:.2f}", "1.00", "", "", "")
     measures = {"median": prediction.median, "slowest": prediction.slowest}
     for measure, predicted in measures.items():
-        ratio = f"{predicted / prediction.bound:.2f}"
-        yield (f"simulator: {measure}", f"{predicted:.2f}", ratio, "1.00", "", "")
+        ratio = _ratio(predicted, prediction.bound)
+        told = "does not finish" if predicted is None else f"{predicted:.2f}"
+        yield (f"simulator: {measure}", told, ratio, _ratio(predicted, predicted), "", "")
     for name, rounds in bursts.items():
         for measure, predicted in measures.items():
             found = [float(getattr(burst, measure)) for burst in rounds]
             middle = statistics.median(found)
             yield (
-                *(f"{name}: {measure}", f"{middle:.2f}", f"{middle / prediction.bound:.2f}"),
-                f"{middle / predicted:.2f}",
+                *(f"{name}: {measure}", f"{middle:.2f}", _ratio(middle, prediction.bound)),
+                _ratio(middle, predicted),
                 *(f"{min(found):.2f}", f"{max(found):.2f}"),
             )
+
+
+def _ratio(of: float | None, to: float | None) -> str:
+    return "" if of is None or to is None else f"{of / to:.2f}"
 
 
 def _usage_table(
@@ -123,8 +128,9 @@ def _usage_table(
         for kind in rounds[0]:
             found = [usage[kind] for usage in rounds]
             cpu = statistics.median(usage.cpu for usage in found)
-            memory = max(usage.memory for usage in found) / MIB
-            cells = (f"{cpu:.2f}", f"{cpu / delivered:.2f}", f"{memory:.0f}")
+            peaks = [usage.memory / MIB for usage in found if usage.memory is not None]
+            memory = f"{max(peaks):.0f}" if peaks else ""
+            cells = (f"{cpu:.2f}", f"{cpu / delivered:.2f}", memory)
             rows.append((name, kind, str(found[0].processes), *cells))
     head = ("", "process", "count", "CPU s", "per GB delivered", "peak RSS of one, MiB")
     yield from _table(head, rows, text_columns=2)

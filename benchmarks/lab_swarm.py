@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from subprocess import CalledProcessError
 from typing import Final
 
 import attrs
@@ -22,9 +22,11 @@ from benchmarks.lab_cluster import (
 from benchmarks.lab_network import Network, payload_rate
 from benchmarks.machine import load_average
 from benchmarks.processes import Client, Conversation, Server, Usage
-from swarmpull.sim.simulation import Simulation, SimulationOptions
+from swarmpull.sim.simulation import Simulation, SimulationOptions, lower_bound
 
 PREDICTION_SEEDS: Final = range(1, 6)
+# A simulation that takes so many times the bound is given up.
+SIMULATED_BOUNDS: Final = 20
 # What curl reports of a pull: bytes, seconds to the first of them, seconds to the last.
 WRITE_OUT: Final = "%{size_download} %{time_starttransfer} %{time_total}"
 
@@ -44,16 +46,17 @@ class SwarmOptions:
 
 @attrs.frozen
 class GroupUsage:
-    """What the processes of one kind took together: CPU seconds; and the most memory of any."""
+    """What the processes of one kind took together: CPU seconds; and the most memory of any, if known."""
 
     processes: int
     cpu: float
-    memory: int
+    memory: int | None
 
     @classmethod
     def of(cls, usages: Iterable[Usage]) -> GroupUsage:
         found = list(usages)
-        return cls(len(found), sum(u.cpu for u in found), max(u.memory for u in found))
+        peaks = [usage.memory for usage in found if usage.memory is not None]
+        return cls(len(found), sum(usage.cpu for usage in found), max(peaks, default=None))
 
 
 @attrs.frozen(kw_only=True)
@@ -87,11 +90,14 @@ class Burst:
 
 @attrs.frozen
 class Prediction:
-    """The bound, and what the simulator says: medians over several seeds, in seconds."""
+    """What the simulator says: medians over several seeds, in seconds.
+
+    ``median`` and ``slowest`` are None when somebody does not finish in `SIMULATED_BOUNDS` times the bound.
+    """
 
     bound: float
-    median: float
-    slowest: float
+    median: float | None
+    slowest: float | None
 
 
 def build(network: Network, options: SwarmOptions) -> Hosts:
@@ -121,6 +127,9 @@ def burst_of_swarmpull(hosts: Hosts, blob: Blob, directory: Path, *, read_all: b
                 Client(host.command(_pull(blob, read_all=read_all))) for host in hosts.agents
             )
             outcomes = [pull.wait() for pull in pulls]
+        except CalledProcessError as error:
+            logs = "\n".join(server.said() for group in servers.values() for server in group)
+            raise RuntimeError(f"{error}: {error.stderr}\nthe servers say:\n{logs}") from error
         finally:
             for pull in pulls:
                 pull.stop()
@@ -165,34 +174,36 @@ def burst_of_libtorrent(hosts: Hosts, blob: Blob, directory: Path) -> Burst:
     )
 
 
-def predict(options: SwarmOptions, arrival: float) -> Prediction:
-    """What the simulator says about the same topology, with pulls that start within ``arrival``.
+def bound_of(options: SwarmOptions) -> float:
+    """The least time in which the last agent can have the blob, in seconds."""
+    return lower_bound(_simulated(options))
 
-    Raises:
-        RuntimeError: not everybody finishes in the simulation.
-    """
-    results = []
+
+def predict(options: SwarmOptions, arrival: float) -> Prediction:
+    """What the simulator says about the same topology, with pulls that start within ``arrival``."""
+    bound = bound_of(options)
+    medians, slowest = [], []
     for seed in PREDICTION_SEEDS:
-        simulated = SimulationOptions(
-            hosts=options.agents,
-            origins=options.origins,
-            size=options.size,
-            layers=1,
-            rate=payload_rate(options.rate),
-            origin_rate=payload_rate(options.origin_rate),
-            rtt=options.rtt,
-            arrival=arrival,
-            seed=seed,
-            until=math.inf,
+        simulated = attrs.evolve(
+            _simulated(options), arrival=arrival, seed=seed, until=SIMULATED_BOUNDS * bound
         )
         result = Simulation(simulated).run()
         if result.completed != result.expected:
-            raise RuntimeError(f"simulated: only {result.completed} of {result.expected} finish")
-        results.append(result)
-    return Prediction(
-        results[0].bound,
-        statistics.median(result.quantile(0.5) for result in results),
-        statistics.median(result.times[-1] for result in results),
+            return Prediction(bound, None, None)
+        medians.append(result.quantile(0.5))
+        slowest.append(result.times[-1])
+    return Prediction(bound, statistics.median(medians), statistics.median(slowest))
+
+
+def _simulated(options: SwarmOptions) -> SimulationOptions:
+    return SimulationOptions(
+        hosts=options.agents,
+        origins=options.origins,
+        size=options.size,
+        layers=1,
+        rate=payload_rate(options.rate),
+        origin_rate=payload_rate(options.origin_rate),
+        rtt=options.rtt,
     )
 
 

@@ -44,8 +44,11 @@ def settings(lt: Any, listen: str) -> dict[str, Any]:  # noqa: ANN401 - libtorre
 
 
 def make(lt: Any, file: Path, torrent: Path) -> None:  # noqa: ANN401
-    """Hash ``file`` into ``torrent``, with the length of pieces that libtorrent chooses."""
-    created = lt.create_torrent(lt.list_files(str(file)))
+    """Hash ``file`` into ``torrent``, with the length of pieces that libtorrent chooses.
+
+    A torrent of version 1: by default there are the hashes of both versions, and a leecher computes both.
+    """
+    created = lt.create_torrent(lt.list_files(str(file)), 0, lt.create_torrent.v1_only)
     lt.set_piece_hashes(created, str(file.parent))
     torrent.write_bytes(lt.bencode(created.generate()))
 

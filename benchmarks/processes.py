@@ -1,7 +1,7 @@
 """Processes under measurement: started, watched, and ended by their id.
 
 CPU seconds and peak memory of a server are those of its process between `Server.begin` and `Server.end`,
-from ``/proc``; those of a client are what the kernel reports at its end.
+from ``/proc``; a client's CPU seconds are what the kernel reports at its end.
 """
 
 from __future__ import annotations
@@ -26,10 +26,14 @@ TICKS_PER_SECOND: Final = os.sysconf("SC_CLK_TCK")
 
 @attrs.frozen
 class Usage:
-    """What one process took for one download: CPU seconds and peak resident bytes."""
+    """What one process took for one download: CPU seconds and peak resident bytes.
+
+    ``memory`` is None for a client: what the kernel reports at its end is at least what this process had
+    when it started the client.
+    """
 
     cpu: float
-    memory: int
+    memory: int | None
 
 
 def environment() -> dict[str, str]:
@@ -172,8 +176,7 @@ class Client:
             raise subprocess.CalledProcessError(
                 self._process.returncode, self._command, output, errors
             )
-        used = Usage(usage.ru_utime + usage.ru_stime, usage.ru_maxrss << 10)
-        return Outcome(seconds, used, output)
+        return Outcome(seconds, Usage(usage.ru_utime + usage.ru_stime, None), output)
 
     def stop(self) -> None:
         """End it if it has not ended."""

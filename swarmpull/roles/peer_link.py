@@ -45,6 +45,12 @@ class LinkOwner(Protocol):
 
     def expects(self, connection: int, index: int) -> bool: ...
 
+    async def may_send(self, size: int) -> None:
+        """Return when the host's rate lets so many bytes go out."""
+        ...
+
+    async def may_receive(self, size: int) -> None: ...
+
     async def acquire_buffer(self, size: int) -> bytearray: ...
 
     def release_buffer(self, buffer: bytearray) -> None: ...
@@ -102,6 +108,8 @@ class PeerLink:
         self._outbox: deque[Message] = deque()
         self._work = trio.Event()
         self._outgoing: _Outgoing | None = None
+        self._chunk_due = trio.Event()
+        self._chunk_paid = 0
         self._incoming: _Incoming | None = None
         self._haves = 0
         self._bye: Bye | None = None
@@ -151,6 +159,7 @@ class PeerLink:
             with self._scope:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._write)
+                    nursery.start_soon(self._pace)
                     await self._read(metainfo)
                     nursery.cancel_scope.cancel()
         except* CONNECTION_ERRORS:
@@ -174,14 +183,27 @@ class PeerLink:
             if self._outbox:
                 batch = [self._outbox.popleft() for _ in range(min(len(self._outbox), BATCH_MAX))]
                 await self._stream.send(*batch)
-            elif self._outgoing is not None:
+            elif self._outgoing is not None and self._chunk_paid:
                 await self._send_chunk(self._outgoing)
             else:
+                if self._outgoing is not None:
+                    self._chunk_due.set()
                 self._work = trio.Event()
                 await self._work.wait()
 
+    async def _pace(self) -> None:
+        """Wait for the host's rate, chunk by chunk, while messages go on being written."""
+        while True:
+            self._chunk_due = trio.Event()
+            await self._chunk_due.wait()
+            if self._outgoing is not None and not self._chunk_paid:
+                length = min(CHUNK_BYTES_MAX, self._outgoing.size - self._outgoing.sent)
+                await self._owner.may_send(length)
+                self._chunk_paid = length
+                self._work.set()
+
     async def _send_chunk(self, piece: _Outgoing) -> None:
-        length = min(CHUNK_BYTES_MAX, piece.size - piece.sent)
+        length, self._chunk_paid = self._chunk_paid, 0
         chunk = PieceChunk(piece.index, piece.sent, length)
         await self._stream.send_chunk(chunk, piece.file, piece.offset + piece.sent)
         piece.sent += length
@@ -225,6 +247,7 @@ class PeerLink:
             await self._stream.discard()
         else:
             end = piece.filled + chunk.length
+            await self._owner.may_receive(chunk.length)
             await self._stream.receive_into(memoryview(piece.buffer)[piece.filled : end])
         piece.filled += chunk.length
         if piece.filled == piece.size:

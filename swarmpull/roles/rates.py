@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
+import attrs
 import trio
 
 # How much may pass at once after a pause, in seconds of the rate: long enough that the event loop's own
@@ -72,3 +73,11 @@ class TokenBucket:
         elif self._rate == math.inf:
             self._tokens = 0.0
         self._filled_at = now
+
+
+@attrs.frozen
+class Rates:
+    """The rates of one host: of pieces to its peers, and from them."""
+
+    upload: TokenBucket = attrs.field(factory=TokenBucket)
+    download: TokenBucket = attrs.field(factory=TokenBucket)

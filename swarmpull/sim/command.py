@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ ProgressOf = Callable[[str], Callable[[float], None]]
 _TABLE_OPTIONS: Final = frozenset({"table", "names", "jobs", "hosts", "size", "seed", "as_json"})
 
 
-def run(given: Mapping[str, Any], explicit: Set[str]) -> bool:
+def run(given: Mapping[str, Any], explicit: AbstractSet[str]) -> bool:
     """Do what the command line says.
 
     Args:
@@ -58,6 +59,8 @@ def run(given: Mapping[str, Any], explicit: Set[str]) -> bool:
     plot = given["plot"]
     if plot is not None and plot.suffix.lower() != ".svg":
         raise ValueError(f"{plot}: pictures are SVG, name the file so")
+    if plot is not None and not plot.parent.is_dir():
+        raise ValueError(f"{plot}: there is no directory {plot.parent}")
     policies = list(Policy) if given["policy"] == "both" else [Policy(given["policy"])]
     fields = attrs.fields_dict(SimulationOptions).keys() - {"policy"}
     chosen = {name: value for name, value in given.items() if name in fields and value is not None}
@@ -80,13 +83,13 @@ def simulate(
         for policy in policies:
             simulation = Simulation(attrs.evolve(options, policy=policy))
             results.append(simulation.run(progress(policy.value)))
-    if plot is not None:
-        plot.write_text(draw(options, results), encoding="utf-8")
     documents = [result.document(attrs.evolve(options, policy=result.policy)) for result in results]
     if as_json:
         _print_json(documents[0] if len(documents) == 1 else documents)
     else:
         Console().print(results_table(results))
+    if plot is not None:
+        plot.write_text(draw(options, results), encoding="utf-8")
     return all(result.completed == result.expected for result in results)
 
 

@@ -60,7 +60,7 @@ def default_limits(kind: PeerKind, policy: Policy) -> SwarmLimits:
     if kind is PeerKind.ORIGIN:
         return SwarmLimits(
             connections=ConnectionLimits(per_torrent=100, per_host=1000),
-            exchange=OfferLimits(slots=8, ahead_min=4, ahead_max=32),
+            exchange=OfferLimits(slots=8, ahead_min=9, ahead_max=32),
         )
     return SwarmLimits(exchange=OfferLimits(slots=2, inbound=3))
 

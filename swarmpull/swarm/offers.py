@@ -1,23 +1,23 @@
 """Offer and claim: an uploader offers its next slot, the leecher chooses a piece at that moment.
 
 A queue of requests at each uploader binds a piece to an uploader long before it is free: by chance some
-queues are long while other uplinks have nothing to do.  Here nothing is bound early.  A leecher tells a few
-neighbours once that it *wants* something they have.  An uploader sends one piece at a time at full rate and,
-shortly before its uplink is free, *offers* the slot to the next peer that wants; the answer is a *claim* of the
-piece that is needed most just then, or a *pass*.  So no queue grows, a busy uploader is never waited for, and
-the choice of the piece is always fresh.
+queues are long while other uplinks have nothing to do. Here nothing is bound early. A leecher tells a
+few neighbours once that it *wants* something they have. An uploader sends one piece at a time at full
+rate and, shortly before its uplink is free, *offers* the slot to the next peer that wants; the answer is
+a *claim* of the piece that is needed most just then, or a *pass*. So no queue grows, a busy uploader is
+never waited for, and the choice of the piece is always fresh.
 
-Uploader.  Peers that want wait in line, by torrent; torrents take turns, so a huge layer does not starve a
-small blob.  Offers run ahead of the uplink by ``_ahead``: promises (offers out, and claims that wait) are kept
-at that number.  It follows what is needed: an uplink that ran dry while somebody wanted raises it, claims that
-pile up lower it, so it comes to the bandwidth-delay product without being told.
+Uploader. Peers that want wait in line, by torrent; torrents take turns, so a huge layer does not starve
+a small blob. Offers run ahead of the uplink by ``_ahead``: promises (offers out, and claims that wait)
+are kept at that number. It follows what is needed: an uplink that ran dry while somebody wanted raises
+it, claims that pile up lower it, so it comes to the bandwidth-delay product without being told.
 
 A seeder suggests a piece with each offer while there are pieces that none of its neighbours has and that
-it has not given: each distinct piece must leave the seeders once before any leaves twice, or the swarm waits
-for the last of them.
+it has not given: each distinct piece must leave the seeders once before any leaves twice, or the swarm
+waits for the last of them.
 
-Leecher.  At most ``inbound`` claims are outstanding over all torrents (each torrent may always have one), and
-a few wants for each claim that there is still room for.  A want ends with the offer that answers it.
+Leecher. At most ``inbound`` claims are outstanding over all torrents (each torrent may always have one),
+and a few wants for each claim that there is still room for. A want ends with the offer that answers it.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from swarmpull.digest import Digest
 from swarmpull.swarm import bitfield
 from swarmpull.swarm.exchange import Outbox, Uplink
 from swarmpull.swarm.messages import Cancel, Claim, Message, Offer, Pass, Want
+from swarmpull.swarm.timing import PieceTiming
 from swarmpull.swarm.torrent import Inbound, Peer, Torrent
 
 # Wants for each claim that there is room for: as many uplinks may answer first as make it likely that one
@@ -62,6 +63,10 @@ class OfferLimits:
     inbound: int = attrs.field(default=4, validator=attrs.validators.ge(1))
     send_timeout: float = attrs.field(default=60.0, validator=attrs.validators.gt(0))
 
+    def __attrs_post_init__(self) -> None:
+        if self.ahead_min > self.ahead_max:
+            raise ValueError(f"ahead_min is {self.ahead_min}, ahead_max only {self.ahead_max}")
+
     def build(self, inbound: Inbound, outbox: Outbox, rng: random.Random) -> OfferExchange:
         """The exchange with these bounds."""
         return OfferExchange(self, inbound, outbox, rng)
@@ -90,8 +95,11 @@ class _Line:
 
 @attrs.define
 class _Sending:
+    """A piece on its way; ``stuck`` when it takes so long that its slot is free for another."""
+
     index: int
-    until: float
+    began: float
+    stuck: bool = False
 
 
 class OfferExchange:
@@ -112,6 +120,7 @@ class OfferExchange:
         self._offers: dict[int, _Line] = {}
         self._ready: deque[tuple[int, int]] = deque()
         self._sending: dict[int, _Sending] = {}
+        self._pace = PieceTiming()
         self._ungiven: dict[Digest, int] = {}
         # As a leecher.
         self._wants = 0
@@ -134,18 +143,21 @@ class OfferExchange:
     def left(self, torrent: Torrent, peer: Peer, now: float) -> None:
         line = self._lines.pop(peer.connection)
         self._end_want(line)
-        if line.waits:
-            self._queues[torrent.digest].remove(line)
+        self._leave_line(line)
         self._take_back_offer(line)
-        self._sending.pop(peer.connection, None)
-        if self._ready:
-            self._ready = deque(entry for entry in self._ready if entry[0] != peer.connection)
+        sending = self._sending.pop(peer.connection, None)
+        if sending is not None:
+            self._not_given(torrent, sending.index)
+        for entry in [entry for entry in self._ready if entry[0] == peer.connection]:
+            self._take_back_claim(torrent, entry)
         if not torrent.peers:
             self._queues.pop(torrent.digest, None)
             self._ungiven.pop(torrent.digest, None)
         self._proceed(now)
 
     def gained(self, torrent: Torrent, peer: Peer, index: int, now: float) -> None:
+        if index < 0:
+            self._leave_line(self._lines[peer.connection])
         if torrent.is_complete:
             self._forget_given(torrent, peer.have if index < 0 else 1 << index)
         else:
@@ -154,10 +166,13 @@ class OfferExchange:
     def received(self, torrent: Torrent, peer: Peer, message: Message, now: float) -> None:
         self._handlers[type(message)](self._lines[peer.connection], message, now)
 
-    def arrived(self, torrent: Torrent, peer: Peer, now: float) -> None:
+    def arrived(self, torrent: Torrent, peer: Peer, now: float) -> None:  # noqa: ARG002
+        if torrent.full == torrent.have | torrent.verifying:
+            for other in torrent.peers:
+                self._stop_counting(self._lines[other])
         self._consider_all(now)
 
-    def freed(self, torrent: Torrent, now: float) -> None:
+    def freed(self, torrent: Torrent, now: float) -> None:  # noqa: ARG002
         self._consider_all(now)
 
     def sent(self, connection: int, index: int, now: float) -> None:
@@ -165,16 +180,19 @@ class OfferExchange:
         if sending is None or sending.index != index:
             return
         del self._sending[connection]
+        if not sending.stuck:
+            self._pace.add((now - sending.began) / self._lines[connection].torrent.piece_scale)
         self._adapt()
         self._proceed(now)
 
     def tick(self, now: float) -> list[int]:
         for line in [line for line in self._offers.values() if _lapsed(line, now)]:
             self._take_back_offer(line)
+        self._find_stuck(now)
         self._proceed(now)
-        if self._wants:
-            self._lose_patience(now)
-        return [c for c, sending in self._sending.items() if sending.until <= now]
+        self._lose_patience(now)
+        overdue = now - self._limits.send_timeout
+        return [c for c, sending in self._sending.items() if sending.began <= overdue]
 
     def is_busy(self, connection: int) -> bool:
         return (
@@ -195,7 +213,7 @@ class OfferExchange:
 
     def check_invariants(self) -> None:
         limits = self._limits
-        assert len(self._sending) <= limits.slots
+        assert self._slots_taken() <= limits.slots
         assert len(self._offers) + len(self._ready) <= limits.ahead_max
         assert limits.ahead_min <= self._ahead <= limits.ahead_max
         assert self._wants == sum(line.counted for line in self._lines.values())
@@ -222,14 +240,30 @@ class OfferExchange:
             self._end_offer(line, claimed=index)
         if not offered or self._draining or not (line.torrent.have >> index) & 1:
             self._outbox.send(line.peer.connection, Pass(index))
-        else:
+        elif not self._is_sending(line, index):
+            self._forget_given(line.torrent, 1 << index)
             self._ready.append((line.peer.connection, index))
         self._proceed(now)
 
-    def _cancel_received(self, line: _Line, cancel: Cancel, _now: float) -> None:
+    def _is_sending(self, line: _Line, index: int) -> bool:
+        """Whether this piece was taken back and claimed again while it was on its way."""
+        sending = self._sending.get(line.peer.connection)
+        return sending is not None and sending.index == index
+
+    def _cancel_received(self, line: _Line, cancel: Cancel, now: float) -> None:
         entry = (line.peer.connection, cancel.index)
         if entry in self._ready:
-            self._ready.remove(entry)
+            self._take_back_claim(line.torrent, entry)
+            self._proceed(now)
+
+    def _take_back_claim(self, torrent: Torrent, entry: tuple[int, int]) -> None:
+        self._ready.remove(entry)
+        self._not_given(torrent, entry[1])
+
+    def _leave_line(self, line: _Line) -> None:
+        if line.waits:
+            line.waits = False
+            self._queues[line.torrent.digest].remove(line)
 
     def _proceed(self, now: float) -> None:
         """Send what is claimed, and keep enough promises out to go on without a gap."""
@@ -241,14 +275,26 @@ class OfferExchange:
             self._offer(line, now)
 
     def _start(self, now: float) -> None:
-        while self._ready and len(self._sending) < self._limits.slots:
+        while self._ready and self._slots_taken() < self._limits.slots:
             entry = next((e for e in self._ready if e[0] not in self._sending), None)
             if entry is None:
                 return
             self._ready.remove(entry)
             connection, index = entry
-            self._sending[connection] = _Sending(index, now + self._limits.send_timeout)
+            self._sending[connection] = _Sending(index, now)
             self._outbox.send_piece(connection, self._lines[connection].torrent.digest, index)
+
+    def _slots_taken(self) -> int:
+        return sum(not sending.stuck for sending in self._sending.values())
+
+    def _find_stuck(self, now: float) -> None:
+        """One receiver that does not take its piece must not hold up all the others until it is dropped."""
+        for connection, sending in self._sending.items():
+            if not sending.stuck:
+                patience = self._pace.timeout() * self._lines[connection].torrent.piece_scale
+                if now - sending.began >= patience:
+                    sending.stuck = True
+                    self._pace.back_off()
 
     def _next_in_line(self) -> _Line | None:
         """Whoever has waited longest in the torrent whose turn it is."""
@@ -272,7 +318,7 @@ class OfferExchange:
     def _suggestion(self, line: _Line) -> int:
         """A piece that this peer lacks, that no neighbour has, and that we have not given; or -1."""
         torrent = line.torrent
-        if not torrent.is_complete:
+        if not torrent.is_complete or len(torrent.peers) == 1:
             return -1
         ungiven = self._ungiven.get(torrent.digest)
         if ungiven is None:
@@ -297,9 +343,13 @@ class OfferExchange:
         line.offered_until = None
         del self._offers[line.peer.connection]
         if line.suggested >= 0 and line.suggested != claimed:
-            digest = line.torrent.digest
-            self._ungiven[digest] = self._ungiven.get(digest, 0) | 1 << line.suggested
+            self._not_given(line.torrent, line.suggested)
         line.suggested = -1
+
+    def _not_given(self, torrent: Torrent, index: int) -> None:
+        """What was to leave has not left."""
+        if torrent.digest in self._ungiven:
+            self._ungiven[torrent.digest] |= 1 << index
 
     def _take_back_offer(self, line: _Line) -> None:
         if line.offered_until is not None:
@@ -317,7 +367,9 @@ class OfferExchange:
     def _offer_received(self, line: _Line, offer: Offer, now: float) -> None:
         self._end_want(line)
         torrent = line.torrent
-        index = self._choose(line, offer.index) if self._has_room(torrent) else None
+        index = None
+        if self._has_room(torrent) and not self._draining:
+            index = self._choose(line, offer.index)
         if index is None:
             self._outbox.send(line.peer.connection, Pass(-1))
             self._consider(line, now)
@@ -346,6 +398,8 @@ class OfferExchange:
             return urgent
         if suggested >= 0 and (free >> suggested) & 1:
             return suggested
+        if line.torrent.is_only_leecher:
+            return bitfield.lowest(free)  # nobody to be rare for, and in order the blob is hashed sooner
         return line.torrent.picker.pick_rarest(free)
 
     def _consider(self, line: _Line, now: float) -> None:
@@ -378,17 +432,25 @@ class OfferExchange:
 
     def _end_want(self, line: _Line) -> None:
         line.wanted_at = None
+        self._stop_counting(line)
+
+    def _stop_counting(self, line: _Line) -> None:
         if line.counted:
             line.counted = False
             self._wants -= 1
 
     def _lose_patience(self, now: float) -> None:
-        """Do not let neighbours that never offer use up the wants."""
+        """Do not let neighbours that never offer use up the wants; ask those again that passed.
+
+        A claim is passed when its offer had lapsed, which says nothing of the next one.
+        """
         lost = False
         for line in self._lines.values():
+            if line.peer.passed:
+                line.peer.passed = 0
+                lost = True
             if line.counted and line.wanted_at is not None and now - line.wanted_at > WANT_PATIENCE:
-                line.counted = False
-                self._wants -= 1
+                self._stop_counting(line)
                 lost = True
         if lost:
             self._consider_all(now)

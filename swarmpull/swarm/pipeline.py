@@ -92,6 +92,7 @@ class PipelineExchange:
 
     def drain(self) -> None:
         self._draining = True
+        self._uploads.drop_waiting()
 
     def uplink(self) -> Uplink:
         return Uplink(self._uploads.sending_count, self._uploads.waiting_count, 0, 0)

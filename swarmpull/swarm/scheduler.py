@@ -347,7 +347,7 @@ class Scheduler:
                 self._dial_failed(ev.DialFailed(torrent.digest, event.hello.peer_id), now)
             return
         torrent.connections.connected(event.hello.peer_id, event.connection)
-        timing = PieceTiming(self._inbound.timing)
+        timing = PieceTiming(self._inbound.timing, torrent.piece_scale)
         peer = Peer(event.connection, event.contact, have, now, timing=timing)
         torrent.add_peer(peer)
         self._by_connection[event.connection] = torrent
@@ -575,11 +575,14 @@ class Scheduler:
         torrent.connections.expire(now)
         self._take_back_late_claims(torrent, now)
         self._close_idle(torrent, now)
+        self._close_useless(torrent, now)
         self._announce_if_due(torrent, now)
         self._recover(torrent, now)
 
     def _fail_if_stalled(self, torrent: Torrent, now: float) -> bool:
-        if torrent.is_complete or now < torrent.progress_at + self._limits.stall_timeout:
+        if torrent.is_complete or self._draining:
+            return False
+        if now < torrent.progress_at + self._limits.stall_timeout:
             return False
         for connection in list(torrent.peers):
             self._drop(torrent, connection, now, ByeReason.USELESS)
@@ -594,10 +597,12 @@ class Scheduler:
     def _take_back_late_claims(self, torrent: Torrent, now: float) -> None:
         late_peers: dict[int, Peer] = {}
         for peer, index in torrent.late_claims(now):
+            if peer.claims[index].claimed_at >= peer.late_at:
+                late_peers[peer.connection] = peer
             torrent.withdraw(peer, index)
             self._send(peer.connection, Cancel(index))
-            late_peers[peer.connection] = peer
         for peer in late_peers.values():
+            peer.late_at = now
             peer.timing.back_off()
             peer.late_in_a_row += 1
             if peer.late_in_a_row >= LATE_IN_A_ROW_MAX:
@@ -639,7 +644,7 @@ class Scheduler:
         less than keeping their minimum, and none of them needs to be met more exactly.
         """
         if self._draining:
-            return INFINITY
+            return torrent.ticked_at + SEEDING_TICK if torrent.peers else INFINITY
         deadline = torrent.announce.due_at
         if not torrent.is_complete:
             return min(deadline, torrent.ticked_at + LEECHING_TICK)

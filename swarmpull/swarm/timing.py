@@ -19,20 +19,24 @@ TIMEOUT_MAX: Final = 60.0
 class PieceTiming:
     """Mean and deviation of the time from a claim to its piece, in seconds."""
 
-    __slots__ = ("_common", "_deviation", "_lateness", "_mean")
+    __slots__ = ("_common", "_deviation", "_lateness", "_mean", "_scale")
 
-    def __init__(self, common: PieceTiming | None = None) -> None:
-        """``common`` is what is expected of a peer that has not given a piece yet."""
+    def __init__(self, common: PieceTiming | None = None, scale: float = 1.0) -> None:
+        """``common`` is what is expected of a peer that has not given a piece yet.
+
+        It is about pieces of the smallest length; these are ``scale`` times as long.
+        """
         self._common = common
+        self._scale = scale
         self._mean: float | None = None
         self._deviation = 0.0
         self._lateness = 1.0
 
-    def add(self, seconds: float) -> None:
-        """A piece arrived that many seconds after its claim."""
+    def add(self, seconds: float, *, is_short: bool = False) -> None:
+        """A piece arrived that many seconds after its claim; a short one tells nothing of others."""
         self._lateness = 1.0
-        if self._common is not None:
-            self._common.add(seconds)
+        if self._common is not None and not is_short:
+            self._common.add(seconds / self._scale)
         if self._mean is None:
             self._mean, self._deviation = seconds, seconds / 2
             return
@@ -47,7 +51,8 @@ class PieceTiming:
     def timeout(self) -> float:
         """Seconds after which a claim is late."""
         if self._mean is None:
-            expected = TIMEOUT_INITIAL if self._common is None else 2 * self._common.timeout()
+            common = TIMEOUT_INITIAL if self._common is None else 2 * self._common.timeout()
+            expected = common * self._scale
         else:
             expected = max(self._mean + DEVIATIONS * self._deviation, TIMEOUT_MIN)
         return min(expected * self._lateness, TIMEOUT_MAX)

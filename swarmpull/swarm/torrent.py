@@ -15,7 +15,7 @@ import attrs
 from swarmpull.digest import Digest
 from swarmpull.swarm import bitfield
 from swarmpull.swarm.connections import ConnectionLimits, ConnectionTable, HostPlaces
-from swarmpull.swarm.metainfo import Metainfo
+from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN, Metainfo
 from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
 from swarmpull.swarm.picker import Availability, Picker, PickerLimits
 from swarmpull.swarm.timing import PieceTiming
@@ -55,6 +55,7 @@ class Peer:
             is not an offence.
         passed: pieces it would not give us, until it gives us one or tells of another.
         late_in_a_row: claims that came late, or not at all, since its last piece.
+        late_at: when that was last noticed; what was claimed before that says nothing new.
         useful_at: when a piece last went either way.
     """
 
@@ -66,6 +67,7 @@ class Peer:
     cancelled: set[int] = attrs.field(factory=set)
     passed: int = 0
     late_in_a_row: int = 0
+    late_at: float = float("-inf")
     timing: PieceTiming = attrs.field(factory=PieceTiming)
 
 
@@ -132,6 +134,16 @@ class Torrent:
     def is_complete(self) -> bool:
         """Whether every piece is stored."""
         return self.have == self.full
+
+    @property
+    def is_only_leecher(self) -> bool:
+        """Whether every peer that we know has everything.  O(peers)."""
+        return all(peer.have == self.full for peer in self.peers.values())
+
+    @property
+    def piece_scale(self) -> float:
+        """How many pieces of the smallest length one of these makes."""
+        return self.metainfo.piece_length / PIECE_LENGTH_MIN
 
     @property
     def missing_count(self) -> int:
@@ -239,7 +251,8 @@ class Torrent:
         wanted = self.expects(peer.connection, index)
         record = peer.claims.get(index)
         if record is not None:
-            peer.timing.add(now - record.claimed_at)
+            is_short = self.metainfo.piece_size(index) < PIECE_LENGTH_MIN
+            peer.timing.add(now - record.claimed_at, is_short=is_short)
             self._release(peer, index)
         else:
             # Not after a claim that stands: what was cancelled before it may have left as well.

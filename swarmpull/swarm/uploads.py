@@ -87,6 +87,10 @@ class Uploads:
         self._sending.pop(connection, None)
         self._turns.pop(connection, None)
 
+    def drop_waiting(self) -> None:
+        self._waiting.clear()
+        self._turns.clear()
+
     def is_busy(self, connection: int) -> bool:
         """Whether anything is being sent to, or waits for, this connection."""
         return connection in self._sending or bool(self._waiting.get(connection))

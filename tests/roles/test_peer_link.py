@@ -37,7 +37,7 @@ from .peers import (
     until,
 )
 
-ONE_CLAIM = SwarmConfig(pipeline_per_peer=1)
+ONE_CLAIM = SwarmConfig(inbound_pieces=1)
 
 
 @pytest.fixture(scope="module")
