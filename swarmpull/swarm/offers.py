@@ -399,7 +399,9 @@ class OfferExchange:
         if suggested >= 0 and (free >> suggested) & 1:
             return suggested
         if line.torrent.is_only_leecher:
-            return bitfield.lowest(free)  # nobody to be rare for, and in order the blob is hashed sooner
+            return bitfield.lowest(
+                free
+            )  # nobody to be rare for, and in order the blob is hashed sooner
         return line.torrent.picker.pick_rarest(free)
 
     def _consider(self, line: _Line, now: float) -> None:

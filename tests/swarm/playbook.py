@@ -279,9 +279,7 @@ def claims(actions: list[act.Action]) -> dict[int, list[int]]:
 def claims_in_order(actions: list[act.Action]) -> list[int]:
     """The pieces that were claimed, at whomever."""
     return [
-        a.message.index
-        for a in actions
-        if isinstance(a, act.Send) and isinstance(a.message, Claim)
+        a.message.index for a in actions if isinstance(a, act.Send) and isinstance(a.message, Claim)
     ]
 
 

@@ -291,7 +291,9 @@ def test_a_piece_that_could_not_be_stored_is_claimed_again_and_nobody_is_blamed(
 # --- broken protocol --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("message", [
+@pytest.mark.parametrize(
+    "message",
+    [
         Have(2),
         Have(-1),
         Pass(2),
@@ -303,7 +305,8 @@ def test_a_piece_that_could_not_be_stored_is_claimed_again_and_nobody_is_blamed(
         Cancel(2),
         Cancel(-1),
         Cancel(1 << 40),
-    ])
+    ],
+)
 def test_a_piece_that_does_not_exist_ends_the_connection(message):
     play = one_at_a_time("..")
     play >> play.connected(1, "a", "##")

@@ -74,9 +74,7 @@ def add(play: Play, name: str, pieces: int, *, complete: bool) -> Metainfo:
     return metainfo
 
 
-def join(
-    play: Play, metainfo: Metainfo, connection: int, name: str, has: str
-) -> list[act.Action]:
+def join(play: Play, metainfo: Metainfo, connection: int, name: str, has: str) -> list[act.Action]:
     return play >> ev.PeerConnected(connection, hello(metainfo, name, has), contact(name), None)
 
 
@@ -507,7 +505,9 @@ def test_a_peer_that_becomes_complete_ends_the_suggestions():
     assert offers(say(play, 2, Want())) == {2: -1}
 
 
-@pytest.mark.parametrize("how", ["passed", "claimed another", "lapsed", "left", "lost", "cancelled"])
+@pytest.mark.parametrize(
+    "how", ["passed", "claimed another", "lapsed", "left", "lost", "cancelled"]
+)
 def test_a_suggestion_that_was_not_taken_is_open_again(how):
     play = host("##", ahead_min=3)
     play >> play.connected(1, "a", "#.")  # it lacks piece 1 alone
