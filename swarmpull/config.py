@@ -354,7 +354,7 @@ class SwarmConfig:
         ),
     )
     origin_upload_slots: int = attrs.field(
-        default=4,
+        default=8,
         validator=_at_least_one,
         metadata=_meaning(
             "Pieces that an origin sends at the same time: "
@@ -362,7 +362,7 @@ class SwarmConfig:
         ),
     )
     inbound_pieces: int = attrs.field(
-        default=4,
+        default=3,
         validator=_at_least_one,
         metadata=_meaning("Pieces claimed and not yet received, over all torrents."),
     )

@@ -23,6 +23,9 @@ from swarmpull.wire.streams import CHUNK_BYTES_MAX, PeerStream
 OUTBOX_MAX: Final = 20_000
 # Messages that leave in one write.
 BATCH_MAX: Final = 500
+# Seconds from the first byte of a chunk to its last.  A peer stops nowhere inside a chunk, however slowly
+# it sends: one that does hangs, and would keep a buffer for as long as its connection stands.
+CHUNK_TIMEOUT: Final = 20.0
 # What may end a connection without being a fault of this program.
 CONNECTION_ERRORS: Final = (
     OSError,
@@ -243,16 +246,24 @@ class PeerLink:
             )
         if chunk.offset + chunk.length > piece.size:
             raise ProtocolError(f"more than the {piece.size} bytes of piece {piece.index}")
-        if piece.buffer is None:
-            await self._stream.discard()
-        else:
-            end = piece.filled + chunk.length
+        if piece.buffer is not None:
             await self._owner.may_receive(chunk.length)
-            await self._stream.receive_into(memoryview(piece.buffer)[piece.filled : end])
+        with trio.move_on_after(CHUNK_TIMEOUT) as scope:
+            await self._take_chunk(piece, chunk.length)
+        if scope.cancelled_caught:
+            self.close(ByeReason.STALLED, f"stopped inside piece {piece.index}")
+            await trio.sleep_forever()  # until what `close` cancelled has ended
         piece.filled += chunk.length
         if piece.filled == piece.size:
             self._incoming = None
             self._owner.piece_received(self.number, piece.index, piece.buffer, piece.size)
+
+    async def _take_chunk(self, piece: _Incoming, length: int) -> None:
+        if piece.buffer is None:
+            await self._stream.discard()
+        else:
+            view = memoryview(piece.buffer)[piece.filled : piece.filled + length]
+            await self._stream.receive_into(view)
 
     async def _begin_piece(self, metainfo: Metainfo, chunk: PieceChunk) -> _Incoming:
         if not self._owner.was_asked(self.number, chunk.index):

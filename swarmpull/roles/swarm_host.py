@@ -448,6 +448,7 @@ def _sane(interval: float) -> float:
 def limits_of(config: SwarmConfig, kind: PeerKind) -> SwarmLimits:
     """The configured limits as the core takes them."""
     origin = kind is PeerKind.ORIGIN
+    slots = config.origin_upload_slots if origin else config.upload_slots
     return SwarmLimits(
         connections=ConnectionLimits(
             dialled=config.dial_connections,
@@ -455,8 +456,10 @@ def limits_of(config: SwarmConfig, kind: PeerKind) -> SwarmLimits:
             per_host=config.max_total_connections,
         ),
         exchange=OfferLimits(
-            slots=config.origin_upload_slots if origin else config.upload_slots,
+            slots=slots,
             inbound=config.inbound_pieces,
+            ahead_min=slots + 1 if origin else 2,
+            ahead_max=4 * slots if origin else 16,
         ),
     )
 

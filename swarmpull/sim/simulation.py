@@ -50,8 +50,8 @@ def default_limits(kind: PeerKind, policy: Policy) -> SwarmLimits:
     """What the roles are configured with by default.
 
     Origins take more connections than agents.  A link that is faster than those of its receivers needs
-    several pieces on their way to be full; one that is as fast needs two, for while a receiver takes in a
-    piece of somebody else, the other slot goes on.
+    several pieces on their way to be full; one that is as fast needs a few, for while a receiver takes in a
+    piece of somebody else, the other slots go on.
     """
     if policy is Policy.PIPELINE:
         return SwarmLimits(
@@ -62,7 +62,7 @@ def default_limits(kind: PeerKind, policy: Policy) -> SwarmLimits:
             connections=ConnectionLimits(per_torrent=100, per_host=1000),
             exchange=OfferLimits(slots=8, ahead_min=9, ahead_max=32),
         )
-    return SwarmLimits(exchange=OfferLimits(slots=2, inbound=3))
+    return SwarmLimits(exchange=OfferLimits(slots=3, inbound=4))
 
 
 class _Connection:

@@ -163,7 +163,13 @@ class OfferExchange:
         else:
             self._consider(self._lines[peer.connection], now)
 
-    def received(self, torrent: Torrent, peer: Peer, message: Message, now: float) -> None:
+    def received(
+        self,
+        torrent: Torrent,  # noqa: ARG002
+        peer: Peer,
+        message: Message,
+        now: float,
+    ) -> None:
         self._handlers[type(message)](self._lines[peer.connection], message, now)
 
     def arrived(self, torrent: Torrent, peer: Peer, now: float) -> None:  # noqa: ARG002

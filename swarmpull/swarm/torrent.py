@@ -213,13 +213,18 @@ class Torrent:
         peer.cancelled.add(index)
 
     def late_claims(self, now: float) -> list[tuple[Peer, int]]:
-        """Claims that should have been answered by now.  O(claims)."""
-        return [
-            (peer, index)
-            for peer in self.peers.values()
-            for index, record in peer.claims.items()
-            if record.late_at <= now
-        ]
+        """Claims that should have been answered by now.  O(claims).
+
+        A claim that was made when nothing was known yet is judged by what has been learnt since.
+        """
+        late = []
+        for peer in self.peers.values():
+            if peer.claims:
+                learnt = now - peer.timing.timeout()
+                for index, record in peer.claims.items():
+                    if record.late_at <= now or record.claimed_at <= learnt:
+                        late.append((peer, index))
+        return late
 
     def other_claimants(self, index: int, connection: int) -> list[Peer]:
         """The peers besides ``connection`` that owe us this piece."""

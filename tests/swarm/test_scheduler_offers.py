@@ -10,8 +10,17 @@ from hypothesis import strategies as st
 from swarmpull.swarm import actions as act
 from swarmpull.swarm import events as ev
 from swarmpull.swarm.connections import ConnectionLimits
-from swarmpull.swarm.messages import ByeReason, Cancel, Claim, Have, HaveAll, Message, Offer
-from swarmpull.swarm.messages import Pass, Want
+from swarmpull.swarm.messages import (
+    ByeReason,
+    Cancel,
+    Claim,
+    Have,
+    HaveAll,
+    Message,
+    Offer,
+    Pass,
+    Want,
+)
 from swarmpull.swarm.metainfo import Metainfo
 from swarmpull.swarm.offers import OFFER_TIMEOUT, WANT_PATIENCE, WANTS_FOR_ROOM, OfferLimits
 from swarmpull.swarm.picker import PickerLimits
@@ -21,7 +30,6 @@ from swarmpull.swarm.timing import TIMEOUT_INITIAL, TIMEOUT_MIN
 from .playbook import (
     Play,
     cancel,
-    claim,
     claims,
     claims_in_order,
     close,
@@ -496,6 +504,14 @@ def test_what_a_neighbour_has_is_not_suggested():
     assert offers(say(play, 2, Want())) == {2: 3}
 
 
+def test_what_a_newcomer_brings_is_not_suggested_any_more():
+    play = seeder("ab")
+    [first] = offers(say(play, 1, Want())).values()
+    others = "".join("." if index == first else "#" for index in range(4))
+    play >> play.connected(3, "c", others)
+    assert offers(say(play, 2, Want())) == {2: -1}
+
+
 def test_a_peer_that_becomes_complete_ends_the_suggestions():
     play = host("####")
     play >> play.connected(1, "a", "....")
@@ -559,6 +575,15 @@ def test_a_peer_that_leaves_gives_back_what_was_promised_to_it():
     play >> ev.PeerDisconnected(3)
     assert play.scheduler.uplink().offered == 0
     assert play >> ev.PieceSent(1, 0) == []
+
+
+def test_a_peer_that_left_while_it_waited_in_line_is_offered_nothing():
+    play = seeder("abc", ahead_min=1, ahead_max=1)
+    for connection in (1, 2, 3):
+        play >> play.says(connection, Want())
+    assert play >> ev.PeerDisconnected(2) == []
+    assert play.scheduler.uplink().wanting == 1
+    assert list(offers(play >> play.says(1, Pass()))) == [3]
 
 
 def test_what_a_peer_owed_that_left_is_wanted_elsewhere():

@@ -8,8 +8,8 @@ from swarmpull.swarm.connections import ConnectionLimits, HostPlaces
 from swarmpull.swarm.exchange import Outbox
 from swarmpull.swarm.peers import PeerKind
 from swarmpull.swarm.picker import PickerLimits
-
 from swarmpull.swarm.pipeline import PipelineExchange, PipelineLimits
+from swarmpull.swarm.timing import PieceTiming
 from swarmpull.swarm.torrent import Inbound, Peer, Torrent
 
 from .playbook import OWN, bits, contact, metainfo_of, table
@@ -156,6 +156,19 @@ def test_claims_are_late_after_the_time_that_this_peer_usually_takes():
     assert torrent.late_claims(11.9) == []
     assert torrent.late_claims(12.1) == [(a, 0)]
     assert torrent.late_claims(18.0) == [(a, 0), (b, 1)]
+
+
+def test_a_claim_of_the_first_moment_is_judged_by_what_was_learnt_since():
+    torrent = make_torrent("...", {"a": "###", "b": "###"})
+    a, b = torrent.peers.values()
+    common = a.timing._common = b.timing._common = PieceTiming()
+    torrent.claim(a, 0, 0.0)
+    torrent.claim(b, 1, 0.0)
+    torrent.received(b, 1, 0.5)
+    for _ in range(50):
+        common.add(0.5)
+    assert torrent.late_claims(0.9) == []
+    assert torrent.late_claims(1.1) == [(a, 0)], "and not after the eight seconds of a stranger"
 
 
 def test_statistics_add_up():
