@@ -10,104 +10,42 @@ an order that changes from round to round, so that what drifts on the machine me
   stores it, while curl reads it;
 - warm: the same agent, once it has the blob.
 
-CPU seconds and peak memory are those of each process during the download, from ``/proc``; those of curl
-are what the kernel reports at its end.
+CPU seconds and peak memory are those of each process during the download, from ``/proc``; the CPU seconds
+of curl are what the kernel reports at its end.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import http.client
 import json
 import os
-import platform
 import shutil
-import signal
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import attrs
 
+from benchmarks.content import file_digest, write_random
+from benchmarks.machine import machine
+from benchmarks.nginx import nginx_command
+from benchmarks.processes import Client, Server, Usage
 from swarmpull.units import parse_size
 
 MIB: Final = 1 << 20
-START_SECONDS_MAX: Final = 30.0
-POLL_INTERVAL: Final = 0.05
-LOG_TAIL_CHARACTERS: Final = 2000
-TICKS_PER_SECOND: Final = os.sysconf("SC_CLK_TCK")
 PORTS: Final = range(20_000, 32_000)
 ROLES: Final = ("tracker", "index", "origin", "agent")
 CONTENDERS: Final = ("nginx", "cold", "warm")
 
 
 # --- processes --------------------------------------------------------------------------------
-
-
-@attrs.frozen
-class Usage:
-    """What one process took for one download: CPU seconds and peak resident bytes."""
-
-    cpu: float
-    memory: int
-
-
-class Server:
-    """A process that serves during a download; its output goes to a log beside its data."""
-
-    def __init__(self, name: str, command: Sequence[str], directory: Path) -> None:
-        self.name = name
-        self._log = directory / f"{name}.log"
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
-        self._cpu_before = 0.0
-
-    def wait_until(self, condition: Callable[[], bool], what: str) -> None:
-        """Raises RuntimeError when the process ends first or it takes too long."""
-        end = time.monotonic() + START_SECONDS_MAX
-        while not condition():
-            if self._process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(f"{self.name}: waited in vain until {what}:\n{self.said()}")
-            time.sleep(POLL_INTERVAL)
-
-    def said(self) -> str:
-        """The end of its log."""
-        return self._log.read_text(errors="replace")[-LOG_TAIL_CHARACTERS:]
-
-    def begin(self) -> None:
-        """Start to measure: CPU from here on, the peak of memory from what is in use now."""
-        Path(f"/proc/{self._process.pid}/clear_refs").write_text("5")
-        self._cpu_before = self._cpu()
-
-    def end(self) -> Usage:
-        for line in Path(f"/proc/{self._process.pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return Usage(self._cpu() - self._cpu_before, int(line.split()[1]) << 10)
-        raise RuntimeError(f"{self.name} has no VmHWM in /proc")
-
-    def _cpu(self) -> float:
-        # The name of the program may hold spaces; the numbers follow its closing parenthesis.
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
-        user, system = int(fields[11]), int(fields[12])
-        return (user + system) / TICKS_PER_SECOND
-
-    def stop(self) -> None:
-        self._process.send_signal(signal.SIGTERM)
-        try:
-            self._process.wait(START_SECONDS_MAX)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
 
 
 def free_ports() -> Iterator[int]:
@@ -220,11 +158,8 @@ class Bench:
         url = f"http://127.0.0.1:{self._ports.origin_registry}{self._target}"
         put = ["curl", "--silent", "--show-error", "--fail", "--upload-file"]
         subprocess.run([*put, str(self._content / "blob"), url], check=True)
-        nginx = self._directory / "nginx.conf"
-        nginx.write_text(nginx_configuration(self._directory, self._ports.nginx))
-        self._servers["nginx"] = Server(
-            "nginx", ["nginx", "-c", str(nginx), "-p", str(self._directory)], self._directory
-        )
+        nginx = nginx_command(self._directory, self._content, self._ports.nginx)
+        self._servers["nginx"] = Server("nginx", nginx, self._directory)
         self._servers["nginx"].wait_until(
             lambda: get(self._ports.nginx, "/absent")[0] == 404, "it answers"
         )
@@ -295,52 +230,14 @@ class Download:
     usages: dict[str, Usage]
 
 
-def nginx_configuration(directory: Path, port: int) -> str:
-    """One process, no logs of requests, the kernel sends the file."""
-    temporary = "\n".join(
-        f"  {name}_temp_path {directory / 'nginx-temp'};"
-        for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    )
-    user = "user root;\n" if os.geteuid() == 0 else ""
-    return (
-        f"{user}daemon off;\nmaster_process off;\npid {directory / 'nginx.pid'};\n"
-        "error_log stderr;\nevents {}\n"
-        f"http {{\n{temporary}\n  access_log off;\n  sendfile on;\n  tcp_nopush on;\n"
-        f"  server {{\n    listen 127.0.0.1:{port};\n    root {directory / 'content'};\n  }}\n}}\n"
-    )
-
-
 def run_curl(url: str, file: Path) -> tuple[float, Usage]:
     """Download into a file; returns the seconds it took and what curl itself used.
 
     Raises CalledProcessError.
     """
     command = ["curl", "--silent", "--show-error", "--fail", "--output", str(file), url]
-    started = time.perf_counter()
-    curl = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-    _, status, usage = os.wait4(curl.pid, 0)
-    seconds = time.perf_counter() - started
-    curl.returncode = os.waitstatus_to_exitcode(status)
-    if curl.returncode != 0:
-        raise subprocess.CalledProcessError(curl.returncode, command)
-    return seconds, Usage(usage.ru_utime + usage.ru_stime, usage.ru_maxrss << 10)
-
-
-def write_random(file: Path, size: int) -> str:
-    """Fill a file with random bytes; returns their digest."""
-    hasher, left = hashlib.sha256(), size
-    with file.open("wb") as output:
-        while left:
-            block = os.urandom(min(left, 4 * MIB))
-            hasher.update(block)
-            output.write(block)
-            left -= len(block)
-    return f"sha256:{hasher.hexdigest()}"
-
-
-def file_digest(file: Path) -> str:
-    with file.open("rb") as content:
-        return f"sha256:{hashlib.file_digest(content, 'sha256').hexdigest()}"
+    outcome = Client(command).wait()
+    return outcome.seconds, outcome.usage
 
 
 # --- the report -------------------------------------------------------------------------------
@@ -369,9 +266,10 @@ def report(size: int, downloads: dict[str, list[Download]]) -> Iterator[str]:
         for process in measured[0].usages:
             usages = [download.usages[process] for download in measured]
             cpu = statistics.median(usage.cpu for usage in usages)
-            memory = max(usage.memory for usage in usages)
-            cells = [LABELS[name], process, f"{cpu:.2f}", f"{cpu / (size / 1e9):.2f}"]
-            yield f"| {' | '.join(cells)} | {memory / MIB:.0f} |"
+            peaks = [usage.memory / MIB for usage in usages if usage.memory is not None]
+            memory = f"{max(peaks):.0f}" if peaks else ""
+            cells = [LABELS[name], process, f"{cpu:.2f}", f"{cpu / (size / 1e9):.2f}", memory]
+            yield f"| {' | '.join(cells)} |"
 
 
 LABELS: Final = {
@@ -379,16 +277,6 @@ LABELS: Final = {
     "cold": "agent, cold (from the origin)",
     "warm": "agent, warm (it has the blob)",
 }
-
-
-def machine() -> str:
-    model = "unknown processor"
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-            break
-    python = platform.python_version()
-    return f"{os.cpu_count()} x {model}, Linux {platform.release()}, Python {python}"
 
 
 def order_of(number: int) -> tuple[str, ...]:

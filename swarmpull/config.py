@@ -9,6 +9,7 @@ depends on another key.
 from __future__ import annotations
 
 import ipaddress
+import math
 import re
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,8 @@ AGENTS_MAX: Final = 100
 # How a value is written where it is configured; in the classes they are plain seconds and bytes.
 Duration = NewType("Duration", float)
 Size = NewType("Size", int)
+Rate = NewType("Rate", float)
+UNLIMITED: Final = Rate(math.inf)
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["console", "json"]
@@ -320,25 +323,56 @@ class SwarmConfig:
     """Limits of the peer protocol, for agents and origins."""
 
     max_connections: int = attrs.field(
-        default=20, validator=_at_least_one, metadata=_meaning("Peer connections per torrent.")
+        default=30,
+        validator=_at_least_one,
+        metadata=_meaning("Peer connections per torrent that an agent takes."),
+    )
+    dial_connections: int = attrs.field(
+        default=12,
+        validator=_at_least_one,
+        metadata=_meaning(
+            "Peer connections per torrent up to which a host dials; "
+            "the rest of max_connections is room for those who come later."
+        ),
+    )
+    origin_max_connections: int = attrs.field(
+        default=100,
+        validator=_at_least_one,
+        metadata=_meaning("Peer connections per torrent that an origin takes."),
     )
     max_total_connections: int = attrs.field(
-        default=200,
+        default=400,
         validator=_at_least_one,
         metadata=_meaning("Peer connections of all torrents together."),
     )
-    pipeline_per_peer: int = attrs.field(
-        default=3,
-        validator=_at_least_one,
-        metadata=_meaning("Pieces requested from one peer and not yet received."),
-    )
     upload_slots: int = attrs.field(
-        default=4, validator=_at_least_one, metadata=_meaning("Pieces sent at the same time.")
+        default=2,
+        validator=_at_least_one,
+        metadata=_meaning(
+            "Pieces that an agent sends at the same time; "
+            "few, because a piece that arrives sooner is passed on sooner."
+        ),
     )
-    max_inbound_pieces: int = attrs.field(
+    origin_upload_slots: int = attrs.field(
         default=8,
         validator=_at_least_one,
-        metadata=_meaning("Pieces of one torrent received at the same time."),
+        metadata=_meaning(
+            "Pieces that an origin sends at the same time: "
+            "as many as it takes agents to fill its uplink."
+        ),
+    )
+    inbound_pieces: int = attrs.field(
+        default=3,
+        validator=_at_least_one,
+        metadata=_meaning("Pieces claimed and not yet received, over all torrents."),
+    )
+    upload_rate: Rate = attrs.field(
+        default=UNLIMITED,
+        metadata=_meaning("Bytes per second that a host sends to peers: a size, or unlimited."),
+    )
+    download_rate: Rate = attrs.field(
+        default=UNLIMITED,
+        metadata=_meaning("Bytes per second that a host takes from peers: a size, or unlimited."),
     )
 
 

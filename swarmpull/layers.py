@@ -24,10 +24,12 @@ import attrs
 from swarmpull.config import (
     AGENTS_MAX,
     ROLES,
+    UNLIMITED,
     Address,
     AgentConfig,
     Config,
     Duration,
+    Rate,
     Size,
 )
 from swarmpull.errors import ConfigError, Problem
@@ -208,6 +210,20 @@ def _strict_size(value: object) -> int:
     raise ValueError(f"must be {SIZE_FORMS}: {_shown(value)}")
 
 
+def _strict_rate(value: object) -> float:
+    return _text_rate(value) if type(value) is str else _positive(_strict_size(value))
+
+
+def _text_rate(text: str) -> float:
+    return UNLIMITED if text == "unlimited" else _positive(parse_size(text))
+
+
+def _positive(rate: int) -> float:
+    if rate == 0:
+        raise ValueError("must be above 0, or unlimited: 0")
+    return float(rate)
+
+
 def _strict_duration(value: object) -> float:
     if type(value) is str:
         return parse_duration(value)
@@ -245,6 +261,7 @@ _DECODERS: Final[dict[Any, tuple[Callable[[Any], Any], Callable[[str], Any]]]] =
     bool: (_strict_bool, _text_bool),
     int: (_strict_int, _text_int),
     Size: (_strict_size, parse_size),
+    Rate: (_strict_rate, _text_rate),
     Duration: (_strict_duration, parse_duration),
     Path: (lambda value: _path(_plain_text(value)), _path),
     Address: (lambda value: Address.parse(_plain_text(value)), Address.parse),
@@ -283,6 +300,8 @@ def plain(kind: Any, value: Any) -> str:  # noqa: ANN401 - any leaf
     """A leaf as TOML would write it, without the quotes of a text."""
     if kind is Duration:
         return format_duration(value)
+    if kind is Rate:
+        return "unlimited" if value == UNLIMITED else str(int(value))
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):

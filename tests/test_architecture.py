@@ -29,7 +29,7 @@ FACE: Final = SHELL | {"wire", "store", "ring"}
 MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "base": frozenset(),
     "swarm": BASE,
-    "sim": CORE,
+    "sim": CORE | {"units"},
     "units": BASE,
     "config": BASE | {"units"},
     "layers": BASE | {"units", "config"},

@@ -26,6 +26,7 @@ from swarmpull.errors import (
 )
 from swarmpull.roles.buffers import PieceBuffers
 from swarmpull.roles.peer_link import CONNECTION_ERRORS, PeerLink
+from swarmpull.roles.rates import Rates
 from swarmpull.roles.swarm_metrics import SwarmMetrics
 from swarmpull.swarm import bitfield
 from swarmpull.swarm import events as ev
@@ -95,12 +96,14 @@ class PeerConnections:
         scheduler: Scheduler,
         nursery: trio.Nursery,
         buffers: PieceBuffers,
+        rates: Rates,
         metrics: SwarmMetrics,
     ) -> None:
         self._host = host
         self._scheduler = scheduler
         self._nursery = nursery
         self._buffers = buffers
+        self._rates = rates
         self._metrics = metrics
         self._links: dict[int, PeerLink] = {}
         self._numbers = count(1)
@@ -220,7 +223,13 @@ class PeerConnections:
     ) -> None:
         number = next(self._numbers)
         owner = _Owner(
-            self._host, self._scheduler, self._buffers, self._metrics, hello.digest, contact
+            self._host,
+            self._scheduler,
+            self._buffers,
+            self._rates,
+            self._metrics,
+            hello.digest,
+            contact,
         )
         link = PeerLink(number, hello.digest, contact, stream, owner)
         self._links[number] = link
@@ -246,6 +255,7 @@ class _Owner:
     host: ConnectionHost
     scheduler: Scheduler
     buffers: PieceBuffers
+    rates: Rates
     metrics: SwarmMetrics
     digest: Digest
     contact: PeerContact
@@ -265,6 +275,12 @@ class _Owner:
 
     def expects(self, connection: int, index: int) -> bool:
         return self.scheduler.expects(connection, index)
+
+    async def may_send(self, size: int) -> None:
+        await self.rates.upload.take(size)
+
+    async def may_receive(self, size: int) -> None:
+        await self.rates.download.take(size)
 
     async def acquire_buffer(self, size: int) -> bytearray:
         return await self.buffers.acquire(size)

@@ -23,6 +23,9 @@ from swarmpull.wire.streams import CHUNK_BYTES_MAX, PeerStream
 OUTBOX_MAX: Final = 20_000
 # Messages that leave in one write.
 BATCH_MAX: Final = 500
+# Seconds from the first byte of a chunk to its last.  A peer stops nowhere inside a chunk, however slowly
+# it sends: one that does hangs, and would keep a buffer for as long as its connection stands.
+CHUNK_TIMEOUT: Final = 20.0
 # What may end a connection without being a fault of this program.
 CONNECTION_ERRORS: Final = (
     OSError,
@@ -44,6 +47,12 @@ class LinkOwner(Protocol):
     def was_asked(self, connection: int, index: int) -> bool: ...
 
     def expects(self, connection: int, index: int) -> bool: ...
+
+    async def may_send(self, size: int) -> None:
+        """Return when the host's rate lets so many bytes go out."""
+        ...
+
+    async def may_receive(self, size: int) -> None: ...
 
     async def acquire_buffer(self, size: int) -> bytearray: ...
 
@@ -102,6 +111,8 @@ class PeerLink:
         self._outbox: deque[Message] = deque()
         self._work = trio.Event()
         self._outgoing: _Outgoing | None = None
+        self._chunk_due = trio.Event()
+        self._chunk_paid = 0
         self._incoming: _Incoming | None = None
         self._haves = 0
         self._bye: Bye | None = None
@@ -151,6 +162,7 @@ class PeerLink:
             with self._scope:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._write)
+                    nursery.start_soon(self._pace)
                     await self._read(metainfo)
                     nursery.cancel_scope.cancel()
         except* CONNECTION_ERRORS:
@@ -174,14 +186,27 @@ class PeerLink:
             if self._outbox:
                 batch = [self._outbox.popleft() for _ in range(min(len(self._outbox), BATCH_MAX))]
                 await self._stream.send(*batch)
-            elif self._outgoing is not None:
+            elif self._outgoing is not None and self._chunk_paid:
                 await self._send_chunk(self._outgoing)
             else:
+                if self._outgoing is not None:
+                    self._chunk_due.set()
                 self._work = trio.Event()
                 await self._work.wait()
 
+    async def _pace(self) -> None:
+        """Wait for the host's rate, chunk by chunk, while messages go on being written."""
+        while True:
+            self._chunk_due = trio.Event()
+            await self._chunk_due.wait()
+            if self._outgoing is not None and not self._chunk_paid:
+                length = min(CHUNK_BYTES_MAX, self._outgoing.size - self._outgoing.sent)
+                await self._owner.may_send(length)
+                self._chunk_paid = length
+                self._work.set()
+
     async def _send_chunk(self, piece: _Outgoing) -> None:
-        length = min(CHUNK_BYTES_MAX, piece.size - piece.sent)
+        length, self._chunk_paid = self._chunk_paid, 0
         chunk = PieceChunk(piece.index, piece.sent, length)
         await self._stream.send_chunk(chunk, piece.file, piece.offset + piece.sent)
         piece.sent += length
@@ -221,15 +246,24 @@ class PeerLink:
             )
         if chunk.offset + chunk.length > piece.size:
             raise ProtocolError(f"more than the {piece.size} bytes of piece {piece.index}")
-        if piece.buffer is None:
-            await self._stream.discard()
-        else:
-            end = piece.filled + chunk.length
-            await self._stream.receive_into(memoryview(piece.buffer)[piece.filled : end])
+        if piece.buffer is not None:
+            await self._owner.may_receive(chunk.length)
+        with trio.move_on_after(CHUNK_TIMEOUT) as scope:
+            await self._take_chunk(piece, chunk.length)
+        if scope.cancelled_caught:
+            self.close(ByeReason.STALLED, f"stopped inside piece {piece.index}")
+            await trio.sleep_forever()  # until what `close` cancelled has ended
         piece.filled += chunk.length
         if piece.filled == piece.size:
             self._incoming = None
             self._owner.piece_received(self.number, piece.index, piece.buffer, piece.size)
+
+    async def _take_chunk(self, piece: _Incoming, length: int) -> None:
+        if piece.buffer is None:
+            await self._stream.discard()
+        else:
+            view = memoryview(piece.buffer)[piece.filled : piece.filled + length]
+            await self._stream.receive_into(view)
 
     async def _begin_piece(self, metainfo: Metainfo, chunk: PieceChunk) -> _Incoming:
         if not self._owner.was_asked(self.number, chunk.index):

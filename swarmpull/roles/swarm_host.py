@@ -33,6 +33,7 @@ from swarmpull.errors import (
 from swarmpull.roles.buffers import PieceBuffers
 from swarmpull.roles.downloads import Download
 from swarmpull.roles.peer_connections import ArrivedPiece, PeerConnections
+from swarmpull.roles.rates import Rates, TokenBucket
 from swarmpull.roles.shared_work import SharedWork
 from swarmpull.roles.swarm_metrics import SwarmMetrics
 from swarmpull.store.blobs import BlobStore
@@ -42,11 +43,10 @@ from swarmpull.swarm import events as ev
 from swarmpull.swarm.connections import ConnectionLimits
 from swarmpull.swarm.messages import Hello
 from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN, Metainfo
+from swarmpull.swarm.offers import OfferLimits
 from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
-from swarmpull.swarm.pipeline import PipelineLimits, PipelinePolicy
 from swarmpull.swarm.scheduler import Scheduler, SwarmLimits
 from swarmpull.swarm.torrent import TorrentStatistics
-from swarmpull.swarm.uploads import UploadLimits
 from swarmpull.telemetry import Metrics
 from swarmpull.wire.api import AnnounceReply, AnnounceRequest
 from swarmpull.wire.listen import format_address, open_listeners
@@ -72,6 +72,7 @@ class SwarmHost:
     Attributes:
         contact: this host as others may dial it; the host is empty unless it is advertised.
         address: where peers dial, as it was bound.
+        rates: at which it sends and receives pieces; may be changed at any time.
         metrics: what it counts.
     """
 
@@ -83,11 +84,13 @@ class SwarmHost:
         address: str,
         nursery: trio.Nursery,
         buffers: PieceBuffers,
+        rates: Rates,
         announce: Announce | None,
         metrics: SwarmMetrics,
     ) -> None:
         self.contact = contact
         self.address = address
+        self.rates = rates
         self.metrics = metrics
         self._scheduler = scheduler
         self._store = store
@@ -96,7 +99,7 @@ class SwarmHost:
         self._announce = announce
         self._announces = trio.CapacityLimiter(ANNOUNCES_MAX)
         self._announcing = 0
-        self._connections = PeerConnections(self, scheduler, nursery, buffers, metrics)
+        self._connections = PeerConnections(self, scheduler, nursery, buffers, rates, metrics)
         self._starting: SharedWork[Download] = SharedWork(nursery)
         self._downloads: dict[Digest, Download] = {}
         # Downloads whose partial is open, and may be so after their end.
@@ -214,6 +217,9 @@ class SwarmHost:
         match action:
             case act.Send(connection, message):
                 self._connections.send(connection, message)
+            case act.SendAll(connections, message):
+                for connection in connections:
+                    self._connections.send(connection, message)
             case act.SendPiece(connection, digest, index):
                 self._connections.send_piece(connection, digest, index)
             case act.Close(connection, reason, text):
@@ -439,13 +445,22 @@ def _sane(interval: float) -> float:
     return min(interval, INTERVAL_MAX) if interval >= INTERVAL_MIN else INTERVAL_MIN
 
 
-def limits_of(config: SwarmConfig) -> SwarmLimits:
+def limits_of(config: SwarmConfig, kind: PeerKind) -> SwarmLimits:
     """The configured limits as the core takes them."""
+    origin = kind is PeerKind.ORIGIN
+    slots = config.origin_upload_slots if origin else config.upload_slots
     return SwarmLimits(
         connections=ConnectionLimits(
-            per_torrent=config.max_connections, per_host=config.max_total_connections
+            dialled=config.dial_connections,
+            per_torrent=config.origin_max_connections if origin else config.max_connections,
+            per_host=config.max_total_connections,
         ),
-        uploads=UploadLimits(slots=config.upload_slots),
+        exchange=OfferLimits(
+            slots=slots,
+            inbound=config.inbound_pieces,
+            ahead_min=slots + 1 if origin else 2,
+            ahead_max=4 * slots if origin else 16,
+        ),
     )
 
 
@@ -475,15 +490,18 @@ async def open_swarm_host(
         kind,
         port,
         rng=random.Random(),
-        limits=limits_of(config),
-        policy=PipelinePolicy(PipelineLimits(per_peer=config.pipeline_per_peer)),
+        limits=limits_of(config, kind),
     )
     contact = PeerContact(peer_id, listen.advertise, port, kind)
-    buffers = PieceBuffers(config.max_inbound_pieces * PIECE_LENGTH_MIN)
+    # As many pieces again as are claimed may be waiting for their hash and the disk.
+    buffers = PieceBuffers(2 * config.inbound_pieces * PIECE_LENGTH_MIN)
+    rates = Rates(TokenBucket(config.upload_rate), TokenBucket(config.download_rate))
     address = format_address(listen.listen.host, port)
     failure: Exception | None = None
     async with trio.open_nursery() as nursery:
-        host = SwarmHost(scheduler, store, contact, address, nursery, buffers, announce, counters)
+        host = SwarmHost(
+            scheduler, store, contact, address, nursery, buffers, rates, announce, counters
+        )
         try:
             await nursery.start(host.serve, listeners, config.max_total_connections)
             yield host

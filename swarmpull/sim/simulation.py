@@ -1,312 +1,426 @@
 """Whole swarms in simulated time, decided by the very code that the roles run.
 
-Every host has a `Scheduler`, the tracker is a `PeerTable`; this module only carries their messages and
+Every host has a `Scheduler`, every tracker is a `PeerTable`; this module only carries their messages and
 pieces over a `swarmpull.sim.network`.  There is no second implementation of any decision here.
 """
 
 from __future__ import annotations
 
+import gc
 import math
 import random
-from typing import Final
-
-import attrs
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
 
 from swarmpull.digest import Digest
+from swarmpull.sim.faults import DYING, FaultKind
+from swarmpull.sim.liars import SCHEDULERS
 from swarmpull.sim.network import Clock, Link
+from swarmpull.sim.options import Policy, SimulationOptions, busiest_link, lower_bound
+from swarmpull.sim.result import SimulationResult
+from swarmpull.sim.sampling import Sampler
+from swarmpull.sim.workload import Blob, Host, Pull, afflict, plan_pulls
 from swarmpull.swarm import actions as act
 from swarmpull.swarm import bitfield
 from swarmpull.swarm import events as ev
+from swarmpull.swarm.connections import ConnectionLimits
 from swarmpull.swarm.handout import HandoutLimits, PeerTable
-from swarmpull.swarm.messages import Hello
-from swarmpull.swarm.metainfo import (
-    PIECE_HASH_BYTES,
-    Metainfo,
-    piece_count_for,
-    piece_length_for,
-)
+from swarmpull.swarm.messages import Hello, Message
+from swarmpull.swarm.offers import OfferLimits
 from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
+from swarmpull.swarm.pipeline import PipelineLimits
 from swarmpull.swarm.scheduler import Scheduler, SwarmLimits, contact_of
+
+__all__ = ["Policy", "Simulation", "SimulationOptions", "SimulationResult", "lower_bound"]
 
 # BLAKE3 on one core of a small server, in bytes per second (DESIGN, section 6).
 HASH_RATE: Final = 5e9
+# What the roles allow for a handshake and for an announce, and for how long a tracker keeps an origin.
+HANDSHAKE_TIMEOUT: Final = 10.0
+ANNOUNCE_TIMEOUT: Final = 10.0
+ORIGIN_LIFETIME: Final = 15.0
+# Looks at the swarm in the time of the bound.
+SAMPLES: Final = 400
+
+LimitsOf = Callable[[PeerKind, Policy], SwarmLimits]
 
 
-@attrs.frozen(kw_only=True)
-class SimulationOptions:
-    """One experiment.
+def default_limits(kind: PeerKind, policy: Policy) -> SwarmLimits:
+    """What the roles are configured with by default.
 
-    Attributes:
-        hosts: agents that want every layer.
-        origins: seeders that have every layer from the start.
-        size: bytes of all layers together.
-        layers: blobs of equal size.
-        rate: of an agent, up and down alike, in bytes per second.
-        origin_rate: of an origin.
-        rtt: round-trip time in seconds.
-        arrival: agents begin at a uniformly random moment within so many seconds.
-        killed: agents that are killed midway; their connections break.
-        vanished: agents that fall silent midway; their connections stay, nothing comes out of them.
-        corrupt: agents that send wrong bytes in every piece.
-        seed: of all random choices.
-        until: simulated seconds after which the run is given up.
-        check_every: events between two checks of every invariant; 0 for never.
+    Origins take more connections than agents.  A link that is faster than those of its receivers needs
+    several pieces on their way to be full; one that is as fast needs a few, for while a receiver takes in a
+    piece of somebody else, the other slots go on.
     """
-
-    hosts: int = attrs.field(default=50, validator=attrs.validators.ge(1))
-    origins: int = attrs.field(default=2, validator=attrs.validators.ge(1))
-    size: int = attrs.field(default=256 << 20, validator=attrs.validators.ge(0))
-    layers: int = attrs.field(default=1, validator=attrs.validators.ge(1))
-    rate: float = attrs.field(default=300e6, validator=attrs.validators.gt(0))
-    origin_rate: float = attrs.field(default=1.25e9, validator=attrs.validators.gt(0))
-    rtt: float = attrs.field(default=0.0005, validator=attrs.validators.ge(0))
-    arrival: float = attrs.field(default=0.5, validator=attrs.validators.ge(0))
-    killed: int = attrs.field(default=0, validator=attrs.validators.ge(0))
-    vanished: int = attrs.field(default=0, validator=attrs.validators.ge(0))
-    corrupt: int = attrs.field(default=0, validator=attrs.validators.ge(0))
-    seed: int = 1
-    until: float = attrs.field(default=600.0, validator=attrs.validators.gt(0))
-    check_every: int = attrs.field(default=0, validator=attrs.validators.ge(0))
-
-    def __attrs_post_init__(self) -> None:
-        faulty = self.killed + self.vanished + self.corrupt
-        if faulty > self.hosts:
-            raise ValueError(f"{faulty} agents are to fail, but there are only {self.hosts}")
+    if policy is Policy.PIPELINE:
+        return SwarmLimits(
+            connections=ConnectionLimits(dialled=20, per_torrent=20), exchange=PipelineLimits()
+        )
+    if kind is PeerKind.ORIGIN:
+        return SwarmLimits(
+            connections=ConnectionLimits(per_torrent=100, per_host=1000),
+            exchange=OfferLimits(slots=8, ahead_min=9, ahead_max=32),
+        )
+    return SwarmLimits(exchange=OfferLimits(slots=3, inbound=4))
 
 
-@attrs.frozen(kw_only=True)
-class SimulationResult:
-    """What came out; times in seconds from each agent's own arrival.
-
-    Attributes:
-        completed: of the agents that were to survive, how many finished every layer.
-        expected: how many were to.
-        times: sorted completion times.
-        bound: the least time in which the last agent can have everything.
-        bytes_from_origins: payload that left the origins.
-        bytes_from_agents: payload that left the agents.
-        messages: control messages of the peer protocol.
-        connections: connections that came up.
-        events: happenings processed.
-    """
-
-    completed: int
-    expected: int
-    times: tuple[float, ...]
-    bound: float
-    bytes_from_origins: int
-    bytes_from_agents: int
-    messages: int
-    connections: int
-    events: int
-
-    def quantile(self, share: float) -> float:
-        """The completion time within which that share of the agents finished; nan when none did."""
-        if not self.times:
-            return math.nan
-        return self.times[min(int(len(self.times) * share), len(self.times) - 1)]
-
-
-def lower_bound(options: SimulationOptions) -> float:
-    """The least time in which everybody can have everything, in seconds.
-
-    In each piece time a host can pass on one piece at most, so some host has its first piece no earlier
-    than after ceil(log2(hosts / origins + 1)) of them (Mundinger, Weber, Weiss: "Optimal Scheduling of
-    Peer-to-Peer File Dissemination", Journal of Scheduling 11, 2008); and all uplinks together cannot
-    carry more than their rates (Kumar, Ross: "Peer-Assisted File Distribution", 2006).
-    """
-    layer = options.size // options.layers
-    piece = min(piece_length_for(layer), layer)
-    pieces = piece_count_for(layer, piece_length_for(layer)) * options.layers
-    rounds = pieces - 1 + math.ceil(math.log2(options.hosts / options.origins + 1))
-    uplinks = options.origins * options.origin_rate + options.hosts * options.rate
-    fluid = max(options.size / options.rate, options.hosts * options.size / uplinks)
-    return max(rounds * piece / options.rate, fluid)
-
-
-@attrs.define(eq=False)
 class _Connection:
-    """A connection between two simulated hosts; ``announced`` is the dialler's bitfield in its Hello."""
+    """A connection between two simulated hosts.
 
-    number: int
-    digest: Digest
-    dialler: _Host
-    acceptor: _Host
-    announced: int = 0
-    established: bool = False
-    closed: bool = False
+    Attributes:
+        announced: the dialler's bitfield in its Hello.
+        to_acceptor, to_dialler: when the last message arrives there; no later one overtakes it.
+    """
 
-    def other(self, host: _Host) -> _Host:
+    __slots__ = (
+        "acceptor",
+        "announced",
+        "blob",
+        "closed",
+        "dialler",
+        "established",
+        "number",
+        "to_acceptor",
+        "to_dialler",
+    )
+
+    def __init__(self, number: int, blob: Blob, dialler: Host, acceptor: Host) -> None:
+        self.number = number
+        self.blob = blob
+        self.dialler = dialler
+        self.acceptor = acceptor
+        self.announced = 0
+        self.established = False
+        self.closed = False
+        self.to_acceptor = 0.0
+        self.to_dialler = 0.0
+
+    def other(self, host: Host) -> Host:
         return self.acceptor if host is self.dialler else self.dialler
-
-
-@attrs.define(eq=False)
-class _Host:
-    contact: PeerContact
-    scheduler: Scheduler
-    link: Link
-    arrives_at: float = 0.0
-    finished_at: float | None = None
-    complete_layers: int = 0
-    dead: bool = False
-    silent: bool = False
-    corrupt: bool = False
-    doomed: bool = False
-    wakes_at: float = math.inf
 
 
 class Simulation:
     """One run of one experiment."""
 
-    def __init__(self, options: SimulationOptions, limits: SwarmLimits | None = None) -> None:
+    def __init__(self, options: SimulationOptions, *, limits_of: LimitsOf = default_limits) -> None:
         self._options = options
-        self._limits = limits or SwarmLimits()
+        self._limits_of = limits_of
+        self._check_every = options.check_every
         self._rng = random.Random(options.seed)
+        self._jitter_rng = random.Random(f"jitter {options.seed}")
         self._clock = Clock()
-        self._tracker = PeerTable(HandoutLimits(), random.Random(self._rng.getrandbits(64)))
-        self._layers = [_layer(index, options) for index in range(options.layers)]
+        self._in_step = not options.jitter and not any(
+            fault.kind is FaultKind.PARTITION for fault in options.faults
+        )
+        self._trackers = [self._new_tracker() for _ in range(options.trackers)]
+        images = max(options.images, 1)
+        self._blobs = [Blob(index, options) for index in range(images * options.layers)]
+        self._blob_of = {blob.digest: blob for blob in self._blobs}
         self._connections: dict[int, _Connection] = {}
         self._connection_count = 0
         self._established = 0
+        self._dropped = 0
         self._messages = 0
+        self._announces = 0
+        self._stored = 0
+        self._copied = 0
         self._unfinished = 0
-        self._hosts: dict[str, _Host] = {}
-        for number in range(options.origins):
-            self._add_host(PeerKind.ORIGIN, number, options.origin_rate)
+        self._healthy_unfinished = 0
+        self._sampler = Sampler()
+        self._hosts: dict[str, Host] = {}
+        faults = afflict(options, self._rng)
+        self._origins = [self._add_host(PeerKind.ORIGIN, n) for n in range(options.origins)]
+        self._agents = []
         for number in range(options.hosts):
-            self._add_host(PeerKind.AGENT, number, options.rate)
+            fault = faults.get(number)
+            kind = fault.kind if fault else None
+            agent = self._add_host(PeerKind.AGENT, number, kind, fault.factor if fault else 1.0)
+            self._agents.append(agent)
+        self._pulls = plan_pulls(options, self._blobs, self._agents, self._rng)
+        self._plan_faults(faults)
+        self._bound = self._least_time()
+        self._performers: dict[type, Callable[[Host, Any], None]] = {
+            act.Send: self._send,
+            act.SendAll: self._send_all,
+            act.SendPiece: self._send_piece,
+            act.Dial: self._dial,
+            act.Close: self._close,
+            act.Announce: self._announce,
+            act.Finish: self._finish_soon,
+            act.Fail: self._fail,
+        }
 
-    def run(self) -> SimulationResult:
-        """Run to the end: every surviving agent has everything, or ``until`` is reached."""
-        agents = self._of_kind(PeerKind.AGENT)
-        self._doom(agents)
-        self._unfinished = sum(not agent.doomed for agent in agents)
-        for origin in self._of_kind(PeerKind.ORIGIN):
-            self._start_origin(origin)
-        for agent in agents:
-            agent.arrives_at = self._rng.uniform(0.0, self._options.arrival)
-            self._clock.at(agent.arrives_at, self._arrive, agent)
-        self._clock.run(self._options.until, lambda: self._unfinished == 0)
-        return self._result(agents)
+    def run(self, progress: Callable[[float], None] | None = None) -> SimulationResult:
+        """Run to the end: every surviving agent has everything, or ``until`` is reached.
+
+        ``progress`` is told now and then what share of all pieces is stored.
+        """
+        for pull in self._pulls:
+            self._unfinished += pull.host.survives
+            self._healthy_unfinished += pull.host.healthy
+            pull.host.wanted += sum(blob.piece_count for blob in pull.blobs)
+        self._start_origins()
+        for pull in self._pulls:
+            self._clock.at(pull.started_at, self._start_pull, pull)
+        self._sample(progress)
+        with _without_cycle_search():
+            self._clock.run(self._options.until)
+        return self._result()
 
     # --- setting up ---------------------------------------------------------------------------
 
-    def _add_host(self, kind: PeerKind, number: int, rate: float) -> None:
+    def _new_tracker(self) -> PeerTable:
+        return PeerTable(HandoutLimits(), random.Random(self._rng.getrandbits(64)))
+
+    def _add_host(
+        self, kind: PeerKind, number: int, fault: FaultKind | None = None, factor: float = 1.0
+    ) -> Host:
+        options = self._options
         peer_id = f"{self._rng.getrandbits(128):032x}"
         contact = PeerContact(peer_id, f"{kind.value}-{number}", 7100, kind)
         rng = random.Random(self._rng.getrandbits(64))
-        scheduler = Scheduler(peer_id, kind, 7100, rng=rng, limits=self._limits)
-        self._hosts[peer_id] = _Host(contact, scheduler, Link(rate, rate))
+        limits = self._limits_of(kind, options.policy)
+        scheduler = SCHEDULERS.get(fault, Scheduler)(peer_id, kind, 7100, rng=rng, limits=limits)
+        rate = options.origin_rate if kind is PeerKind.ORIGIN else options.rate
+        if fault is FaultKind.SLOW:
+            rate /= factor
+        delay = options.rtt / 2 * (factor if fault is FaultKind.DELAYED else 1.0)
+        host = self._hosts[peer_id] = Host(contact, scheduler, Link(rate, rate), delay)
+        host.fault = fault
+        return host
 
-    def _of_kind(self, kind: PeerKind) -> list[_Host]:
-        return [host for host in self._hosts.values() if host.contact.kind is kind]
+    def _least_time(self) -> float:
+        if not self._options.images:
+            return lower_bound(self._options)
+        number = {id(agent): position for position, agent in enumerate(self._agents)}
+        return busiest_link(
+            self._options,
+            [(pull.started_at, number[id(pull.host)], pull.image) for pull in self._pulls],
+        )
 
-    def _doom(self, agents: list[_Host]) -> None:
-        options = self._options
-        chosen = self._rng.sample(agents, options.killed + options.vanished + options.corrupt)
-        for position, agent in enumerate(chosen):
-            if position >= options.killed + options.vanished:
-                agent.corrupt = True
-                continue
-            agent.doomed = True
-            when = self._rng.uniform(0.0, lower_bound(options))
-            end = self._kill if position < options.killed else self._vanish
-            self._clock.at(when, end, agent)
+    def _plan_faults(self, faults: dict[int, Any]) -> None:
+        midway = lower_bound(self._options)
+        side = 0
+        for number, fault in faults.items():
+            agent = self._agents[number]
+            when = fault.since
+            if fault.kind in DYING:
+                if when is None:
+                    when = self._rng.uniform(0.0, midway)
+                self._clock.at(when, self._kill, agent, fault.kind is FaultKind.VANISHED)
+            elif fault.kind is FaultKind.PARTITION:
+                side = 1 + self._options.faults.index(fault)
+                self._clock.at(when, self._cut_off, agent, side, fault.until)
+            elif fault.kind is FaultKind.LATE:
+                for pull in self._pulls:
+                    if pull.host is agent:
+                        pull.started_at += when
+        for fault in self._options.faults:
+            if not fault.of_agents:
+                for number in range(fault.count(0)):
+                    when = fault.since
+                    if when is None:
+                        when = self._rng.uniform(0.0, midway)
+                    self._plan_other_fault(fault.kind, number, when)
 
-    def _start_origin(self, origin: _Host) -> None:
-        for metainfo in self._layers:
-            have = bitfield.full(metainfo.piece_count)
-            event = ev.TorrentAdded(metainfo, "", have, verified=True, announce=False)
-            self._dispatch(origin, event)
-            self._tracker.announce(
-                metainfo.digest, origin.contact, AnnounceState.COMPLETE, self._clock.now
-            )
+    def _plan_other_fault(self, kind: FaultKind, number: int, when: float) -> None:
+        if kind is FaultKind.ORIGIN_KILLED:
+            self._clock.at(when, self._kill, self._origins[number], False)
+        else:
+            self._clock.at(when, self._replace_tracker, number)
 
-    def _arrive(self, agent: _Host) -> None:
-        for metainfo in self._layers:
-            event = ev.TorrentAdded(metainfo, "", 0, verified=False, announce=True)
-            self._dispatch(agent, event)
+    def _start_origins(self) -> None:
+        for origin in self._origins:
+            for blob in self._blobs:
+                have = bitfield.full(blob.piece_count)
+                event = ev.TorrentAdded(blob.metainfo, "", have, verified=True, announce=False)
+                self._dispatch(origin, event)
 
-    def _kill(self, host: _Host) -> None:
+    def _start_pull(self, pull: Pull) -> None:
+        host = pull.host
+        if host.gone:
+            return
+        for blob in pull.blobs:
+            host.pulls[blob.index] = pull
+            event = ev.TorrentAdded(blob.metainfo, "", 0, verified=False, announce=True)
+            self._dispatch(host, event)
+            if self._options.readers:
+                self._dispatch(host, ev.ReaderMoved(blob.digest, 0, 0))
+
+    # --- faults -------------------------------------------------------------------------------
+
+    def _kill(self, host: Host, silently: bool) -> None:
+        host.gone = True
+        if silently:
+            return
         host.dead = True
         for connection in list(self._connections.values()):
             if host in (connection.dialler, connection.acceptor):
                 self._clock.at(self._clock.now, self._disconnect, connection, host)
 
-    def _vanish(self, host: _Host) -> None:
-        host.silent = True
+    def _cut_off(self, host: Host, side: int, until: float) -> None:
+        host.side, host.cut_until = side, until
+        self._clock.at(until, self._rejoin, host)
 
-    # --- carrying out actions -----------------------------------------------------------------
+    def _rejoin(self, host: Host) -> None:
+        host.side = 0
 
-    def _dispatch(self, host: _Host, event: ev.Event) -> None:
-        if host.dead or host.silent:
+    def _replace_tracker(self, number: int) -> None:
+        self._trackers[number] = self._new_tracker()
+
+    def _reaches_at(self, one: Host, other: Host) -> float:
+        """From when on the two can reach each other."""
+        return self._clock.now if one.side == other.side else max(one.cut_until, other.cut_until)
+
+    # --- the loop -----------------------------------------------------------------------------
+
+    def _dispatch(self, host: Host, event: ev.Event) -> None:
+        if host.gone:
             return
-        for action in host.scheduler.handle(event, self._clock.now):
-            self._perform(host, action)
-        if self._options.check_every and self._clock.processed % self._options.check_every == 0:
+        clock = self._clock
+        actions = host.handle(event, clock.now)
+        if actions:
+            performers = self._performers
+            for action in actions:
+                performers[type(action)](host, action)
+        if self._check_every and clock.processed % self._check_every == 0:
             host.scheduler.check_invariants()
-        deadline = host.scheduler.next_deadline()
+        deadline = host.next_deadline()
         if deadline < host.wakes_at:
             host.wakes_at = deadline
-            self._clock.at(deadline, self._wake, host, deadline)
+            clock.at(deadline, self._wake, host, deadline)
 
-    def _wake(self, host: _Host, planned: float) -> None:
+    def _wake(self, host: Host, planned: float) -> None:
         if host.wakes_at == planned:
             host.wakes_at = math.inf
             self._dispatch(host, ev.DeadlinePassed())
-            assert host.scheduler.next_deadline() > self._clock.now or host.dead or host.silent, (
+            assert host.scheduler.next_deadline() > self._clock.now or host.gone, (
                 f"{host.contact.host} asks to be woken without end"
             )
 
-    def _perform(self, host: _Host, action: act.Action) -> None:
-        match action:
-            case act.Send(connection, message):
-                self._messages += 1
-                self._later(self._deliver, self._connections.get(connection), host, message)
-            case act.SendPiece(connection, digest, index):
-                self._send_piece(host, connection, digest, index)
-            case act.Dial(digest, contact):
-                self._dial(host, digest, contact)
-            case act.Close(connection):
-                self._later(self._disconnect, self._connections.get(connection), host)
-            case act.Announce(digest, _, state):
-                self._later(self._announce, host, digest, state)
-            case act.Finish(digest):
-                self._clock.at(self._clock.now, self._finish, host, digest)
-            case act.Fail(digest, reason):
-                raise AssertionError(f"{host.contact.host} gave up {digest}: {reason}")
+    def _sample(self, progress: Callable[[float], None] | None) -> None:
+        pieces = sum(blob.piece_count for blob in self._blobs)
+        if self._healthy_unfinished:
+            hosts = [*self._origins, *self._agents]
+            self._sampler.take(hosts, self._clock.now, copied=self._copied / pieces)
+        if progress is not None:
+            progress(self._stored / sum(agent.wanted for agent in self._agents))
+        self._clock.at(self._clock.now + self._bound / SAMPLES, self._sample, progress)
 
-    def _later(self, happen: object, *args: object) -> None:
-        assert callable(happen)
-        self._clock.at(self._clock.now + self._options.rtt / 2, happen, *args)
+    # --- messages -----------------------------------------------------------------------------
 
-    def _announce(self, host: _Host, digest: Digest, state: AnnounceState) -> None:
-        handout = self._tracker.announce(digest, host.contact, state, self._clock.now)
+    def _send(self, host: Host, action: act.Send) -> None:
+        self._messages += 1
+        connection = self._connections.get(action.connection)
+        if connection is None:
+            return
+        acceptor = connection.acceptor
+        receiver = connection.dialler if host is acceptor else acceptor
+        when = (
+            self._clock.now + host.delay
+            if self._in_step
+            else self._arrival(connection, host, receiver)
+        )
+        self._clock.at(when, self._deliver, connection, receiver, action.message)
+
+    def _send_all(self, host: Host, action: act.SendAll) -> None:
+        self._messages += len(action.connections)
+        connections = [
+            self._connections[number]
+            for number in action.connections
+            if number in self._connections
+        ]
+        if self._in_step:
+            when = self._clock.now + host.delay
+            self._clock.at(when, self._deliver_all, connections, host, action.message)
+            return
+        for connection in connections:
+            receiver = connection.other(host)
+            when = self._arrival(connection, host, receiver)
+            self._clock.at(when, self._deliver, connection, receiver, action.message)
+
+    def _arrival(self, connection: _Connection, sender: Host, receiver: Host) -> float:
+        """When a message that is sent now arrives: in order, and not before a partition ends."""
+        if self._in_step:
+            return self._clock.now + sender.delay
+        when = self._reaches_at(sender, receiver) + sender.delay
+        when += self._jitter_rng.random() * self._options.jitter
+        if receiver is connection.acceptor:
+            when = connection.to_acceptor = max(when, connection.to_acceptor)
+        else:
+            when = connection.to_dialler = max(when, connection.to_dialler)
+        return when
+
+    def _deliver_all(self, connections: list[_Connection], sender: Host, message: Message) -> None:
+        for connection in connections:
+            self._deliver(connection, connection.other(sender), message)
+
+    def _deliver(self, connection: _Connection, receiver: Host, message: Message) -> None:
+        if connection.closed:
+            return
+        if type(message) is Hello:
+            self._greet(connection, receiver, message, connection.announced)
+        else:
+            self._dispatch(receiver, ev.MessageReceived(connection.number, message))
+
+    # --- trackers -----------------------------------------------------------------------------
+
+    def _announce(self, host: Host, action: act.Announce) -> None:
+        now = self._clock.now
+        reaches_at = host.cut_until if host.side else now
+        if reaches_at - now > ANNOUNCE_TIMEOUT:
+            failed = ev.AnnounceFailed(action.digest)
+            self._clock.at(now + ANNOUNCE_TIMEOUT, self._dispatch, host, failed)
+            return
+        self._clock.at(reaches_at + host.delay, self._announced, host, action.digest, action.state)
+
+    def _announced(self, host: Host, digest: Digest, state: AnnounceState) -> None:
+        now = self._clock.now
+        self._announces += 1
+        tracker = self._trackers[self._blob_of[digest].index % len(self._trackers)]
+        if state is AnnounceState.LEECHING and not tracker.has_origin(digest):
+            for origin in self._origins:
+                if not origin.gone:
+                    tracker.add_seeder(digest, origin.contact, now, lifetime=ORIGIN_LIFETIME)
+        handout = tracker.announce(digest, host.contact, state, now)
         if state is not AnnounceState.STOPPED:
             reply = ev.AnnounceReplied(digest, handout.interval, handout.peers)
-            self._later(self._dispatch, host, reply)
+            self._clock.at(now + host.delay, self._dispatch, host, reply)
 
-    def _dial(self, host: _Host, digest: Digest, contact: PeerContact) -> None:
-        target = self._hosts[contact.peer_id]
-        if target.dead or target.silent:
-            failed = ev.DialFailed(digest, contact.peer_id)
-            self._clock.at(self._clock.now + self._options.rtt, self._dispatch, host, failed)
+    # --- connections --------------------------------------------------------------------------
+
+    def _dial(self, host: Host, action: act.Dial) -> None:
+        now = self._clock.now
+        target = self._hosts[action.contact.peer_id]
+        reaches_at = self._reaches_at(host, target)
+        if target.gone or reaches_at - now > HANDSHAKE_TIMEOUT:
+            failed = ev.DialFailed(action.digest, action.contact.peer_id)
+            # A dead host's address answers that nobody listens; a silent one does not answer.
+            pause = 2 * host.delay if target.dead else HANDSHAKE_TIMEOUT
+            self._clock.at(now + pause, self._dispatch, host, failed)
             return
         self._connection_count += 1
-        connection = _Connection(self._connection_count, digest, host, target)
+        blob = self._blob_of[action.digest]
+        connection = _Connection(self._connection_count, blob, host, target)
         self._connections[connection.number] = connection
-        self._clock.at(self._clock.now + self._options.rtt, self._say_hello, connection)
+        established_at = reaches_at + host.delay + target.delay
+        self._clock.at(established_at, self._say_hello, connection)
 
     def _say_hello(self, connection: _Connection) -> None:
-        hello = connection.dialler.scheduler.hello(connection.digest)
+        if connection.closed:
+            return
+        dialler = connection.dialler
+        hello = dialler.scheduler.hello(connection.blob.digest)
         if hello is None:
-            self._disconnect(connection, connection.dialler)
+            self._disconnect(connection, dialler)
             return
         connection.announced = bitfield.from_bytes(hello.have, hello.piece_count)
-        self._later(self._greet, connection, connection.acceptor, hello, None)
+        when = self._arrival(connection, dialler, connection.acceptor)
+        self._clock.at(when, self._greet, connection, connection.acceptor, hello, None)
 
     def _greet(
-        self, connection: _Connection, host: _Host, hello: Hello, announced: int | None
+        self, connection: _Connection, host: Host, hello: Hello, announced: int | None
     ) -> None:
         if connection.closed:
             return
@@ -316,97 +430,204 @@ class Simulation:
         contact = contact_of(hello, self._hosts[hello.peer_id].contact.host)
         self._dispatch(host, ev.PeerConnected(connection.number, hello, contact, announced))
 
-    def _deliver(self, connection: _Connection | None, sender: _Host, message: object) -> None:
-        if connection is None or connection.closed or sender.dead:
-            return
-        receiver = connection.other(sender)
-        if isinstance(message, Hello):
-            self._greet(connection, receiver, message, connection.announced)
-        else:
-            event = ev.MessageReceived(connection.number, message)  # type: ignore[arg-type]
-            self._dispatch(receiver, event)
+    def _close(self, host: Host, action: act.Close) -> None:
+        connection = self._connections.get(action.connection)
+        if connection is not None:
+            when = self._arrival(connection, host, connection.other(host))
+            self._clock.at(when, self._disconnect, connection, host)
 
-    def _disconnect(self, connection: _Connection | None, closer: _Host) -> None:
-        if connection is None or connection.closed:
+    def _disconnect(self, connection: _Connection, closer: Host) -> None:
+        if connection.closed:
             return
         connection.closed = True
         del self._connections[connection.number]
+        self._dropped += connection.established
         other = connection.other(closer)
         if connection.established or other is connection.acceptor:
             self._dispatch(other, ev.PeerDisconnected(connection.number))
         else:
-            failed = ev.DialFailed(connection.digest, connection.acceptor.contact.peer_id)
-            self._dispatch(other, failed)
+            peer_id = connection.acceptor.contact.peer_id
+            self._dispatch(other, ev.DialFailed(connection.blob.digest, peer_id))
 
-    def _send_piece(self, host: _Host, number: int, digest: Digest, index: int) -> None:
-        connection = self._connections[number]
-        size = self._metainfo(digest).piece_size(index)
+    # --- pieces -------------------------------------------------------------------------------
+
+    def _send_piece(self, host: Host, action: act.SendPiece) -> None:
+        connection = self._connections[action.connection]
+        size = connection.blob.piece_size(action.index)
         begins_at, left_at = host.link.send(size, self._clock.now)
-        self._clock.at(left_at, self._dispatch, host, ev.PieceSent(number, index))
-        self._clock.at(begins_at, self._begin_piece, connection, host, index, size, left_at)
+        if begins_at <= self._clock.now:
+            self._begin_piece(connection, host, action.index, size, left_at)
+        else:
+            self._clock.at(
+                begins_at, self._begin_piece, connection, host, action.index, size, left_at
+            )
 
     def _begin_piece(
-        self, connection: _Connection, sender: _Host, index: int, size: int, left_at: float
+        self, connection: _Connection, sender: Host, index: int, size: int, left_at: float
     ) -> None:
         """The sender's uplink has come to this piece."""
+        clock = self._clock
+        sent = ev.PieceSent(connection.number, index)
         if connection.closed:
+            clock.at(left_at, self._dispatch, sender, sent)
             return
         receiver = connection.other(sender)
+        reaches_at = self._reaches_at(sender, receiver)
+        if reaches_at > clock.now:
+            again_at = reaches_at + left_at - clock.now
+            clock.at(reaches_at, self._begin_piece, connection, sender, index, size, again_at)
+            return
         delay = self._options.rtt / 2
-        arrived_at = receiver.link.receive(size, self._clock.now + delay, left_at + delay)
-        self._clock.at(arrived_at, self._piece_arrived, connection, sender, receiver, index)
+        if sender.fault is FaultKind.STALLING:
+            receiver.link.receive(size // 2, clock.now + delay, left_at + delay)
+            clock.at(left_at, self._dispatch, sender, sent)
+            return
+        arrives_at = receiver.link.receive(size, clock.now + delay, left_at + delay)
+        rid_at = receiver.link.pressed_back(arrives_at - delay, self._options.buffer)
+        clock.at(max(left_at, rid_at), self._dispatch, sender, sent)
+        clock.at(arrives_at, self._piece_arrived, connection, sender, receiver, index)
 
     def _piece_arrived(
-        self, connection: _Connection, sender: _Host, receiver: _Host, index: int
+        self, connection: _Connection, sender: Host, receiver: Host, index: int
     ) -> None:
-        if connection.closed or sender.dead or sender.silent:
+        if connection.closed or sender.gone:
+            return
+        clock = self._clock
+        reaches_at = self._reaches_at(sender, receiver)
+        if reaches_at > clock.now:
+            clock.at(reaches_at, self._piece_arrived, connection, sender, receiver, index)
             return
         kept = receiver.scheduler.expects(connection.number, index)
         self._dispatch(receiver, ev.PieceReceived(connection.number, index))
         if not kept:
             return
-        outcome = ev.PieceRejected if sender.corrupt else ev.PieceStored
-        event = outcome(connection.number, connection.digest, index)
-        hashed_at = (
-            self._clock.now + self._metainfo(connection.digest).piece_size(index) / HASH_RATE
-        )
-        self._clock.at(hashed_at, self._dispatch, receiver, event)
+        checked_at = clock.now + connection.blob.piece_size(index) / HASH_RATE
+        if sender.fault is FaultKind.CORRUPT:
+            rejected = ev.PieceRejected(connection.number, connection.blob.digest, index)
+            clock.at(checked_at, self._dispatch, receiver, rejected)
+        else:
+            clock.at(checked_at, self._piece_stored, receiver, connection, index)
 
-    def _finish(self, host: _Host, digest: Digest) -> None:
+    def _piece_stored(self, host: Host, connection: _Connection, index: int) -> None:
+        blob = connection.blob
+        pull = host.pulls[blob.index]
+        if host.gone or pull.gave_up:
+            return
+        self._stored += 1
+        host.stored += 1
+        if not blob.copied[index]:
+            blob.copied[index] = 1
+            self._copied += 1
+        if index == 0 and blob is pull.blobs[0]:
+            pull.first_byte_at = self._clock.now
+        self._dispatch(host, ev.PieceStored(connection.number, blob.digest, index))
+        if self._options.readers and pull.positions[blob.index] == index:
+            self._read(pull, blob)
+
+    # --- readers ------------------------------------------------------------------------------
+
+    def _read(self, pull: Pull, blob: Blob) -> None:
+        """The piece that the reader of a layer waits for is there."""
+        torrent = pull.host.scheduler.torrent(blob.digest)
+        if torrent is None:
+            return
+        position = pull.positions[blob.index]
+        if self._options.reader_rate < math.inf:
+            seconds = blob.piece_size(position) / self._options.reader_rate
+            self._clock.at(self._clock.now + seconds, self._consumed, pull, blob)
+            return
+        ahead = ~torrent.have >> position
+        self._move_reader(pull, blob, position + bitfield.lowest(ahead))
+
+    def _consumed(self, pull: Pull, blob: Blob) -> None:
+        position = pull.positions[blob.index] + 1
+        self._move_reader(pull, blob, position)
+        torrent = pull.host.scheduler.torrent(blob.digest)
+        if torrent is not None and position < blob.piece_count and (torrent.have >> position) & 1:
+            self._read(pull, blob)
+
+    def _move_reader(self, pull: Pull, blob: Blob, position: int) -> None:
+        pull.positions[blob.index] = position
+        if position < blob.piece_count:
+            self._dispatch(pull.host, ev.ReaderMoved(blob.digest, 0, position))
+        else:
+            self._dispatch(pull.host, ev.ReaderClosed(blob.digest, 0))
+
+    # --- ends ---------------------------------------------------------------------------------
+
+    def _finish_soon(self, host: Host, action: act.Finish) -> None:
+        self._clock.at(self._clock.now, self._finish, host, action.digest)
+
+    def _finish(self, host: Host, digest: Digest) -> None:
+        if host.gone:
+            return
         self._dispatch(host, ev.BlobVerified(digest))
-        host.complete_layers += 1
-        if host.complete_layers == len(self._layers) and not (host.dead or host.silent):
-            host.finished_at = self._clock.now
-            self._unfinished -= not host.doomed
+        pull = host.pulls[self._blob_of[digest].index]
+        pull.layers_left -= 1
+        if pull.layers_left == 0:
+            pull.finished_at = self._clock.now
+            self._end_pull(pull)
 
-    # --- coming out ---------------------------------------------------------------------------
+    def _fail(self, host: Host, action: act.Fail) -> None:
+        pull = host.pulls[self._blob_of[action.digest].index]
+        if not pull.gave_up:
+            pull.gave_up = True
+            self._end_pull(pull)
 
-    def _metainfo(self, digest: Digest) -> Metainfo:
-        return next(layer for layer in self._layers if layer.digest == digest)
+    def _end_pull(self, pull: Pull) -> None:
+        self._unfinished -= pull.host.survives
+        self._healthy_unfinished -= pull.host.healthy
+        self._clock.stopped = self._unfinished == 0
 
-    def _result(self, agents: list[_Host]) -> SimulationResult:
-        survivors = [agent for agent in agents if not agent.doomed]
-        times = sorted(
-            agent.finished_at - agent.arrives_at
-            for agent in survivors
-            if agent.finished_at is not None
-        )
+    def _result(self) -> SimulationResult:
+        honest = [pull for pull in self._pulls if pull.host.survives]
+        healthy = [pull for pull in honest if pull.host.healthy]
+        finishes = [pull.finished_at for pull in healthy if pull.finished_at is not None]
         return SimulationResult(
-            completed=len(times),
-            expected=len(survivors),
-            times=tuple(times),
-            bound=lower_bound(self._options),
-            bytes_from_origins=sum(h.link.bytes_sent for h in self._of_kind(PeerKind.ORIGIN)),
-            bytes_from_agents=sum(agent.link.bytes_sent for agent in agents),
+            policy=self._options.policy,
+            completed=sum(pull.finished_at is not None for pull in honest),
+            expected=len(honest),
+            gave_up=sum(pull.gave_up for pull in honest),
+            times=_times(healthy),
+            faulty_times=_times([pull for pull in honest if not pull.host.healthy]),
+            first_bytes=tuple(
+                sorted(
+                    pull.first_byte_at - pull.started_at
+                    for pull in healthy
+                    if pull.first_byte_at is not None
+                )
+            ),
+            makespan=max(finishes, default=math.nan),
+            bound=self._bound,
+            bytes_total=max(self._options.images, 1) * self._options.size,
+            bytes_from_origins=sum(origin.link.bytes_sent for origin in self._origins),
+            bytes_from_agents=sum(agent.link.bytes_sent for agent in self._agents),
+            pieces=self._stored,
             messages=self._messages,
+            announces=self._announces,
             connections=self._established,
+            dropped=self._dropped,
+            refused=self._connection_count - self._established,
+            agent_uplinks=self._sampler.shares(PeerKind.AGENT),
+            origin_uplinks=self._sampler.shares(PeerKind.ORIGIN),
+            samples=tuple(self._sampler.samples),
             events=self._clock.processed,
         )
 
 
-def _layer(index: int, options: SimulationOptions) -> Metainfo:
-    """Metainfo of a made-up layer: nobody hashes anything here, so the hashes are zeros."""
-    length = options.size // options.layers
-    piece_length = piece_length_for(length)
-    hashes = bytes(PIECE_HASH_BYTES * piece_count_for(length, piece_length))
-    return Metainfo(Digest.of(f"layer {index}".encode()), length, piece_length, hashes)
+def _times(pulls: list[Pull]) -> tuple[float, ...]:
+    return tuple(
+        sorted(pull.finished_at - pull.started_at for pull in pulls if pull.finished_at is not None)
+    )
+
+
+@contextmanager
+def _without_cycle_search() -> Iterator[None]:
+    """Millions of live objects and hardly any cycles: searching for those takes a tenth of a run."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

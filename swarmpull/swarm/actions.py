@@ -28,6 +28,14 @@ class Send:
 
 
 @attrs.frozen
+class SendAll:
+    """Send one message on several connections."""
+
+    connections: tuple[int, ...]
+    message: Message
+
+
+@attrs.frozen
 class SendPiece:
     """Send a piece, then report `PieceSent`."""
 
@@ -69,4 +77,4 @@ class Fail:
     reason: str
 
 
-Action = Dial | Send | SendPiece | Close | Announce | Finish | Fail
+Action = Dial | Send | SendAll | SendPiece | Close | Announce | Finish | Fail

@@ -29,6 +29,11 @@ def indices(bits: int) -> Iterator[int]:
         index = digits.find("1", index + 1)
 
 
+def lowest(bits: int) -> int:
+    """The lowest set bit of a bitfield that is not empty."""
+    return (bits & -bits).bit_length() - 1
+
+
 def to_bytes(bits: int, count: int) -> bytes:
     """The wire form: bit ``i % 8`` of byte ``i // 8`` is piece ``i``."""
     return bits.to_bytes((count + 7) // 8, "little")

@@ -27,7 +27,9 @@ class ConnectionLimits:
     """Bounds on the connections of one torrent and of the host.
 
     Attributes:
-        per_torrent: pending and active connections of one torrent.
+        dialled: a leecher dials until it has so many connections of one torrent.
+        per_torrent: pending and active connections of one torrent; above ``dialled``, so that there
+            is room for those who come later.
         per_host: of all torrents together.
         backoff_initial: seconds for which a peer is left alone after its first failure; doubles.
         backoff_max: the longest back-off, in seconds.
@@ -35,7 +37,8 @@ class ConnectionLimits:
         idle_timeout: seconds without a piece in either direction until a connection is useless.
     """
 
-    per_torrent: int = attrs.field(default=20, validator=attrs.validators.ge(1))
+    dialled: int = attrs.field(default=12, validator=attrs.validators.ge(1))
+    per_torrent: int = attrs.field(default=30, validator=attrs.validators.ge(1))
     per_host: int = attrs.field(default=400, validator=attrs.validators.ge(1))
     backoff_initial: float = attrs.field(default=1.0, validator=attrs.validators.gt(0))
     backoff_max: float = attrs.field(default=60.0, validator=attrs.validators.gt(0))
@@ -115,8 +118,8 @@ class ConnectionTable:
         tried come first, then those whose turn is longest ago: a few peers that accept and then give
         nothing must not keep us from the others for ever.
         """
-        places = min(wanted, self._limits.per_torrent) - self.active_count - self.pending_count
-        places = min(places, self._host.free)
+        places = min(wanted, self._limits.dialled, self._limits.per_torrent)
+        places = min(places - self.active_count - self.pending_count, self._host.free)
         if places <= 0:
             return []
         candidates = [c for peer_id, c in self._known.items() if self._may_dial(peer_id, now)]

@@ -66,6 +66,26 @@ class Have:
 
 
 @attrs.frozen
+class HaveAll:
+    """The sender has verified and stored every piece."""
+
+
+@attrs.frozen
+class Want:
+    """The sender lacks something that the receiver has: offer it a slot when there is one."""
+
+
+@attrs.frozen
+class Offer:
+    """The sender's uplink is about to be free: claim a piece, or pass.
+
+    ``index`` is a piece that the sender would like to give, or -1.
+    """
+
+    index: int = -1
+
+
+@attrs.frozen
 class Claim:
     """The sender wants this piece from the receiver, now."""
 
@@ -74,9 +94,9 @@ class Claim:
 
 @attrs.frozen
 class Pass:
-    """The answer to a claim that will not be served: claim the piece elsewhere."""
+    """No: to an offer (``index`` -1), or to the claim of this piece, which is then to be had elsewhere."""
 
-    index: int
+    index: int = -1
 
 
 @attrs.frozen
@@ -106,4 +126,4 @@ class PieceChunk:
     length: int
 
 
-Message = Hello | Have | Claim | Pass | Cancel | Bye
+Message = Hello | Have | HaveAll | Want | Offer | Claim | Pass | Cancel | Bye

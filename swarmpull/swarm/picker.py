@@ -15,9 +15,9 @@ import attrs
 
 from swarmpull.swarm import bitfield
 
-# Ties are frequent and the minimum of a sample is as good as the minimum of all: bounds the cost of one
-# choice in a blob of thousands of pieces.
-SAMPLE_MAX: Final = 256
+# Ties are frequent, and the rarest of a few random candidates spreads pieces as well as the rarest of all
+# (measured in the simulator); this bounds the cost of one choice in a blob of thousands of pieces.
+SAMPLE_MAX: Final = 16
 
 
 class Availability:
@@ -109,11 +109,18 @@ class Picker:
         """The piece to claim out of the bitfield ``candidates``; None when it is empty."""
         if not candidates:
             return None
-        if self._readers and self._rng.random() < self._limits.window_share:
-            urgent = self._first_in_windows(candidates)
-            if urgent is not None:
-                return urgent
-        return self._rarest(candidates)
+        urgent = self.pick_urgent(candidates)
+        return self.pick_rarest(candidates) if urgent is None else urgent
+
+    def pick_urgent(self, candidates: int) -> int | None:
+        """The candidate that a reader needs first, when it is the readers' turn; else None."""
+        if not self._readers or self._rng.random() >= self._limits.window_share:
+            return None
+        return self._first_in_windows(candidates)
+
+    def pick_rarest(self, candidates: int) -> int:
+        """One of the rarest candidates, of which there is at least one."""
+        return self._rng.choice(self._availability.rarest(self._sample(candidates)))
 
     def _first_in_windows(self, candidates: int) -> int | None:
         nearest: tuple[int, int] | None = None
@@ -124,17 +131,13 @@ class Picker:
                 nearest = min(nearest or (distance, position), (distance, position))
         return None if nearest is None else nearest[0] + nearest[1]
 
-    def _rarest(self, candidates: int) -> int:
-        return self._rng.choice(self._availability.rarest(self._sample(candidates)))
-
     def _sample(self, candidates: int) -> list[int]:
         if candidates.bit_count() <= SAMPLE_MAX:
             return list(bitfield.indices(candidates))
-        start = self._rng.randrange(candidates.bit_length())
-        sample: list[int] = []
-        for part, base in ((candidates >> start, start), (candidates & bitfield.full(start), 0)):
-            for index in bitfield.indices(part):
-                sample.append(base + index)
-                if len(sample) == SAMPLE_MAX:
-                    return sample
+        length = candidates.bit_length()
+        sample = []
+        for _ in range(SAMPLE_MAX):
+            start = int(self._rng.random() * length)
+            part = candidates >> start
+            sample.append(start + bitfield.lowest(part) if part else bitfield.lowest(candidates))
         return sample

@@ -31,21 +31,26 @@ from swarmpull.swarm import actions as act
 from swarmpull.swarm import bitfield
 from swarmpull.swarm import events as ev
 from swarmpull.swarm.connections import Admission, ConnectionLimits, HostPlaces
+from swarmpull.swarm.exchange import Outbox, Uplink
 from swarmpull.swarm.messages import (
     Bye,
     ByeReason,
     Cancel,
     Claim,
     Have,
+    HaveAll,
     Hello,
     Message,
+    Offer,
     Pass,
+    Want,
 )
+from swarmpull.swarm.offers import OfferLimits
 from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
 from swarmpull.swarm.picker import PickerLimits
-from swarmpull.swarm.pipeline import ClaimPolicy, PipelinePolicy
-from swarmpull.swarm.torrent import Peer, Torrent, TorrentStatistics
-from swarmpull.swarm.uploads import UploadLimits, Uploads
+from swarmpull.swarm.pipeline import PipelineLimits
+from swarmpull.swarm.timing import PieceTiming
+from swarmpull.swarm.torrent import Inbound, Peer, Torrent, TorrentStatistics
 
 INFINITY: Final = float("inf")
 # One late claim may be bad luck at a busy peer; the second without any piece in between is not.
@@ -53,6 +58,9 @@ LATE_IN_A_ROW_MAX: Final = 2
 # A full house admits a newcomer in place of a peer that gave and took nothing for this long, in seconds.
 EVICTABLE_AFTER: Final = 5.0
 ANNOUNCE_RETRY_MAX: Final = 30.0
+# How often a torrent is looked after, in seconds: while it is fetched, and while it is only seeded.
+LEECHING_TICK: Final = 0.25
+SEEDING_TICK: Final = 1.0
 # After a restart the cached blobs are announced over this many seconds for each of them, up to a limit,
 # so that a host with thousands does not arrive at the tracker as a burst.
 REANNOUNCE_SPACING: Final = 0.02
@@ -67,7 +75,7 @@ class SwarmLimits:
     """
 
     connections: ConnectionLimits = attrs.field(factory=ConnectionLimits)
-    uploads: UploadLimits = attrs.field(factory=UploadLimits)
+    exchange: OfferLimits | PipelineLimits = attrs.field(factory=OfferLimits)
     picker: PickerLimits = attrs.field(factory=PickerLimits)
     stall_timeout: float = attrs.field(default=120.0, validator=attrs.validators.gt(0))
 
@@ -83,23 +91,22 @@ class Scheduler:
         *,
         rng: random.Random,
         limits: SwarmLimits | None = None,
-        policy: ClaimPolicy | None = None,
     ) -> None:
         self.peer_id = peer_id
         self._kind = kind
         self._port = port
         self._rng = rng
         self._limits = limits or SwarmLimits()
-        self._policy: ClaimPolicy = policy or PipelinePolicy()
         self._torrents: dict[Digest, Torrent] = {}
         self._by_connection: dict[int, Torrent] = {}
-        self._uploads = Uploads(self._limits.uploads)
+        self._outbox = Outbox()
+        self._inbound = Inbound()
+        self._exchange = self._limits.exchange.build(self._inbound, self._outbox, rng)
         self._announcing: set[Digest] = set()
         self._deadlines: list[tuple[float, int, Digest]] = []
         self._deadline_of: dict[Digest, float] = {}
         self._serial = 0
         self._draining = False
-        self._actions: list[act.Action] = []
         self._places = HostPlaces(self._limits.connections.per_host)
         self._handlers: dict[type[Any], Callable[[Any, float], None]] = {
             ev.TorrentAdded: self._torrent_added,
@@ -130,18 +137,18 @@ class Scheduler:
 
         ``now`` is in seconds on any clock that never goes back.
         """
-        self._actions = []
+        actions = self._outbox.actions = []
         self._handlers[type(event)](event, now)
-        return self._actions
+        return actions
 
     def next_deadline(self) -> float:
         """When `DeadlinePassed` is due; inf when nothing is outstanding."""
         while self._deadlines:
             at, _, digest = self._deadlines[0]
             if self._deadline_of.get(digest) == at:
-                return min(at, self._uploads.next_deadline())
+                return at
             heapq.heappop(self._deadlines)
-        return self._uploads.next_deadline()
+        return INFINITY
 
     def hello(self, digest: Digest) -> Hello | None:
         """The Hello to send on a connection that we dialled; None if the torrent is gone."""
@@ -165,13 +172,17 @@ class Scheduler:
     def statistics(self) -> list[TorrentStatistics]:
         return [torrent.statistics() for torrent in self._torrents.values()]
 
+    def uplink(self) -> Uplink:
+        """What the uplink has to do now, to look at."""
+        return self._exchange.uplink()
+
     @property
     def connection_count(self) -> int:
         return len(self._by_connection)
 
     def check_invariants(self) -> None:
         """For tests and the simulator.  O(everything)."""
-        self._uploads.check_invariants()
+        self._exchange.check_invariants()
         connections = 0
         for torrent in self._torrents.values():
             torrent.check_invariants()
@@ -199,18 +210,19 @@ class Scheduler:
             verified=event.verified,
             own_peer_id=self.peer_id,
             host_places=self._places,
+            inbound=self._inbound,
             connection_limits=self._limits.connections,
             picker_limits=self._limits.picker,
             rng=self._rng,
         )
-        torrent.progress_at = now
+        torrent.progress_at = torrent.ticked_at = now
         self._torrents[digest] = torrent
         if event.announce:
             self._announcing.add(digest)
             torrent.announce.due_at = now + self._announce_delay(torrent)
         if torrent.is_complete and not torrent.verified:
-            self._actions.append(act.Finish(digest))
-        self._reschedule(torrent, now)
+            self._outbox.actions.append(act.Finish(digest))
+        self._reschedule(torrent)
 
     def _announce_delay(self, torrent: Torrent) -> float:
         if not torrent.is_complete:
@@ -237,7 +249,7 @@ class Scheduler:
         if torrent.digest in self._announcing:
             self._announcing.remove(torrent.digest)
             torrent.announce.due_at = INFINITY
-            self._actions.append(
+            self._outbox.actions.append(
                 act.Announce(torrent.digest, torrent.namespace, AnnounceState.STOPPED)
             )
 
@@ -250,7 +262,7 @@ class Scheduler:
             torrent.announce.due_at = now
         self._close_useless(torrent, now)
         self._announce_if_due(torrent, now)
-        self._reschedule(torrent, now)
+        self._reschedule(torrent)
 
     def _reader_moved(self, event: ev.ReaderMoved, _now: float) -> None:
         torrent = self._torrents.get(event.digest)
@@ -269,7 +281,7 @@ class Scheduler:
         if torrent is not None:
             torrent.connections.learn(event.peers)
             self._dial(torrent, now)
-            self._reschedule(torrent, now)
+            self._reschedule(torrent)
 
     def _announce_replied(self, event: ev.AnnounceReplied, now: float) -> None:
         torrent = self._torrents.get(event.digest)
@@ -282,7 +294,7 @@ class Scheduler:
             torrent.announce.due_at = now if unheard else now + event.interval
         torrent.connections.learn(event.peers)
         self._dial(torrent, now)
-        self._reschedule(torrent, now)
+        self._reschedule(torrent)
 
     def _announce_failed(self, event: ev.AnnounceFailed, now: float) -> None:
         torrent = self._torrents.get(event.digest)
@@ -293,7 +305,7 @@ class Scheduler:
         clock.failures += 1
         pause = min(0.5 * 2 ** min(clock.failures, 10), ANNOUNCE_RETRY_MAX)
         clock.due_at = now + pause * self._rng.uniform(0.5, 1.0)
-        self._reschedule(torrent, now)
+        self._reschedule(torrent)
 
     def _announce_if_due(self, torrent: Torrent, now: float) -> None:
         clock = torrent.announce
@@ -302,7 +314,7 @@ class Scheduler:
         state = AnnounceState.COMPLETE if torrent.verified else AnnounceState.LEECHING
         clock.outstanding = state
         clock.due_at = INFINITY
-        self._actions.append(act.Announce(torrent.digest, torrent.namespace, state))
+        self._outbox.actions.append(act.Announce(torrent.digest, torrent.namespace, state))
 
     # --- connections --------------------------------------------------------------------------
 
@@ -311,7 +323,7 @@ class Scheduler:
         if torrent.is_complete or self._draining:
             return
         for contact in torrent.connections.dials(torrent.missing_count + 1, now):
-            self._actions.append(act.Dial(torrent.digest, contact))
+            self._outbox.actions.append(act.Dial(torrent.digest, contact))
 
     def _dial_failed(self, event: ev.DialFailed, now: float) -> None:
         torrent = self._torrents.get(event.digest)
@@ -319,7 +331,7 @@ class Scheduler:
             return
         torrent.connections.dial_failed(event.peer_id, now)
         self._dial(torrent, now)
-        self._reschedule(torrent, now)
+        self._reschedule(torrent)
 
     def _peer_connected(self, event: ev.PeerConnected, now: float) -> None:
         torrent = self._torrents.get(event.hello.digest)
@@ -330,17 +342,18 @@ class Scheduler:
             refusal, have = (ByeReason.PROTOCOL_ERROR, error.reason), 0
         if torrent is None or refusal is not None:
             reason, text = refusal or (ByeReason.UNKNOWN_TORRENT, "")
-            self._actions.append(act.Close(event.connection, reason, text))
+            self._outbox.actions.append(act.Close(event.connection, reason, text))
             if torrent is not None and event.announced is not None:
                 self._dial_failed(ev.DialFailed(torrent.digest, event.hello.peer_id), now)
             return
         torrent.connections.connected(event.hello.peer_id, event.connection)
-        peer = Peer(event.connection, event.contact, have, now)
+        timing = PieceTiming(self._inbound.timing, torrent.piece_scale)
+        peer = Peer(event.connection, event.contact, have, now, timing=timing)
         torrent.add_peer(peer)
         self._by_connection[event.connection] = torrent
         self._greet(torrent, peer, event.announced)
-        self._claim_from(torrent, peer, now)
-        self._reschedule(torrent, now)
+        self._exchange.joined(torrent, peer, now)
+        self._reschedule(torrent)
 
     def _refusal(
         self, torrent: Torrent | None, event: ev.PeerConnected, now: float
@@ -378,18 +391,21 @@ class Scheduler:
 
     def _evict_idle(self, torrent: Torrent, now: float) -> bool:
         """Make room for a newcomer in place of the peer that has been of no use for longest."""
-        idle = [p for p in torrent.peers.values() if not self._uploads.is_busy(p.connection)]
+        idle = [p for p in torrent.peers.values() if not self._exchange.is_busy(p.connection)]
         oldest = min(idle, key=lambda peer: peer.useful_at, default=None)
         if oldest is None or now - oldest.useful_at < EVICTABLE_AFTER:
             return False
         self._drop(torrent, oldest.connection, now, ByeReason.USELESS)
-        self._claim_from_all(torrent, now)
+        self._exchange.freed(torrent, now)
         return True
 
     def _greet(self, torrent: Torrent, peer: Peer, announced: int | None) -> None:
         """Bring the other side up to date about our pieces."""
         if announced is None:
             self._send(peer.connection, self._hello_of(torrent))
+            return
+        if torrent.is_complete:
+            self._send(peer.connection, HaveAll())
             return
         for index in bitfield.indices(torrent.have & ~announced):
             self._send(peer.connection, Have(index))
@@ -406,20 +422,19 @@ class Scheduler:
     ) -> None:
         """Close a connection by our own decision."""
         self._remove_peer(torrent, connection, now)
-        self._actions.append(act.Close(connection, reason, text))
+        self._outbox.actions.append(act.Close(connection, reason, text))
 
     def _remove_peer(self, torrent: Torrent, connection: int, now: float) -> None:
         peer = torrent.remove_peer(connection)
         del self._by_connection[connection]
-        self._uploads.drop_connection(connection)
         torrent.connections.lost(peer.contact.peer_id, now)
-        self._start_uploads(now)
+        self._exchange.left(torrent, peer, now)
 
     def _recover(self, torrent: Torrent, now: float) -> None:
         """After a loss: dial others, and claim what became free elsewhere."""
         self._dial(torrent, now)
-        self._claim_from_all(torrent, now)
-        self._reschedule(torrent, now)
+        self._exchange.freed(torrent, now)
+        self._reschedule(torrent)
 
     def _close_useless(self, torrent: Torrent, now: float) -> None:
         """No two complete peers stay connected."""
@@ -428,7 +443,7 @@ class Scheduler:
 
     def _close_if_done(self, torrent: Torrent, peer: Peer, now: float) -> None:
         """Let go of a peer that is being sent nothing and will not be again."""
-        if self._uploads.is_busy(peer.connection):
+        if self._exchange.is_busy(peer.connection):
             return
         if self._draining:
             self._drop(torrent, peer.connection, now, ByeReason.DRAINING)
@@ -443,67 +458,39 @@ class Scheduler:
             return
         peer = torrent.peers[event.connection]
         message = event.message
-        if isinstance(message, Bye):
-            return
-        if isinstance(message, Hello) or not 0 <= message.index < torrent.piece_count:
+        kind = type(message)
+        if kind is Have:
+            self._have_received(torrent, peer, message.index, now)  # type: ignore[union-attr]
+        elif kind is HaveAll:
+            torrent.peer_completed(peer)
+            self._exchange.gained(torrent, peer, -1, now)
+            self._close_if_done(torrent, peer, now)
+        elif _is_sound(message, torrent.piece_count):
+            self._exchange.received(torrent, peer, message, now)
+            if kind is Cancel or kind is Pass:
+                self._close_if_done(torrent, peer, now)
+        elif kind is not Bye:
             self._drop(torrent, peer.connection, now, ByeReason.PROTOCOL_ERROR, repr(message))
             self._recover(torrent, now)
-            return
-        match message:
-            case Have():
-                self._have_received(torrent, peer, message.index, now)
-            case Claim():
-                self._claim_received(torrent, peer, message.index, now)
-            case Cancel():
-                self._uploads.cancel(peer.connection, message.index)
-                self._close_if_done(torrent, peer, now)
-                self._reschedule(torrent, now)
-            case Pass():
-                self._pass_received(torrent, peer, message.index, now)
 
     def _have_received(self, torrent: Torrent, peer: Peer, index: int, now: float) -> None:
+        # By far the most frequent message.
+        if not 0 <= index < torrent.piece_count:
+            self._drop(torrent, peer.connection, now, ByeReason.PROTOCOL_ERROR, f"have {index}")
+            self._recover(torrent, now)
+            return
         torrent.peer_gained(peer, index)
-        claims = len(peer.claims)
+        self._exchange.gained(torrent, peer, index, now)
         if torrent.verified:
             self._close_if_done(torrent, peer, now)
-        else:
-            self._claim_from(torrent, peer, now)
-        # By far the most frequent message; most change nothing that has a deadline.
-        if len(peer.claims) > claims or peer.connection not in torrent.peers:
-            self._reschedule(torrent, now)
-
-    def _pass_received(self, torrent: Torrent, peer: Peer, index: int, now: float) -> None:
-        torrent.passed(peer, index)
-        for other in list(torrent.peers.values()):
-            # A peer that owes us pieces has passed for want of room: it would pass the next one too.
-            if other is not peer or not peer.claims:
-                self._claim_from(torrent, other, now)
-        self._reschedule(torrent, now)
-
-    def _claim_received(self, torrent: Torrent, peer: Peer, index: int, now: float) -> None:
-        had = (torrent.have >> index) & 1
-        if not had or self._draining or not self._uploads.claim(peer.connection, index):
-            self._send(peer.connection, Pass(index))
-        self._start_uploads(now)
-
-    def _start_uploads(self, now: float) -> None:
-        while (upload := self._uploads.start_next(now)) is not None:
-            connection, index = upload
-            digest = self._by_connection[connection].digest
-            self._actions.append(act.SendPiece(connection, digest, index))
 
     def _piece_sent(self, event: ev.PieceSent, now: float) -> None:
-        self._uploads.sent(event.connection, event.index)
+        self._exchange.sent(event.connection, event.index, now)
         torrent = self._by_connection.get(event.connection)
         if torrent is not None:
             peer = torrent.peers[event.connection]
             peer.useful_at = now
-            if self._draining:
-                self._drop(torrent, event.connection, now, ByeReason.DRAINING)
-            else:
-                self._close_if_done(torrent, peer, now)
-            self._reschedule(torrent, now)
-        self._start_uploads(now)
+            self._close_if_done(torrent, peer, now)
 
     # --- pieces -------------------------------------------------------------------------------
 
@@ -514,8 +501,7 @@ class Scheduler:
         peer = torrent.peers[event.connection]
         if torrent.received(peer, event.index, now):
             self._withdraw_elsewhere(torrent, event.index, event.connection)
-        self._claim_from(torrent, peer, now)
-        self._reschedule(torrent, now)
+        self._exchange.arrived(torrent, peer, now)
 
     def _withdraw_elsewhere(self, torrent: Torrent, index: int, connection: int) -> None:
         for other in torrent.other_claimants(index, connection):
@@ -526,13 +512,23 @@ class Scheduler:
         torrent = self._torrents.get(event.digest)
         if torrent is None or not torrent.stored(event.index, now):
             return
-        for peer in torrent.peers.values():
-            self._send(peer.connection, Have(event.index))
+        self._tell_peers(torrent, event.index)
         if torrent.is_complete:
-            self._actions.append(act.Finish(torrent.digest))
-        else:
-            self._claim_from_all(torrent, now)
-        self._reschedule(torrent, now)
+            self._outbox.actions.append(act.Finish(torrent.digest))
+            self._reschedule(torrent)
+
+    def _tell_peers(self, torrent: Torrent, index: int) -> None:
+        """Tell of a new piece those who lack it; of the last one, everybody, in one word.
+
+        Who has a piece never asks for it again, so it need not know who else has.
+        """
+        lacking = [p.connection for p in torrent.peers.values() if not (p.have >> index) & 1]
+        message: Message = Have(index)
+        if torrent.is_complete:
+            lacking = list(torrent.peers)
+            message = HaveAll()
+        if lacking:
+            self._outbox.actions.append(act.SendAll(tuple(lacking), message))
 
     def _piece_rejected(self, event: ev.PieceRejected, now: float) -> None:
         torrent = self._torrents.get(event.digest)
@@ -551,25 +547,12 @@ class Scheduler:
         torrent = self._torrents.get(event.digest)
         if torrent is not None:
             torrent.rejected(event.index)
-            self._claim_from_all(torrent, now)
-            self._reschedule(torrent, now)
-
-    def _claim_from_all(self, torrent: Torrent, now: float) -> None:
-        # What was taken back from a late peer goes to another one if there is one.
-        for peer in sorted(torrent.peers.values(), key=lambda peer: peer.late_in_a_row):
-            self._claim_from(torrent, peer, now)
-
-    def _claim_from(self, torrent: Torrent, peer: Peer, now: float) -> None:
-        if torrent.is_complete or self._draining:
-            return
-        while (index := self._policy.next_claim(torrent, peer)) is not None:
-            torrent.claim(peer, index, now)
-            self._send(peer.connection, Claim(index))
+            self._exchange.freed(torrent, now)
 
     # --- time ---------------------------------------------------------------------------------
 
     def _deadline_passed(self, _event: ev.DeadlinePassed, now: float) -> None:
-        for connection in self._uploads.stalled(now):
+        for connection in self._exchange.tick(now):
             torrent = self._by_connection[connection]
             self._drop(torrent, connection, now, ByeReason.STALLED)
             self._recover(torrent, now)
@@ -586,16 +569,20 @@ class Scheduler:
         return due
 
     def _tick(self, torrent: Torrent, now: float) -> None:
+        torrent.ticked_at = now
         if self._fail_if_stalled(torrent, now):
             return
         torrent.connections.expire(now)
         self._take_back_late_claims(torrent, now)
         self._close_idle(torrent, now)
+        self._close_useless(torrent, now)
         self._announce_if_due(torrent, now)
         self._recover(torrent, now)
 
     def _fail_if_stalled(self, torrent: Torrent, now: float) -> bool:
-        if torrent.is_complete or now < torrent.progress_at + self._limits.stall_timeout:
+        if torrent.is_complete or self._draining:
+            return False
+        if now < torrent.progress_at + self._limits.stall_timeout:
             return False
         for connection in list(torrent.peers):
             self._drop(torrent, connection, now, ByeReason.USELESS)
@@ -603,17 +590,19 @@ class Scheduler:
             f"no piece for {self._limits.stall_timeout:.0f} s, "
             f"{torrent.missing_count} of {torrent.piece_count} pieces missing"
         )
-        self._actions.append(act.Fail(torrent.digest, reason))
+        self._outbox.actions.append(act.Fail(torrent.digest, reason))
         self._forget(torrent)
         return True
 
     def _take_back_late_claims(self, torrent: Torrent, now: float) -> None:
         late_peers: dict[int, Peer] = {}
         for peer, index in torrent.late_claims(now):
+            if peer.claims[index].claimed_at >= peer.late_at:
+                late_peers[peer.connection] = peer
             torrent.withdraw(peer, index)
             self._send(peer.connection, Cancel(index))
-            late_peers[peer.connection] = peer
         for peer in late_peers.values():
+            peer.late_at = now
             peer.timing.back_off()
             peer.late_in_a_row += 1
             if peer.late_in_a_row >= LATE_IN_A_ROW_MAX:
@@ -626,20 +615,21 @@ class Scheduler:
                 self._drop(torrent, peer.connection, now, ByeReason.USELESS)
 
     def _in_use(self, peer: Peer) -> bool:
-        return bool(peer.claims) or self._uploads.is_busy(peer.connection)
+        return bool(peer.claims) or self._exchange.is_busy(peer.connection)
 
     def _drain_started(self, _event: ev.DrainStarted, now: float) -> None:
         self._draining = True
+        self._exchange.drain()
         for torrent in self._torrents.values():
             for connection in list(torrent.peers):
-                if not self._uploads.is_busy(connection):
+                if not self._exchange.is_busy(connection):
                     self._drop(torrent, connection, now, ByeReason.DRAINING)
             self._say_stopped(torrent)
-            self._reschedule(torrent, now)
+            self._reschedule(torrent)
 
-    def _reschedule(self, torrent: Torrent, now: float) -> None:
+    def _reschedule(self, torrent: Torrent) -> None:
         """Work out when this torrent needs attention next."""
-        deadline = self._torrent_deadline(torrent, now)
+        deadline = self._torrent_deadline(torrent)
         if self._deadline_of.get(torrent.digest) == deadline:
             return
         self._deadline_of[torrent.digest] = deadline
@@ -647,28 +637,25 @@ class Scheduler:
             self._serial += 1
             heapq.heappush(self._deadlines, (deadline, self._serial, torrent.digest))
 
-    def _torrent_deadline(self, torrent: Torrent, now: float) -> float:
+    def _torrent_deadline(self, torrent: Torrent) -> float:
+        """The next announce, or the next look at claims, dials and idle peers.
+
+        Those have deadlines by the dozen that move with every message; looking four times a second costs
+        less than keeping their minimum, and none of them needs to be met more exactly.
+        """
         if self._draining:
-            return INFINITY
-        idle_timeout = self._limits.connections.idle_timeout
-        idle_at = min(
-            (p.useful_at + idle_timeout for p in torrent.peers.values() if not self._in_use(p)),
-            default=INFINITY,
-        )
-        deadline = min(torrent.announce.due_at, idle_at)
+            return torrent.ticked_at + SEEDING_TICK if torrent.peers else INFINITY
+        deadline = torrent.announce.due_at
         if not torrent.is_complete:
-            deadline = min(
-                deadline,
-                torrent.progress_at + self._limits.stall_timeout,
-                torrent.next_claim_deadline(),
-                torrent.connections.next_deadline(now),
-            )
+            return min(deadline, torrent.ticked_at + LEECHING_TICK)
+        if torrent.peers:
+            return min(deadline, torrent.ticked_at + SEEDING_TICK)
         return deadline
 
     # --- small things -------------------------------------------------------------------------
 
     def _send(self, connection: int, message: Message) -> None:
-        self._actions.append(act.Send(connection, message))
+        self._outbox.actions.append(act.Send(connection, message))
 
     def _hello_of(self, torrent: Torrent) -> Hello:
         return Hello(
@@ -680,6 +667,16 @@ class Scheduler:
             piece_count=torrent.piece_count,
             have=bitfield.to_bytes(torrent.have, torrent.piece_count),
         )
+
+
+def _is_sound(message: Any, piece_count: int) -> bool:  # noqa: ANN401 - decided by type just below
+    """Whether a message of the exchange speaks of pieces that exist."""
+    kind = type(message)
+    if kind is Want:
+        return True
+    if kind in (Offer, Pass):
+        return bool(-1 <= message.index < piece_count)
+    return kind in (Claim, Cancel) and bool(0 <= message.index < piece_count)
 
 
 def contact_of(hello: Hello, host: str) -> PeerContact:

@@ -9,26 +9,34 @@ from typing import Final
 MEAN_GAIN: Final = 1 / 8
 DEVIATION_GAIN: Final = 1 / 4
 DEVIATIONS: Final = 4.0
-# Before the first sample: 4 MiB at 0.5 MB/s.
-TIMEOUT_INITIAL: Final = 8.0
+# Before the first sample: 4 MiB at 1 MB/s.
+TIMEOUT_INITIAL: Final = 4.0
 # Below this a hiccup of the host (a busy disk, a paused process) would look like a dead peer.
-TIMEOUT_MIN: Final = 1.0
+TIMEOUT_MIN: Final = 0.5
 TIMEOUT_MAX: Final = 60.0
 
 
 class PieceTiming:
     """Mean and deviation of the time from a claim to its piece, in seconds."""
 
-    __slots__ = ("_deviation", "_lateness", "_mean")
+    __slots__ = ("_common", "_deviation", "_lateness", "_mean", "_scale")
 
-    def __init__(self) -> None:
+    def __init__(self, common: PieceTiming | None = None, scale: float = 1.0) -> None:
+        """``common`` is what is expected of a peer that has not given a piece yet.
+
+        It is about pieces of the smallest length; these are ``scale`` times as long.
+        """
+        self._common = common
+        self._scale = scale
         self._mean: float | None = None
         self._deviation = 0.0
         self._lateness = 1.0
 
-    def add(self, seconds: float) -> None:
-        """A piece arrived that many seconds after its claim."""
+    def add(self, seconds: float, *, is_short: bool = False) -> None:
+        """A piece arrived that many seconds after its claim; a short one tells nothing of others."""
         self._lateness = 1.0
+        if self._common is not None and not is_short:
+            self._common.add(seconds / self._scale)
         if self._mean is None:
             self._mean, self._deviation = seconds, seconds / 2
             return
@@ -43,7 +51,8 @@ class PieceTiming:
     def timeout(self) -> float:
         """Seconds after which a claim is late."""
         if self._mean is None:
-            expected = TIMEOUT_INITIAL
+            common = TIMEOUT_INITIAL if self._common is None else 2 * self._common.timeout()
+            expected = common * self._scale
         else:
             expected = max(self._mean + DEVIATIONS * self._deviation, TIMEOUT_MIN)
         return min(expected * self._lateness, TIMEOUT_MAX)

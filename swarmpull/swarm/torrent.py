@@ -15,7 +15,7 @@ import attrs
 from swarmpull.digest import Digest
 from swarmpull.swarm import bitfield
 from swarmpull.swarm.connections import ConnectionLimits, ConnectionTable, HostPlaces
-from swarmpull.swarm.metainfo import Metainfo
+from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN, Metainfo
 from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
 from swarmpull.swarm.picker import Availability, Picker, PickerLimits
 from swarmpull.swarm.timing import PieceTiming
@@ -27,6 +27,19 @@ class ClaimRecord:
 
     claimed_at: float
     late_at: float
+
+
+@attrs.define
+class Inbound:
+    """What all torrents of this host share as they download.
+
+    Attributes:
+        claims: that are outstanding.
+        timing: of the pieces of all peers.
+    """
+
+    claims: int = 0
+    timing: PieceTiming = attrs.field(factory=PieceTiming)
 
 
 @attrs.define(eq=False)
@@ -42,6 +55,7 @@ class Peer:
             is not an offence.
         passed: pieces it would not give us, until it gives us one or tells of another.
         late_in_a_row: claims that came late, or not at all, since its last piece.
+        late_at: when that was last noticed; what was claimed before that says nothing new.
         useful_at: when a piece last went either way.
     """
 
@@ -53,6 +67,7 @@ class Peer:
     cancelled: set[int] = attrs.field(factory=set)
     passed: int = 0
     late_in_a_row: int = 0
+    late_at: float = float("-inf")
     timing: PieceTiming = attrs.field(factory=PieceTiming)
 
 
@@ -72,8 +87,10 @@ class Torrent:
         have: pieces that are verified and on disk.
         verifying: pieces whose hash is being checked, of which `PieceStored`, `PieceRejected` or
             `PieceLost` will tell.
+        claimed: pieces that somebody owes us.
         verified: whether the whole blob has matched its digest and is in the store.
         progress_at: when the last piece was stored, or the torrent added.
+        ticked_at: when the scheduler last looked after what has a deadline.
     """
 
     def __init__(
@@ -85,6 +102,7 @@ class Torrent:
         verified: bool,
         own_peer_id: str,
         host_places: HostPlaces,
+        inbound: Inbound,
         connection_limits: ConnectionLimits,
         picker_limits: PickerLimits,
         rng: random.Random,
@@ -102,8 +120,10 @@ class Torrent:
         self.announce = AnnounceClock()
         self.verified = verified
         self.progress_at = 0.0
+        self.claimed = 0
+        self.ticked_at = 0.0
         self._claimants: dict[int, int] = {}
-        self._claimed = 0
+        self._inbound = inbound
         self._senders: dict[int, str] = {}  # of the pieces that are being verified, by peer id
 
     @property
@@ -112,7 +132,18 @@ class Torrent:
 
     @property
     def is_complete(self) -> bool:
+        """Whether every piece is stored."""
         return self.have == self.full
+
+    @property
+    def is_only_leecher(self) -> bool:
+        """Whether every peer that we know has everything.  O(peers)."""
+        return all(peer.have == self.full for peer in self.peers.values())
+
+    @property
+    def piece_scale(self) -> float:
+        """How many pieces of the smallest length one of these makes."""
+        return self.metainfo.piece_length / PIECE_LENGTH_MIN
 
     @property
     def missing_count(self) -> int:
@@ -137,20 +168,27 @@ class Torrent:
         peer.have = self.availability.gain(peer.have, index)
         peer.passed = 0
 
+    def peer_completed(self, peer: Peer) -> None:
+        """A peer told that it has everything."""
+        self.availability.remove(peer.have)
+        self.availability.add(self.full)
+        peer.have = self.full
+        peer.passed = 0
+
     # --- claims -------------------------------------------------------------------------------
 
     def free_pieces(self, peer: Peer) -> int:
         """The pieces that this peer has and we neither have nor expect from anyone."""
-        return peer.have & ~(self.have | self.verifying | self._claimed | peer.passed)
+        return peer.have & ~(self.have | self.verifying | self.claimed | peer.passed)
 
     def owed_pieces(self, peer: Peer, claimants_max: int) -> int:
         """In the endgame: pieces that this peer has and fewer than ``claimants_max`` others owe us.
 
         Empty as long as any missing piece is unclaimed.  O(claimed pieces).
         """
-        if self.full & ~(self.have | self.verifying | self._claimed):
+        if self.full & ~(self.have | self.verifying | self.claimed):
             return 0
-        owed = peer.have & self._claimed & ~peer.passed
+        owed = peer.have & self.claimed & ~peer.passed
         for index in bitfield.indices(owed):
             if index in peer.claims or self._claimants[index] >= claimants_max:
                 owed &= ~(1 << index)
@@ -160,7 +198,8 @@ class Torrent:
         """Record a claim at a peer."""
         peer.claims[index] = ClaimRecord(now, now + peer.timing.timeout())
         self._claimants[index] = self._claimants.get(index, 0) + 1
-        self._claimed |= 1 << index
+        self._inbound.claims += 1
+        self.claimed |= 1 << index
 
     def passed(self, peer: Peer, index: int) -> None:
         """The peer will not give this piece: it is free for others."""
@@ -174,13 +213,18 @@ class Torrent:
         peer.cancelled.add(index)
 
     def late_claims(self, now: float) -> list[tuple[Peer, int]]:
-        """Claims that should have been answered by now.  O(claims)."""
-        return [
-            (peer, index)
-            for peer in self.peers.values()
-            for index, record in peer.claims.items()
-            if record.late_at <= now
-        ]
+        """Claims that should have been answered by now.  O(claims).
+
+        A claim that was made when nothing was known yet is judged by what has been learnt since.
+        """
+        late = []
+        for peer in self.peers.values():
+            if peer.claims:
+                learnt = now - peer.timing.timeout()
+                for index, record in peer.claims.items():
+                    if record.late_at <= now or record.claimed_at <= learnt:
+                        late.append((peer, index))
+        return late
 
     def other_claimants(self, index: int, connection: int) -> list[Peer]:
         """The peers besides ``connection`` that owe us this piece."""
@@ -212,7 +256,8 @@ class Torrent:
         wanted = self.expects(peer.connection, index)
         record = peer.claims.get(index)
         if record is not None:
-            peer.timing.add(now - record.claimed_at)
+            is_short = self.metainfo.piece_size(index) < PIECE_LENGTH_MIN
+            peer.timing.add(now - record.claimed_at, is_short=is_short)
             self._release(peer, index)
         else:
             # Not after a claim that stands: what was cancelled before it may have left as well.
@@ -248,21 +293,12 @@ class Torrent:
             self.verifying &= ~(1 << index)
         return sender
 
-    # --- time ---------------------------------------------------------------------------------
-
-    def next_claim_deadline(self) -> float:
-        """When the first outstanding claim is late; inf when none is.  O(claims)."""
-        return min(
-            (record.late_at for peer in self.peers.values() for record in peer.claims.values()),
-            default=float("inf"),
-        )
-
     # --- introspection ------------------------------------------------------------------------
 
     def check_invariants(self) -> None:
         """For tests and the simulator.  O(peers x pieces)."""
         assert not self.have & self.verifying, "a piece is had or verifying, not both"
-        assert not self._claimed & (self.have | self.verifying), "what is had is not claimed"
+        assert not self.claimed & (self.have | self.verifying), "what is had is not claimed"
         assert self.have & ~self.full == 0
         claimants: dict[int, int] = {}
         for peer in self.peers.values():
@@ -272,7 +308,7 @@ class Torrent:
                 claimants[index] = claimants.get(index, 0) + 1
         assert claimants == self._claimants
         assert self.verifying == sum(1 << index for index in self._senders)
-        assert self._claimed == sum(1 << index for index in claimants)
+        assert self.claimed == sum(1 << index for index in claimants)
         for index in range(self.piece_count):
             having = sum((peer.have >> index) & 1 for peer in self.peers.values())
             assert self.availability[index] == having, f"availability of piece {index} drifted"
@@ -297,12 +333,13 @@ class Torrent:
 
     def _release(self, peer: Peer, index: int) -> None:
         del peer.claims[index]
+        self._inbound.claims -= 1
         left = self._claimants[index] - 1
         if left:
             self._claimants[index] = left
         else:
             del self._claimants[index]
-            self._claimed &= ~(1 << index)
+            self.claimed &= ~(1 << index)
 
 
 @attrs.frozen(kw_only=True)

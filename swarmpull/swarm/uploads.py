@@ -87,6 +87,10 @@ class Uploads:
         self._sending.pop(connection, None)
         self._turns.pop(connection, None)
 
+    def drop_waiting(self) -> None:
+        self._waiting.clear()
+        self._turns.clear()
+
     def is_busy(self, connection: int) -> bool:
         """Whether anything is being sent to, or waits for, this connection."""
         return connection in self._sending or bool(self._waiting.get(connection))
@@ -94,9 +98,6 @@ class Uploads:
     def stalled(self, now: float) -> list[int]:
         """Connections whose receiver takes too long over one piece."""
         return [c for c, sending in self._sending.items() if sending.until <= now]
-
-    def next_deadline(self) -> float:
-        return min((sending.until for sending in self._sending.values()), default=float("inf"))
 
     @property
     def sending_count(self) -> int:

@@ -19,10 +19,13 @@ from swarmpull.swarm.messages import (
     Cancel,
     Claim,
     Have,
+    HaveAll,
     Hello,
     Message,
+    Offer,
     Pass,
     PieceChunk,
+    Want,
 )
 from swarmpull.swarm.metainfo import PIECE_LENGTH_MAX, PIECES_MAX
 from swarmpull.swarm.peers import PeerKind
@@ -43,18 +46,18 @@ TEXT_BYTES_MAX: Final = 512
 
 
 class FrameType(enum.IntEnum):
-    """The type bytes of the peer protocol; a receiver skips those it does not know.
-
-    3 and 4 are reserved for WANT and OFFER.
-    """
+    """The type bytes of the peer protocol; a receiver skips those it does not know."""
 
     HELLO = 1
     HAVE = 2
+    WANT = 3
+    OFFER = 4
     CLAIM = 5
     PASS = 6
     PIECE = 7
     CANCEL = 8
     BYE = 9
+    HAVE_ALL = 10
 
 
 _INDEX: Final = struct.Struct("!I")
@@ -68,17 +71,21 @@ _KINDS_BY_NUMBER: Final = {number: kind for kind, number in _KINDS.items()}
 _ALGORITHMS: Final = {"sha256": 1, "sha512": 2}
 # number: (name, bytes of the hash)
 _ALGORITHMS_BY_NUMBER: Final = {1: ("sha256", 32), 2: ("sha512", 64)}
-_WITH_INDEX: Final[dict[int, type[Have | Claim | Pass | Cancel]]] = {
+# On the wire the index of an OFFER without a suggestion, and of a PASS that answers an OFFER.
+_NO_INDEX: Final = 0xFFFFFFFF
+_WITHOUT_BODY: Final[dict[int, type[Want | HaveAll]]] = {
+    FrameType.WANT: Want,
+    FrameType.HAVE_ALL: HaveAll,
+}
+_WITH_INDEX: Final[dict[int, type[Have | Offer | Claim | Pass | Cancel]]] = {
     FrameType.HAVE: Have,
+    FrameType.OFFER: Offer,
     FrameType.CLAIM: Claim,
     FrameType.PASS: Pass,
     FrameType.CANCEL: Cancel,
 }
 _TYPES: Final[dict[type, FrameType]] = {
-    Have: FrameType.HAVE,
-    Claim: FrameType.CLAIM,
-    Pass: FrameType.PASS,
-    Cancel: FrameType.CANCEL,
+    message: FrameType(number) for number, message in (_WITH_INDEX | _WITHOUT_BODY).items()
 }
 
 
@@ -94,8 +101,11 @@ def pack(message: Message) -> bytes:
             return pack_frame(FrameType.HELLO, _pack_hello(message))
         case Bye():
             return pack_frame(FrameType.BYE, bytes([message.reason]) + _cut(message.text))
+        case Want() | HaveAll():
+            return pack_frame(_TYPES[type(message)], b"")
         case _:
-            return pack_frame(_TYPES[type(message)], _INDEX.pack(message.index))
+            index = _NO_INDEX if message.index < 0 else message.index
+            return pack_frame(_TYPES[type(message)], _INDEX.pack(index))
 
 
 def pack_chunk_header(chunk: PieceChunk) -> bytes:
@@ -118,6 +128,10 @@ def unpack(frame_type: int, body: bytes) -> Message | None:
     """
     if (message_type := _WITH_INDEX.get(frame_type)) is not None:
         return message_type(_unpack_index(frame_type, body))
+    if (bare_type := _WITHOUT_BODY.get(frame_type)) is not None:
+        if body:
+            raise ProtocolError(f"a {FrameType(frame_type).name} with a body of {len(body)} bytes")
+        return bare_type()
     if frame_type == FrameType.HELLO:
         return _unpack_hello(body)
     if frame_type == FrameType.BYE:
@@ -215,6 +229,8 @@ def _unpack_index(frame_type: int, body: bytes) -> int:
     if len(body) != _INDEX.size:
         raise ProtocolError(f"a {FrameType(frame_type).name} with a body of {len(body)} bytes")
     index: int = _INDEX.unpack(body)[0]
+    if index == _NO_INDEX and frame_type in (FrameType.OFFER, FrameType.PASS):
+        return -1
     if index >= PIECES_MAX:
         raise ProtocolError(f"a {FrameType(frame_type).name} of impossible piece {index}")
     return index

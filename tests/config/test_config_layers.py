@@ -61,23 +61,23 @@ def test_each_layer_wins_over_the_one_before_and_the_place_says_which(write) -> 
         "[swarm]\n"
         "max_connections = 1\n"
         "upload_slots = 1\n"
-        "pipeline_per_peer = 1\n"
+        "dial_connections = 1\n"
         "[log]\n"
         'level = "debug"\n'
     )
     environ = {
         "SWARMPULL_SWARM__UPLOAD_SLOTS": "2",
-        "SWARMPULL_SWARM__PIPELINE_PER_PEER": "2",
+        "SWARMPULL_SWARM__DIAL_CONNECTIONS": "2",
         "SWARMPULL_CONFIG": "not read here",
         "PATH": "/bin",
     }
-    loaded = load(Sources(file, environ, options("swarm.pipeline_per_peer=3")))
+    loaded = load(Sources(file, environ, options("swarm.dial_connections=3")))
     swarm = loaded.config.swarm
-    assert (swarm.max_connections, swarm.upload_slots, swarm.pipeline_per_peer) == (1, 2, 3)
+    assert (swarm.max_connections, swarm.upload_slots, swarm.dial_connections) == (1, 2, 3)
     assert loaded.config.log.level == "debug"
     assert loaded.provenance["swarm.max_connections"] == f"{file}:2"
     assert loaded.provenance["swarm.upload_slots"] == "env SWARMPULL_SWARM__UPLOAD_SLOTS"
-    assert loaded.provenance["swarm.pipeline_per_peer"] == "-o"
+    assert loaded.provenance["swarm.dial_connections"] == "-o"
     assert loaded.provenance["log.level"] == f"{file}:6"
     assert loaded.provenance["log.format"] == "default"
 

@@ -19,7 +19,7 @@ from swarmpull.roles.swarm_host import SwarmHost, open_swarm_host
 from swarmpull.store.blobs import BlobStore, open_store
 from swarmpull.store.hashing import hash_piece
 from swarmpull.swarm import bitfield
-from swarmpull.swarm.messages import Bye, Claim, Hello, Message, PieceChunk
+from swarmpull.swarm.messages import Bye, Claim, Hello, Message, Offer, PieceChunk, Want
 from swarmpull.swarm.metainfo import Metainfo, piece_length_for
 from swarmpull.swarm.peers import PeerContact, PeerKind
 from swarmpull.telemetry import Metrics
@@ -246,10 +246,26 @@ class ScriptedPeer:
         return message
 
     async def hear_claim(self, stream: PeerStream) -> int:
+        """Offer a slot whenever the other side wants one, until it claims a piece."""
         while True:
             message = await self.hear(stream)
-            if isinstance(message, Claim):
+            if isinstance(message, Want):
+                await stream.send(Offer())
+            elif isinstance(message, Claim):
                 return message.index
+
+    async def claim(self, stream: PeerStream, index: int) -> Offer:
+        """Want, wait for the offer, and claim; not while a piece is under way."""
+        await stream.send(Want())
+        offer = await self.hear_offer(stream)
+        await stream.send(Claim(index))
+        return offer
+
+    async def hear_offer(self, stream: PeerStream) -> Offer:
+        while True:
+            message = await self.hear(stream)
+            if isinstance(message, Offer):
+                return message
 
     async def listen(self, stream: PeerStream) -> None:
         """Hear everything until the other side leaves."""
@@ -266,7 +282,7 @@ class ScriptedPeer:
             await stream._stream.send_all(header + part)
 
     async def honest(self, stream: PeerStream) -> None:
-        """Serve every claim."""
+        """Offer to everybody who wants, and serve every claim."""
         while True:
             index = await self.hear_claim(stream)
             await self.send_bytes(stream, index, self.content.piece(index))
@@ -276,17 +292,25 @@ async def honestly(peer: ScriptedPeer, stream: PeerStream) -> None:
     await peer.honest(stream)
 
 
-async def receive_piece(stream: PeerStream, size: int) -> bytes:
-    """Take one whole piece off a connection, skipping messages."""
+Hear = Callable[[Message], Awaitable[None]]
+
+
+async def receive_piece(
+    stream: PeerStream, size: int, index: int = -1, *, hear: Hear | None = None
+) -> bytes:
+    """Take one whole piece off a connection; ``hear`` gets the messages between its chunks."""
     piece = bytearray()
     while len(piece) < size:
         message = await stream.receive()
         if isinstance(message, PieceChunk):
+            assert index in (-1, message.index)
             part = bytearray(message.length)
             await stream.receive_into(memoryview(part))
             piece += part
         elif isinstance(message, Bye):
             raise AssertionError(f"the piece did not come: {message}")
+        elif hear is not None:
+            await hear(message)
     return bytes(piece)
 
 

@@ -5,21 +5,37 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sized
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
+import attrs
 import pytest
 import structlog
 import trio
 
 from swarmpull.config import SwarmConfig
-from swarmpull.roles import peer_connections
+from swarmpull.roles import peer_connections, peer_link, swarm_host
 from swarmpull.roles.downloads import Download
+from swarmpull.roles.swarm_host import limits_of
 from swarmpull.swarm import events as ev
 from swarmpull.swarm import timing
-from swarmpull.swarm.messages import Bye, ByeReason, Cancel, Claim, Have, Pass, PieceChunk
+from swarmpull.swarm.messages import (
+    Bye,
+    ByeReason,
+    Cancel,
+    Claim,
+    Have,
+    Message,
+    Offer,
+    Pass,
+    PieceChunk,
+    Want,
+)
 from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN
+from swarmpull.swarm.peers import PeerKind
+from swarmpull.swarm.scheduler import SwarmLimits
 from swarmpull.wire.peer import pack_chunk_header
 from swarmpull.wire.streams import CHUNK_BYTES_MAX, PeerStream
 
@@ -37,7 +53,7 @@ from .peers import (
     until,
 )
 
-ONE_CLAIM = SwarmConfig(pipeline_per_peer=1)
+ONE_CLAIM = SwarmConfig(inbound_pieces=1)
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +62,19 @@ def content() -> Content:
     return make_content(2 * PIECE_LENGTH_MIN + 12345)
 
 
+def soon_idle(config: SwarmConfig, kind: PeerKind) -> SwarmLimits:
+    """The limits of the program, with less patience for peers that give and take nothing."""
+    limits = limits_of(config, kind)
+    connections = attrs.evolve(limits.connections, idle_timeout=3.0)
+    return attrs.evolve(limits, connections=connections)
+
+
 @pytest.fixture(autouse=True)
 def soon_late(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "TIMEOUT_INITIAL", 0.5)
     monkeypatch.setattr(timing, "TIMEOUT_MIN", 0.5)
     monkeypatch.setattr(peer_connections, "HANDSHAKE_TIMEOUT", 0.5)
+    monkeypatch.setattr(peer_link, "CHUNK_TIMEOUT", 0.5)
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +149,22 @@ async def silence(peer: ScriptedPeer, stream: PeerStream) -> None:
     await peer.listen(stream)
 
 
+async def offers_without_pieces(peer: ScriptedPeer, stream: PeerStream) -> None:
+    while True:
+        await peer.hear_claim(stream)
+
+
+async def offers_that_nobody_asked_for(peer: ScriptedPeer, stream: PeerStream) -> None:
+    await stream.send(*[Offer()] * 100)
+    await offers_without_pieces(peer, stream)
+
+
+async def offers_between_two_chunks_of_a_piece(peer: ScriptedPeer, stream: PeerStream) -> None:
+    index = await peer.hear_claim(stream)
+    await peer.send_bytes(stream, index, peer.content.piece(index)[:1000])
+    await offers_without_pieces(peer, stream)
+
+
 async def silence_inside_a_piece(peer: ScriptedPeer, stream: PeerStream) -> None:
     index = await peer.hear_claim(stream)
     header = pack_chunk_header(PieceChunk(index, 0, 5000))
@@ -148,6 +188,17 @@ async def a_have_beyond_the_end(peer: ScriptedPeer, stream: PeerStream) -> None:
     await peer.listen(stream)
 
 
+async def an_offer_beyond_the_end(peer: ScriptedPeer, stream: PeerStream) -> None:
+    await stream.send(Offer(3))
+    await peer.listen(stream)
+
+
+async def a_pass_beyond_the_end(peer: ScriptedPeer, stream: PeerStream) -> None:
+    await peer.hear_claim(stream)
+    await stream.send(Pass(3))
+    await peer.listen(stream)
+
+
 async def a_second_hello(peer: ScriptedPeer, stream: PeerStream) -> None:
     await stream.send(peer.hello)
     await peer.listen(stream)
@@ -161,7 +212,12 @@ HOSTILE = [
     (too_many_bytes, "more than the"),
     (oversize_chunk, "allowed are 1 to 524288"),
     (garbage, "protocol error"),
-    (silence, "stalled"),
+    (silence, "useless"),
+    (offers_without_pieces, "stalled"),
+    (offers_that_nobody_asked_for, "stalled"),
+    (offers_between_two_chunks_of_a_piece, "stalled"),
+    (an_offer_beyond_the_end, "protocol_error"),
+    (a_pass_beyond_the_end, "protocol_error"),
     (silence_inside_a_piece, "stalled"),
     (hanging_up_inside_a_piece, "ended inside"),
     (endless_haves, "more HAVEs than the 3 pieces"),
@@ -201,8 +257,14 @@ async def complete_from_an_honest_peer(
     ("script", "reason"), HOSTILE, ids=[script.__name__ for script, _ in HOSTILE]
 )
 async def test_a_hostile_peer_loses_its_connection_and_an_honest_one_completes_the_download(
-    tmp_path: Path, content: Content, logs: list[dict], script, reason: str
+    tmp_path: Path,
+    content: Content,
+    logs: list[dict],
+    monkeypatch: pytest.MonkeyPatch,
+    script,
+    reason: str,
 ) -> None:
+    monkeypatch.setattr(swarm_host, "limits_of", soon_idle)
     hostile = ScriptedPeer(content, script)
     async with downloading(tmp_path, content, hostile) as (node, download):
         await hostile.ended.wait()
@@ -303,9 +365,53 @@ async def test_claims_of_what_is_not_there_are_passed(tmp_path: Path, content: C
             peer = ScriptedPeer(content, silence, have=0)
             stream = await peer.dial(node)
 
+            assert await peer.claim(stream, 0) == Offer(-1)
             await stream.send(Claim(1), Cancel(1), Claim(2))
 
-            assert [await peer.hear(stream), await peer.hear(stream)] == [Pass(1), Pass(2)]
+            heard = [await peer.hear(stream) for _ in range(3)]
+            assert heard == [Pass(0), Pass(1), Pass(2)]
+            await stream.aclose()
+
+
+async def test_a_claim_without_an_offer_is_passed_and_nothing_else_happens(
+    tmp_path: Path, content: Content
+) -> None:
+    with trio.fail_after(20):
+        async with running_node(tmp_path / "seeder") as node:
+            await node.seed(content)
+            peer = ScriptedPeer(content, silence, have=0)
+            stream = await peer.dial(node)
+
+            await stream.send(Claim(2), Claim(0), Claim(0))
+            heard = [await peer.hear(stream) for _ in range(3)]
+
+            assert heard == [Pass(2), Pass(0), Pass(0)]
+            # What was claimed without an offer is neither remembered nor sent when an offer comes.
+            await peer.claim(stream, 1)
+            size = content.metainfo.piece_size(1)
+            assert await receive_piece(stream, size, 1) == content.piece(1)
+            await until(lambda: node.host.metrics.sent() == size)
+            assert node.connections == 1
+            await stream.aclose()
+
+
+async def test_an_offer_answers_one_claim_only(tmp_path: Path, content: Content) -> None:
+    with trio.fail_after(20):
+        async with running_node(tmp_path / "seeder") as node:
+            await node.seed(content)
+            peer = ScriptedPeer(content, silence, have=0)
+            stream = await peer.dial(node)
+            heard: list[Message] = []
+
+            async def hear(message: Message) -> None:
+                heard.append(message)
+
+            await stream.send(Want())
+            await peer.hear_offer(stream)
+            await stream.send(Claim(0), Claim(1))
+            await receive_piece(stream, content.metainfo.piece_size(0), 0, hear=hear)
+
+            assert heard == [Pass(1)]
             await stream.aclose()
 
 
@@ -320,7 +426,7 @@ async def test_a_receiver_that_vanishes_inside_a_piece_costs_no_descriptor(
             for number in range(1, 6):
                 peer = ScriptedPeer(content, silence, number=number, have=0)
                 stream = await peer.dial(node)
-                await stream.send(Claim(0))
+                await peer.claim(stream, 0)
                 await stream.receive()
                 await stream.aclose()
             await until(lambda: node.connections == 0)
@@ -335,17 +441,34 @@ async def test_a_piece_is_sent_while_messages_go_on(tmp_path: Path, content: Con
             peer = ScriptedPeer(content, silence, have=0)
             stream = await peer.dial(node)
 
-            await stream.send(Claim(0), Claim(2))
+            async def hear(message: Message) -> None:
+                assert isinstance(message, Offer)
+                await stream.send(Claim(2))
+                claimed.append(2)
 
-            for index in (0, 2):
-                size = content.metainfo.piece_size(index)
-                assert await receive_piece(stream, size) == content.piece(index)
+            claimed: list[int] = []
+            await stream.send(Want())
+            await peer.hear_offer(stream)
+            await stream.send(Claim(0), Want())
+
+            size = content.metainfo.piece_size(0)
+            assert await receive_piece(stream, size, 0, hear=hear) == content.piece(0)
+            assert claimed == [2], "the offer came between the chunks of the piece"
+            size = content.metainfo.piece_size(2)
+            assert await receive_piece(stream, size, 2) == content.piece(2)
             await stream.send(Bye(ByeReason.USELESS))
             await stream.aclose()
 
 
+@pytest.mark.parametrize(
+    "messages", [(Claim(0),), (Want(), Pass()), (Offer(),)], ids=["claims", "wants", "offers"]
+)
 async def test_a_peer_that_reads_nothing_is_cut_off(
-    tmp_path: Path, content: Content, logs: list[dict], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    content: Content,
+    logs: list[dict],
+    monkeypatch: pytest.MonkeyPatch,
+    messages: tuple[Message, ...],
 ) -> None:
     def small_buffer(stream: trio.SocketStream, *, dead_after: float) -> None:
         stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
@@ -361,11 +484,105 @@ async def test_a_peer_that_reads_nothing_is_cut_off(
             stream._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             with contextlib.suppress(*GONE):
                 while node.connections:
-                    await stream.send(*[Claim(0)] * 1000)
+                    await stream.send(*messages * 500)
             await until(lambda: node.connections == 0)
             await stream.aclose()
 
     assert "stalled does not read its messages" in reasons(logs)
+
+
+FLOODS = {
+    "wants": (Want(),),
+    "wants and passes": (Want(), Pass()),
+    "offers": (Offer(),),
+    "offers of a piece": (Offer(1),),
+    "passes": (Pass(), Pass(1)),
+    "claims": (Claim(0),),
+    "claims and cancels": (Want(), Claim(0), Cancel(0)),
+}
+
+
+@attrs.define
+class Flood:
+    """Sends the same messages to a node without end and throws away whatever comes back."""
+
+    peer: ScriptedPeer
+    messages: tuple[Message, ...]
+    sent: int = 0
+    goodbye: Bye | None = None
+
+    async def run(self, node: Node) -> None:
+        stream = await self.peer.dial(node)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._send, stream)
+                await self._receive(stream)
+                nursery.cancel_scope.cancel()
+        finally:
+            await stream.aclose()
+
+    async def _receive(self, stream: PeerStream) -> None:
+        with contextlib.suppress(*GONE):
+            while self.goodbye is None:
+                message = await stream.receive()
+                if isinstance(message, PieceChunk):
+                    await stream.discard()
+                elif isinstance(message, Bye):
+                    self.goodbye = message
+
+    async def _send(self, stream: PeerStream) -> None:
+        with contextlib.suppress(*GONE):
+            while True:
+                await stream.send(*self.messages * 100)
+                self.sent += 100 * len(self.messages)
+
+
+@pytest.mark.parametrize("messages", FLOODS.values(), ids=FLOODS.keys())
+async def test_a_flood_of_messages_neither_grows_nor_stops_an_honest_download(
+    tmp_path: Path, content: Content, messages: tuple[Message, ...]
+) -> None:
+    with trio.fail_after(60):
+        async with (
+            trio.open_nursery() as nursery,
+            running_node(tmp_path / "seeder") as seeder,
+            running_node(tmp_path / "leecher") as leecher,
+        ):
+            await seeder.seed(content)
+            download = await leecher.host.download(
+                content.digest, "", Finder(content.metainfo).find
+            )
+            # One floods him who gives; the other floods him who takes, and says that it has everything.
+            taking = Flood(ScriptedPeer(content, silence, number=1, have=0), messages)
+            giving = Flood(ScriptedPeer(content, silence, number=2), messages)
+            nursery.start_soon(taking.run, seeder)
+            nursery.start_soon(giving.run, leecher)
+            await until(lambda: min(taking.sent, giving.sent) > 2000)
+            leecher.host.dispatch(ev.PeersFound(content.digest, (seeder.contact,)))
+            queued = 0
+            while leecher.host.downloading(content.digest):
+                for node in (seeder, leecher):
+                    queued = max(queued, *map(len, books_of(node)))
+                await trio.lowlevel.checkpoint()
+            await download.wait()
+
+            assert await leecher.stored(content)
+            assert queued <= 2000
+            nursery.cancel_scope.cancel()
+
+
+def books_of(node: Node) -> list[Sized]:
+    """Everything in which a host remembers what its peers said."""
+    exchange: Any = node.host._scheduler._exchange
+    links = node.host._connections._links.values()
+    return [
+        node.host._events,
+        exchange._lines,
+        exchange._offers,
+        exchange._ready,
+        exchange._sending,
+        *exchange._queues.values(),
+        *(link._outbox for link in links),
+    ]
 
 
 async def test_the_second_connection_of_a_peer_is_refused_as_a_duplicate(

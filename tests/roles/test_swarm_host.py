@@ -179,7 +179,7 @@ async def test_a_download_resumes_where_it_was_stopped(tmp_path: Path, content: 
 async def test_a_blob_of_one_piece_takes_one_connection_and_one_claim(
     tmp_path: Path, small: Content
 ) -> None:
-    """The connection, the Hellos and the claim: three round trips after the metainfo."""
+    """The connection, the Hellos, the offer and the claim: four round trips after the metainfo."""
     async with running_node(tmp_path / "leecher") as leecher, trio.open_nursery() as nursery:
         peer = ScriptedPeer(small, honestly)
         contact = await nursery.start(peer.serve)
@@ -187,7 +187,8 @@ async def test_a_blob_of_one_piece_takes_one_connection_and_one_claim(
         await fetch(leecher, small, contact)
 
         assert peer.connections == 1
-        assert [type(message).__name__ for message in peer.said[:2]] == ["Hello", "Claim"]
+        said = [type(message).__name__ for message in peer.said[:3]]
+        assert said == ["Hello", "Want", "Claim"]
         nursery.cancel_scope.cancel()
 
 
@@ -282,7 +283,7 @@ async def test_a_reader_outlives_the_download_and_the_partial_closes_after_it(
 # --- failures -------------------------------------------------------------------------------------
 
 
-def quick_limits(_config: SwarmConfig) -> SwarmLimits:
+def quick_limits(_config: SwarmConfig, _kind: PeerKind) -> SwarmLimits:
     return SwarmLimits(
         connections=ConnectionLimits(backoff_initial=0.05, backoff_max=0.1), stall_timeout=0.5
     )
@@ -407,7 +408,7 @@ async def test_a_piece_thrown_away_for_one_that_was_wrong_is_fetched_again(
 
     async def wrong(peer: ScriptedPeer, stream: PeerStream) -> None:
         index = await peer.hear_claim(stream)
-        await until(lambda: honest.connections > 0 and len(honest.said) > 1)
+        await until(lambda: any(isinstance(message, Claim) for message in honest.said))
         await peer.send_bytes(stream, index, bytes(PIECE_LENGTH_MIN))
         await peer.listen(stream)
 
@@ -476,7 +477,9 @@ async def test_running_out_of_descriptors_ends_a_connection_and_not_the_host(
     tmp_path: Path, content: Content, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        swarm_host, "limits_of", lambda _: attrs.evolve(quick_limits(_), stall_timeout=60.0)
+        swarm_host,
+        "limits_of",
+        lambda *about: attrs.evolve(quick_limits(*about), stall_timeout=60.0),
     )
     async with (
         running_node(tmp_path / "seeder") as seeder,
@@ -701,7 +704,7 @@ async def test_a_drain_lets_the_piece_that_is_being_sent_end(
         await seeder.seed(content)
         peer = ScriptedPeer(content, honestly, have=0)
         stream = await peer.dial(seeder)
-        await stream.send(Claim(0))
+        await peer.claim(stream, 0)
         chunk = await stream.receive()
         assert isinstance(chunk, PieceChunk)
         piece = bytearray(len(content.piece(0)))
@@ -733,7 +736,7 @@ async def test_a_drain_with_a_stalled_receiver_is_bounded_by_cancelling(
         await seeder.seed(content)
         peer = ScriptedPeer(content, honestly, have=0)
         stream = await peer.dial(seeder)
-        await stream.send(Claim(0))
+        await peer.claim(stream, 0)
         await stream.receive()
 
         with trio.move_on_after(0.2) as scope:

@@ -1,1 +1,1 @@
-"""Tests of the simulator, and of the engine at the size of a swarm."""
+"""Tests of the simulator, and of the engine by means of it."""

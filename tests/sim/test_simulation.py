@@ -1,169 +1,177 @@
-"""Swarms in simulated time, driven by the code that the roles run."""
+"""Small swarms, with every invariant of the core checked as they run."""
 
 from __future__ import annotations
 
 import math
 
+import attrs
 import pytest
 
-from swarmpull.sim.simulation import Simulation, SimulationOptions, SimulationResult, lower_bound
-from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN
-from swarmpull.swarm.scheduler import Scheduler
+from swarmpull.sim.faults import FaultKind
+from swarmpull.sim.result import SimulationResult
+from swarmpull.sim.simulation import Policy, Simulation, SimulationOptions
 
-MIB = 1 << 20
+pytestmark = pytest.mark.sim
 
-
-def simulate(**options: float) -> SimulationResult:
-    """Run to the end and check what holds of every run."""
-    result = Simulation(SimulationOptions(**options)).run()  # type: ignore[arg-type]
-    assert result.completed == result.expected == len(result.times)
-    assert result.times == tuple(sorted(result.times))
-    return result
+SMALL = SimulationOptions(
+    hosts=30, origins=2, size=64 << 20, layers=2, arrival=0.1, until=300.0, check_every=500
+)
+BOTH = pytest.mark.parametrize("policy", list(Policy), ids=lambda policy: policy.value)
 
 
-@pytest.mark.slow
-def test_fifty_agents_get_everything_mostly_from_one_another():
-    size = 256 * MIB
-    result = simulate(hosts=50, origins=2, size=size, check_every=31)
-
-    assert result.expected == 50
-    assert result.bytes_from_origins + result.bytes_from_agents >= 50 * size
-    # The origins are four times as fast as an agent, and still most bytes are passed on by agents.
-    assert result.bytes_from_origins <= 10 * size
-    assert result.bytes_from_agents >= 4 * result.bytes_from_origins
-    # Nobody gets anything faster than its downlink takes it in.
-    assert result.times[0] >= size / 300e6
-    # What request queues reach.
-    assert result.quantile(0.5) <= 2.5 * result.bound
-    assert result.times[-1] <= 3.5 * result.bound
-    # The endgame begins early where the pipelines hold most of the blob, and what is under way for the
-    # loser is not called back.
-    wasted = result.bytes_from_origins + result.bytes_from_agents - 50 * size
-    assert wasted <= 0.25 * 50 * size
+def simulate(options: SimulationOptions = SMALL, **changes: object) -> SimulationResult:
+    return Simulation(attrs.evolve(options, **changes)).run()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
-def test_with_killed_vanished_and_corrupt_hosts_every_survivor_finishes(seed):
-    result = simulate(
-        hosts=40, size=128 * MIB, killed=4, vanished=4, corrupt=3, seed=seed, check_every=31
-    )
-    assert result.expected == 40 - 8
+@BOTH
+def test_everybody_gets_everything(policy: Policy) -> None:
+    result = simulate(policy=policy)
+
+    assert result.completed == result.expected == 30
+    assert result.pieces == 30 * 16
+    # nothing is sent twice without need, and nobody invents bytes
+    sent = result.bytes_from_origins + result.bytes_from_agents
+    assert 30 * SMALL.size <= sent <= 1.05 * 30 * SMALL.size
+    assert result.copies_from_origins >= 1
 
 
-def test_with_half_of_the_agents_corrupt_everybody_finishes():
-    result = simulate(hosts=12, origins=1, size=40 * MIB, corrupt=6, check_every=7)
-    assert result.expected == 12
+def test_no_host_is_faster_than_its_link() -> None:
+    result = simulate()
+
+    assert result.times[0] >= SMALL.size / SMALL.rate
+    assert all(first <= last for first, last in zip(result.first_bytes, result.times, strict=True))
 
 
-def test_a_run_is_reproduced_to_the_digit_by_its_seed():
-    options = {"hosts": 15, "size": 64 * MIB, "killed": 2, "vanished": 1, "corrupt": 1}
-    first = simulate(**options, seed=7)
-    assert simulate(**options, seed=7) == first
-    assert simulate(**options, seed=8).times != first.times
+def test_the_shares_of_the_uplinks_time_make_a_whole() -> None:
+    result = simulate()
 
-
-@pytest.mark.parametrize("hosts", [1, 2])
-def test_a_swarm_may_be_small(hosts):
-    result = simulate(hosts=hosts, origins=1, size=64 * MIB, arrival=0.0, check_every=1)
-    assert result.times[0] >= 64 * MIB / 300e6
-    assert result.times[-1] <= 1.4 * result.bound
-
-
-def test_one_host_gets_the_whole_blob_once_from_the_origin():
-    result = simulate(hosts=1, origins=1, size=64 * MIB)
-    assert result.bytes_from_origins == 64 * MIB
-    assert result.bytes_from_agents == 0
-    assert result.connections == 1
-
-
-def test_a_tiny_blob_takes_a_few_round_trips():
-    result = simulate(hosts=40, size=20_000, rtt=0.001, check_every=3)
-    # Announce, connect, Hellos, claim and piece: five round trips, and some refusals.
-    assert result.quantile(0.5) <= 0.010
-    assert result.times[-1] <= 0.1
-
-
-def test_an_empty_blob_takes_no_time_and_no_bytes():
-    result = simulate(hosts=5, size=0, check_every=1)
-    assert result.times == (0.0,) * 5
-    assert result.bytes_from_origins == result.bytes_from_agents == 0
-
-
-def test_the_last_piece_of_a_blob_may_be_short():
-    size = 2 * PIECE_LENGTH_MIN + 1
-    result = simulate(hosts=1, origins=1, size=size)
-    assert result.bytes_from_origins == size
-
-
-def test_several_layers_come_side_by_side():
-    layers, size = 4, 64 * MIB
-    result = simulate(hosts=10, origins=1, size=size, layers=layers, check_every=7)
-    assert result.expected == 10
-    assert result.bytes_from_origins + result.bytes_from_agents >= 10 * size
-    assert result.connections >= layers * 10
-
-
-def test_late_comers_find_seeders_among_the_agents():
-    result = simulate(hosts=20, origins=1, size=64 * MIB, arrival=20.0, check_every=7)
-    assert result.bytes_from_agents > 2 * result.bytes_from_origins
-    # Most arrive when the others are done, and have the swarm for themselves.
-    assert result.quantile(0.5) <= 2.0 * 64 * MIB / 300e6
-
-
-def test_no_two_complete_agents_stay_connected():
-    simulation = Simulation(SimulationOptions(hosts=10, size=32 * MIB, seed=3))
-    simulation.run()
-    simulation._clock.run(simulation._clock.now + 1.0, lambda: False)
-    for host in simulation._hosts.values():
-        host.scheduler.check_invariants()
-        assert host.scheduler.connection_count == 0
-
-
-def test_an_invariant_that_breaks_in_the_middle_of_a_run_ends_it(monkeypatch):
-    checked = []
-
-    def check(scheduler: Scheduler) -> None:
-        checked.append(scheduler)
-        assert len(checked) < 50, "drifted"
-
-    monkeypatch.setattr(Scheduler, "check_invariants", check)
-    with pytest.raises(AssertionError, match="drifted"):
-        simulate(hosts=5, size=64 * MIB, check_every=1)
-
-
-def test_a_run_that_is_given_up_says_how_far_it_came():
-    result = Simulation(SimulationOptions(hosts=5, size=256 * MIB, until=0.3)).run()
-    assert result.completed == 0
-    assert result.expected == 5
-    assert math.isnan(result.quantile(0.5))
-
-
-def test_the_bound_is_what_the_slowest_part_of_the_swarm_allows():
-    # One agent, one origin: the downlink.
-    assert lower_bound(SimulationOptions(hosts=1, origins=1, size=300_000_000)) == pytest.approx(
-        1.0, rel=0.02
-    )
-    # A slow origin and many agents: the uplinks together.
-    starved = SimulationOptions(hosts=100, origins=1, size=MIB, rate=1e6, origin_rate=1e6)
-    assert lower_bound(starved) >= 100 * MIB / 101e6
-    # One piece for eight hosts from one: three or four rounds.
-    piece = SimulationOptions(hosts=7, origins=1, size=4 * MIB, rate=4.0 * MIB)
-    assert lower_bound(piece) == pytest.approx(3.0)
+    for uplinks in (result.agent_uplinks, result.origin_uplinks):
+        assert sum(uplinks.values()) == pytest.approx(1.0)
+        assert uplinks["sending"] > 0.1
+    assert result.samples[-1].copied == 1.0
+    assert result.samples[-1].high == 1.0
 
 
 @pytest.mark.parametrize(
-    "options",
+    "faults",
     [
-        {"hosts": 0},
-        {"origins": 0},
-        {"size": -1},
-        {"layers": 0},
-        {"rate": 0.0},
-        {"rtt": -1.0},
-        {"hosts": 3, "killed": 2, "corrupt": 2},
+        "slow=10%x10",
+        "killed=10%",
+        "vanished=5%",
+        "late=10%@2s",
+        "corrupt=5%",
+        "stalling=5%",
+        "greedy=5%",
+        "chatty=5%",
+        "delayed=10%x20",
+        "origin-killed=1@0.1s",
+        "tracker-killed=5@0.05s",
+        "partition=20%@0.05s-0.3s",
+        "slow=5%x10,killed=5%,corrupt=1,greedy=1,chatty=1,origin-killed=1,partition=5%@0.1s-1s",
     ],
 )
-def test_an_experiment_that_cannot_be_is_refused(options):
-    with pytest.raises(ValueError):
-        SimulationOptions(**options)
+def test_every_survivor_finishes_whatever_goes_wrong(faults: str) -> None:
+    result = simulate(faults=faults)
+
+    assert result.completed == result.expected
+    assert result.gave_up == 0
+
+
+def test_who_dies_or_lies_is_not_waited_for() -> None:
+    result = simulate(faults="killed=3,vanished=2,chatty=4,late=1@1s,slow=1x2")
+
+    assert result.expected == 30 - 3 - 2 - 4
+    assert len(result.times) == result.expected - 1
+    assert len(result.faulty_times) == 1
+
+
+def test_a_slow_host_takes_as_much_longer_as_its_link() -> None:
+    result = simulate(faults="slow=2x10")
+
+    assert result.faulty_times[0] >= 10 * SMALL.size / SMALL.rate
+    assert result.quantile(0.5) < 2 * result.bound
+
+
+def test_hosts_in_a_partition_wait_until_it_ends() -> None:
+    result = simulate(faults="partition=3@0s-5s")
+
+    assert result.faulty_times[0] > 4.8
+    assert result.times[-1] < 4.0
+
+
+def test_readers_get_the_first_byte_sooner() -> None:
+    size = 512 << 20
+    without, reading = (
+        simulate(size=size, readers=readers, check_every=0) for readers in (False, True)
+    )
+
+    assert reading.completed == reading.expected
+    assert reading.first_bytes[15] < without.first_bytes[15] / 2
+
+
+def test_a_slow_reader_does_not_hold_up_its_download() -> None:
+    result = simulate(readers=True, reader_rate=10e6)
+
+    assert result.completed == result.expected
+    assert result.times[-1] < SMALL.size / 10e6
+
+
+def test_many_images_are_each_pulled_by_so_many_hosts() -> None:
+    result = simulate(images=20, pullers=3, size=16 << 20, layers=1, arrival=1.0)
+
+    assert result.completed == result.expected == 60
+    assert result.pieces == 60 * 4
+    assert result.copies_from_origins >= 1
+    assert result.makespan >= result.times[0]
+
+
+def test_jitter_does_not_reorder_a_connection() -> None:
+    result = simulate(jitter=0.02, check_every=100)
+
+    assert result.completed == result.expected
+
+
+def test_a_busy_receiver_holds_up_its_senders_unless_the_network_takes_everything() -> None:
+    bounded, endless = (simulate(buffer=buffer) for buffer in (0, math.inf))
+
+    assert bounded.agent_uplinks["the receiver is slower"] > 0
+    assert endless.agent_uplinks["the receiver is slower"] == 0
+
+
+def test_the_same_seed_gives_the_same_result_and_another_one_does_not() -> None:
+    faults = "slow=10%x3,chatty=1,killed=1"
+    first, again, other = (simulate(seed=seed, faults=faults) for seed in (7, 7, 8))
+
+    assert first == again
+    assert first.times != other.times
+
+
+def test_looking_at_a_swarm_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    often = simulate()
+    monkeypatch.setattr("swarmpull.sim.simulation.SAMPLES", 3)
+
+    assert simulate().times == often.times
+
+
+def test_progress_ends_at_everything() -> None:
+    told: list[float] = []
+
+    Simulation(SMALL).run(told.append)
+
+    assert told == sorted(told)
+    assert told[0] == 0.0
+    assert told[-1] > 0.9
+
+
+def test_a_swarm_without_its_only_origin_gives_up_in_time() -> None:
+    result = simulate(origins=1, faults="origin-killed=1@0s", until=500.0)
+
+    assert result.completed == 0
+    assert result.gave_up == result.expected
+
+
+def test_every_kind_of_fault_is_simulated_here() -> None:
+    [mark] = test_every_survivor_finishes_whatever_goes_wrong.pytestmark
+    tried = " ".join(mark.args[1])
+
+    assert all(f"{kind.value}=" in tried for kind in FaultKind)

@@ -22,7 +22,6 @@ from swarmpull.swarm import events as ev
 from swarmpull.swarm.messages import Bye, ByeReason, Hello, Message
 from swarmpull.swarm.metainfo import Metainfo
 from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
-from swarmpull.swarm.pipeline import PipelinePolicy
 from swarmpull.swarm.scheduler import Scheduler, SwarmLimits, contact_of
 
 from .playbook import Contract
@@ -128,7 +127,6 @@ class Host:
         *,
         complete: bool,
         limits: SwarmLimits,
-        policy: PipelinePolicy,
     ) -> None:
         self.contact = PeerContact(name * 32, f"host-{name}", 7100, PeerKind.AGENT)
         self.tasks: list[Step] = []
@@ -145,7 +143,6 @@ class Host:
             7100,
             rng=random.Random(name),
             limits=limits,
-            policy=policy,
         )
         network.hosts.append(self)
         self.add()
@@ -187,6 +184,9 @@ class Host:
         match action:
             case act.Send(connection, message):
                 self.links[connection].send(message)
+            case act.SendAll(connections, message):
+                for connection in connections:
+                    self.links[connection].send(message)
             case act.SendPiece(connection, _, index):
                 self._later(self._send_piece, connection, index)
             case act.Close(connection, reason, text):

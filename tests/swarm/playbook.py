@@ -8,6 +8,7 @@ After every event the invariants hold, and the actions are ones that a shell can
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Final
 
@@ -15,11 +16,21 @@ from swarmpull.digest import Digest
 from swarmpull.swarm import actions as act
 from swarmpull.swarm import bitfield
 from swarmpull.swarm import events as ev
-from swarmpull.swarm.messages import ByeReason, Cancel, Claim, Have, Hello, Message, Pass
+from swarmpull.swarm.messages import (
+    ByeReason,
+    Cancel,
+    Claim,
+    Have,
+    HaveAll,
+    Hello,
+    Message,
+    Offer,
+    Pass,
+    Want,
+)
 from swarmpull.swarm.metainfo import PIECE_HASH_BYTES, PIECE_LENGTH_MIN, Metainfo
 from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
-from swarmpull.swarm.pipeline import ClaimPolicy
-from swarmpull.swarm.scheduler import Scheduler, SwarmLimits
+from swarmpull.swarm.scheduler import LEECHING_TICK, Scheduler, SwarmLimits
 
 OWN: Final = "5"
 
@@ -68,8 +79,29 @@ def have(connection: int, index: int) -> act.Send:
     return act.Send(connection, Have(index))
 
 
-def passes(connection: int, index: int) -> act.Send:
+def passes(connection: int, index: int = -1) -> act.Send:
     return act.Send(connection, Pass(index))
+
+
+def want(connection: int) -> act.Send:
+    return act.Send(connection, Want())
+
+
+def offer(connection: int, index: int = -1) -> act.Send:
+    return act.Send(connection, Offer(index))
+
+
+def tells(connections: list[int], index: int) -> act.SendAll:
+    return act.SendAll(tuple(connections), Have(index))
+
+
+def tells_all(connections: list[int]) -> act.SendAll:
+    return act.SendAll(tuple(connections), HaveAll())
+
+
+def is_due(now: float, at: float, tick: float = LEECHING_TICK) -> bool:
+    """Whether something that is due at ``at`` happened in time: not before, and within a tick."""
+    return at <= now <= at + tick + 1e-6
 
 
 def close(connection: int, reason: ByeReason, text: str = "") -> act.Close:
@@ -105,6 +137,10 @@ class Contract:
         match action:
             case act.Send(connection):
                 assert connection in self._open, f"nothing is connected: {action}"
+            case act.SendAll(connections):
+                assert connections, "somebody is told"
+                assert len(set(connections)) == len(connections), "nobody is told twice"
+                assert self._open.issuperset(connections), f"nothing is connected: {action}"
             case act.SendPiece(connection, _, index):
                 assert connection in self._open, f"nothing is connected: {action}"
                 assert connection not in self._sending, "one piece at a time on a connection"
@@ -131,7 +167,6 @@ class Play:
         have: str = "....",
         *,
         limits: SwarmLimits | None = None,
-        policy: ClaimPolicy | None = None,
         seed: int = 0,
     ) -> None:
         self.now = 100.0
@@ -144,7 +179,6 @@ class Play:
             7100,
             rng=random.Random(seed),
             limits=limits,
-            policy=policy,
         )
         self._contract = Contract()
 
@@ -162,20 +196,25 @@ class Play:
         return self
 
     def wait(self) -> list[act.Action]:
-        """Let the next deadline come."""
-        self.now = self.scheduler.next_deadline()
-        actions = self >> ev.DeadlinePassed()
-        assert self.scheduler.next_deadline() > self.now, (
-            "it would be woken again at once, for ever"
-        )
+        """Let the next deadline come, and the ones after it until something is done."""
+        while not (actions := self._wake()):
+            assert self.scheduler.next_deadline() < math.inf, "nothing will ever be done"
         return actions
 
     def wait_until(self, when: float) -> list[act.Action]:
         """Let every deadline up to that moment come."""
         actions: list[act.Action] = []
         while self.scheduler.next_deadline() <= when:
-            actions += self.wait()
+            actions += self._wake()
         self.now = when
+        return actions
+
+    def _wake(self) -> list[act.Action]:
+        self.now = max(self.now, self.scheduler.next_deadline())
+        actions = self >> ev.DeadlinePassed()
+        assert self.scheduler.next_deadline() > self.now, (
+            "it would be woken again at once, for ever"
+        )
         return actions
 
     # --- events -------------------------------------------------------------------------------
@@ -235,3 +274,29 @@ def claims(actions: list[act.Action]) -> dict[int, list[int]]:
             case act.Send(connection, Claim(index)):
                 made.setdefault(connection, []).append(index)
     return {connection: sorted(indices) for connection, indices in made.items()}
+
+
+def claims_in_order(actions: list[act.Action]) -> list[int]:
+    """The pieces that were claimed, at whomever."""
+    return [
+        a.message.index for a in actions if isinstance(a, act.Send) and isinstance(a.message, Claim)
+    ]
+
+
+def wants(actions: list[act.Action]) -> list[int]:
+    """The connections that a want went to, in order."""
+    return [a.connection for a in actions if isinstance(a, act.Send) and a.message == Want()]
+
+
+def offers(actions: list[act.Action]) -> dict[int, int]:
+    """What was offered: the suggested piece by connection, in order."""
+    return {
+        a.connection: a.message.index
+        for a in actions
+        if isinstance(a, act.Send) and isinstance(a.message, Offer)
+    }
+
+
+def uploads(actions: list[act.Action]) -> list[tuple[int, int]]:
+    """What began to be sent: connection and piece, in order."""
+    return [(a.connection, a.index) for a in actions if isinstance(a, act.SendPiece)]

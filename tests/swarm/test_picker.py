@@ -115,7 +115,7 @@ def test_in_a_large_blob_every_piece_has_its_chance_and_only_candidates_are_pick
 
 def test_in_a_large_blob_the_pick_is_the_rarest_of_a_large_sample():
     pieces = 4 * SAMPLE_MAX
-    rare = 700
+    rare = pieces // 3
     picker = make_picker({"a": "#" * pieces, "b": "#" * rare + "." + "#" * (pieces - rare - 1)})
     counts = Counter(picker.pick(bitfield.full(pieces)) for _ in range(400))
     # A sample of a quarter of the pieces holds the rare one every fourth time.

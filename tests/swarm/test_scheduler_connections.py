@@ -11,14 +11,16 @@ from swarmpull.swarm import actions as act
 from swarmpull.swarm import events as ev
 from swarmpull.swarm.connections import DIAL_TIMEOUT, ConnectionLimits
 from swarmpull.swarm.messages import Bye, ByeReason, Cancel, Claim, Have, Pass
-from swarmpull.swarm.pipeline import PipelineLimits, PipelinePolicy
-from swarmpull.swarm.scheduler import EVICTABLE_AFTER, SwarmLimits
+from swarmpull.swarm.pipeline import PipelineLimits
+from swarmpull.swarm.scheduler import EVICTABLE_AFTER, LEECHING_TICK, SEEDING_TICK, SwarmLimits
+from swarmpull.swarm.uploads import UploadLimits
 
-from .playbook import Play, cancel, claim, claims, close, have, metainfo_of
+from .playbook import Play, cancel, claim, claims, close, have, is_due, metainfo_of
 
 
 def leecher(have: str = "....", **limits: float) -> Play:
-    play = Play(have, limits=SwarmLimits(connections=ConnectionLimits(**limits)))
+    connections = ConnectionLimits(**limits)
+    play = Play(have, limits=SwarmLimits(connections=connections, exchange=PipelineLimits()))
     play >> play.added()
     return play
 
@@ -55,8 +57,8 @@ def test_a_peer_that_failed_is_dialled_again_when_its_back_off_is_over():
     play = leecher(backoff_initial=1.0)
     play >> play.found("a")
     play >> ev.DialFailed(play.digest, "a" * 32)
-    assert play.scheduler.next_deadline() == play.now + 1.0
     assert play.wait() == [play.dial("a")]
+    assert is_due(play.now, 100.0 + 1.0)
 
 
 def test_a_dial_that_is_never_reported_on_is_given_up():
@@ -198,9 +200,9 @@ def test_a_peer_that_is_being_sent_a_piece_is_not_let_go():
 
 
 def test_what_a_peer_owed_that_was_let_go_is_claimed_at_those_who_stay():
-    policy = PipelinePolicy(PipelineLimits(per_peer=2, endgame_claimants=1))
-    limits = SwarmLimits(connections=ConnectionLimits(per_torrent=2))
-    play = Play("..", limits=limits, policy=policy)
+    exchange = PipelineLimits(per_peer=2, endgame_claimants=1)
+    limits = SwarmLimits(connections=ConnectionLimits(per_torrent=2), exchange=exchange)
+    play = Play("..", limits=limits)
     play >> play.added()
     play >> play.connected(1, "a", "##")
     assert claims(play.after(1.0) >> play.connected(2, "b", "##")) == {}
@@ -234,8 +236,8 @@ def test_a_peer_that_claims_to_be_complete_while_it_is_served_is_let_go_when_tha
 
 
 def test_a_peer_that_is_complete_and_took_its_last_waiting_claim_back_is_let_go():
-    limits = SwarmLimits()
-    play = Play("##", limits=attrs.evolve(limits, uploads=attrs.evolve(limits.uploads, slots=1)))
+    exchange = PipelineLimits(uploads=UploadLimits(slots=1))
+    play = Play("##", limits=SwarmLimits(exchange=exchange))
     play >> play.added()
     play >> play.connected(1, "a", "..")
     play >> play.connected(2, "b", ".#")
@@ -255,8 +257,8 @@ def test_a_leecher_keeps_a_complete_peer():
 def test_a_connection_on_which_nothing_moves_is_closed_in_the_end(make):
     play = make(idle_timeout=30.0)
     play >> play.connected(1, "a", "....")
-    assert play.scheduler.next_deadline() == play.now + 30.0
     assert close(1, ByeReason.USELESS) in play.wait()
+    assert is_due(play.now, 100.0 + 30.0, LEECHING_TICK if make is leecher else SEEDING_TICK)
 
 
 @pytest.mark.parametrize("begin", [0.1, 1 / 3, 1e6 + 0.7, 123456.789])
@@ -275,7 +277,9 @@ def test_a_piece_in_either_direction_keeps_a_connection():
     play.after(20.0).piece(1, 1)
     play >> play.says(1, Claim(0))
     play.after(20.0) >> ev.PieceSent(1, 0)
-    assert play.scheduler.next_deadline() == 140.0 + 30.0
+    actions = play.wait()
+    assert actions[0] == close(1, ByeReason.USELESS)
+    assert is_due(play.now, 140.0 + 30.0)
 
 
 def test_a_goodbye_alone_changes_nothing_until_the_connection_is_down():

@@ -7,14 +7,16 @@ import attrs
 from swarmpull.swarm import actions as act
 from swarmpull.swarm import events as ev
 from swarmpull.swarm.messages import ByeReason, Cancel, Claim
-from swarmpull.swarm.scheduler import SwarmLimits
+from swarmpull.swarm.pipeline import PipelineLimits
+from swarmpull.swarm.scheduler import SEEDING_TICK, SwarmLimits
 from swarmpull.swarm.uploads import UploadLimits
 
-from .playbook import Play, close, hello, metainfo_of, passes
+from .playbook import Play, close, hello, is_due, metainfo_of, passes
 
 
 def seeder(have: str = "####", **limits: float) -> Play:
-    play = Play(have, limits=SwarmLimits(uploads=UploadLimits(**limits)))
+    exchange = PipelineLimits(uploads=UploadLimits(**limits))
+    play = Play(have, limits=SwarmLimits(exchange=exchange))
     play >> play.added()
     return play
 
@@ -93,9 +95,11 @@ def test_a_receiver_that_does_not_take_its_piece_is_dropped_and_the_next_one_ser
     play >> play.connected(2, "b", "....")
     play >> play.says(1, Claim(0))
     play >> play.says(2, Claim(3))
-    assert play.scheduler.next_deadline() == play.now + 20.0
     assert play.wait() == [send(play, 2, 3), close(1, ByeReason.STALLED)]
-    assert play.scheduler.next_deadline() == play.now + 20.0
+    assert is_due(play.now, 100.0 + 20.0, SEEDING_TICK)
+    began = play.now
+    assert play.wait() == [close(2, ByeReason.STALLED)]
+    assert is_due(play.now, began + 20.0, SEEDING_TICK)
 
 
 def test_two_receivers_that_stall_at_the_same_moment_are_both_dropped():

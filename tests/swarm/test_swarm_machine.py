@@ -17,8 +17,20 @@ from hypothesis.stateful import (
 )
 
 from swarmpull.swarm.connections import ConnectionLimits
-from swarmpull.swarm.messages import Bye, ByeReason, Cancel, Claim, Have, Message, Pass
-from swarmpull.swarm.pipeline import PipelineLimits, PipelinePolicy
+from swarmpull.swarm.messages import (
+    Bye,
+    ByeReason,
+    Cancel,
+    Claim,
+    Have,
+    HaveAll,
+    Message,
+    Offer,
+    Pass,
+    Want,
+)
+from swarmpull.swarm.offers import OfferLimits
+from swarmpull.swarm.pipeline import PipelineLimits
 from swarmpull.swarm.scheduler import SwarmLimits
 from swarmpull.swarm.uploads import UploadLimits
 
@@ -30,6 +42,9 @@ indices = st.integers(-1, PIECES_MAX + 1)
 lies: st.SearchStrategy[Message] = st.one_of(
     st.builds(Have, st.integers(0, PIECES_MAX - 1)),
     st.builds(Have, indices),
+    st.just(HaveAll()),
+    st.just(Want()),
+    st.builds(Offer, indices),
     st.builds(Claim, indices),
     st.builds(Pass, indices),
     st.builds(Cancel, indices),
@@ -37,16 +52,35 @@ lies: st.SearchStrategy[Message] = st.one_of(
 )
 
 
+offer_limits = st.builds(
+    lambda slots, ahead_min, more_ahead, inbound: OfferLimits(
+        slots=slots, ahead_min=ahead_min, ahead_max=ahead_min + more_ahead, inbound=inbound
+    ),
+    slots=st.integers(1, 2),
+    ahead_min=st.integers(1, 2),
+    more_ahead=st.integers(0, 2),
+    inbound=st.integers(1, 4),
+)
+pipeline_limits = st.builds(
+    PipelineLimits,
+    per_peer=st.integers(1, 4),
+    endgame_claimants=st.integers(1, 2),
+    uploads=st.builds(
+        UploadLimits, slots=st.integers(1, 2), claims_per_connection=st.integers(1, 3)
+    ),
+)
+
+
 class SwarmMachine(RuleBasedStateMachine):
+    exchanges: st.SearchStrategy[OfferLimits | PipelineLimits]
+
     @initialize(
         pieces=st.integers(1, PIECES_MAX),
         leechers=st.integers(1, 2),
         liars=st.integers(0, 2),
         per_torrent=st.integers(1, 4),
-        slots=st.integers(1, 2),
-        waiting=st.integers(1, 3),
-        per_peer=st.integers(1, 4),
-        claimants=st.integers(1, 2),
+        dialled=st.integers(1, 4),
+        data=st.data(),
     )
     def start(
         self,
@@ -54,22 +88,21 @@ class SwarmMachine(RuleBasedStateMachine):
         leechers: int,
         liars: int,
         per_torrent: int,
-        slots: int,
-        waiting: int,
-        per_peer: int,
-        claimants: int,
+        dialled: int,
+        data: st.DataObject,
     ) -> None:
         limits = SwarmLimits(
-            connections=ConnectionLimits(per_torrent=per_torrent, per_host=per_torrent),
-            uploads=UploadLimits(slots=slots, claims_per_connection=waiting),
+            connections=ConnectionLimits(
+                dialled=dialled, per_torrent=per_torrent, per_host=per_torrent
+            ),
+            exchange=data.draw(self.exchanges),
             stall_timeout=1e6,
         )
-        policy = PipelinePolicy(PipelineLimits(per_peer=per_peer, endgame_claimants=claimants))
         self.network = Network(metainfo_of(pieces))
         for name in "0f"[:liars]:
             Liar(self.network, name)
         for name in "5a1"[: leechers + 1]:
-            Host(self.network, name, complete=name == "5", limits=limits, policy=policy)
+            Host(self.network, name, complete=name == "5", limits=limits)
 
     # --- the network --------------------------------------------------------------------------
 
@@ -171,11 +204,22 @@ class SwarmMachine(RuleBasedStateMachine):
                 assert isinstance(end.other.owner, Liar), "two complete peers stay connected"
 
 
-TestSwarm = SwarmMachine.TestCase
-TestSwarm.settings = settings(
+class OfferMachine(SwarmMachine):
+    exchanges = offer_limits
+
+
+class PipelineMachine(SwarmMachine):
+    exchanges = pipeline_limits
+
+
+SETTINGS = settings(
     max_examples=150,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
+TestOffers = OfferMachine.TestCase
+TestOffers.settings = SETTINGS
+TestPipeline = PipelineMachine.TestCase
+TestPipeline.settings = SETTINGS

@@ -58,3 +58,27 @@ def test_the_timeout_is_always_within_its_bounds(history: list[float | None]) ->
         else:
             timing.add(seconds)
     assert TIMEOUT_MIN <= timing.timeout() <= TIMEOUT_MAX
+
+
+def test_a_peer_that_gave_nothing_yet_gets_twice_the_time_that_the_others_take():
+    common = PieceTiming()
+    for _ in range(100):
+        PieceTiming(common).add(2.0)
+    assert PieceTiming(common).timeout() == pytest.approx(2 * 2.0, rel=0.01)
+
+
+def test_longer_pieces_get_longer_in_proportion():
+    common = PieceTiming()
+    assert PieceTiming(common, 4.0).timeout() == 4 * PieceTiming(common).timeout()
+    for _ in range(100):
+        PieceTiming(common, 4.0).add(8.0)
+    assert common.timeout() == pytest.approx(2.0, rel=0.01)
+    assert PieceTiming(common, 2.0).timeout() == pytest.approx(2 * 2 * 2.0, rel=0.01)
+
+
+def test_a_short_piece_tells_nothing_of_what_others_take():
+    common = PieceTiming()
+    timing = PieceTiming(common)
+    timing.add(0.001, is_short=True)
+    assert common.timeout() == TIMEOUT_INITIAL
+    assert timing.timeout() == TIMEOUT_MIN

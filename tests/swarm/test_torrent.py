@@ -5,10 +5,12 @@ import random
 import pytest
 
 from swarmpull.swarm.connections import ConnectionLimits, HostPlaces
+from swarmpull.swarm.exchange import Outbox
 from swarmpull.swarm.peers import PeerKind
 from swarmpull.swarm.picker import PickerLimits
-from swarmpull.swarm.pipeline import PipelineLimits, PipelinePolicy
-from swarmpull.swarm.torrent import Peer, Torrent
+from swarmpull.swarm.pipeline import PipelineExchange, PipelineLimits
+from swarmpull.swarm.timing import PieceTiming
+from swarmpull.swarm.torrent import Inbound, Peer, Torrent
 
 from .playbook import OWN, bits, contact, metainfo_of, table
 
@@ -24,6 +26,7 @@ def make_torrent(have: str, peers: dict[str, str]) -> Torrent:
         host_places=HostPlaces(100),
         connection_limits=ConnectionLimits(),
         picker_limits=PickerLimits(),
+        inbound=Inbound(),
         rng=random.Random(0),
     )
     for number, (name, has) in enumerate(peers.items(), start=1):
@@ -150,9 +153,22 @@ def test_claims_are_late_after_the_time_that_this_peer_usually_takes():
         a.timing.add(2.0)
     torrent.claim(a, 0, 10.0)
     torrent.claim(b, 1, 10.0)
-    assert 12.0 <= torrent.next_claim_deadline() < 12.1
+    assert torrent.late_claims(11.9) == []
     assert torrent.late_claims(12.1) == [(a, 0)]
     assert torrent.late_claims(18.0) == [(a, 0), (b, 1)]
+
+
+def test_a_claim_of_the_first_moment_is_judged_by_what_was_learnt_since():
+    torrent = make_torrent("...", {"a": "###", "b": "###"})
+    a, b = torrent.peers.values()
+    common = a.timing._common = b.timing._common = PieceTiming()
+    torrent.claim(a, 0, 0.0)
+    torrent.claim(b, 1, 0.0)
+    torrent.received(b, 1, 0.5)
+    for _ in range(50):
+        common.add(0.5)
+    assert torrent.late_claims(0.9) == []
+    assert torrent.late_claims(1.1) == [(a, 0)], "and not after the eight seconds of a stranger"
 
 
 def test_statistics_add_up():
@@ -168,17 +184,16 @@ def test_statistics_add_up():
     assert (statistics.agents, statistics.origins, statistics.pending) == (1, 1, 0)
 
 
-# --- the policy -------------------------------------------------------------------------------
+# --- the classic exchange -------------------------------------------------------------------------------
 
 
 def claim_all(torrent: Torrent, connection: int, limits: PipelineLimits) -> list[int]:
-    peer, policy = torrent.peers[connection], PipelinePolicy(limits)
-    claimed = []
-    while (index := policy.next_claim(torrent, peer)) is not None:
-        torrent.claim(peer, index, 0.0)
-        torrent.check_invariants()
-        claimed.append(index)
-    return sorted(claimed)
+    peer, outbox = torrent.peers[connection], Outbox()
+    PipelineExchange(limits, outbox).joined(torrent, peer, 0.0)
+    torrent.check_invariants()
+    claimed = sorted(action.message.index for action in outbox.actions)
+    assert claimed == sorted(peer.claims)
+    return claimed
 
 
 @pytest.mark.parametrize("per_peer", [1, 3, 10])

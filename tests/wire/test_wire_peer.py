@@ -12,9 +12,12 @@ from swarmpull.swarm.messages import (
     Cancel,
     Claim,
     Have,
+    HaveAll,
     Hello,
+    Offer,
     Pass,
     PieceChunk,
+    Want,
 )
 from swarmpull.swarm.metainfo import PIECE_LENGTH_MAX, PIECES_MAX
 from swarmpull.swarm.peers import PeerKind
@@ -53,8 +56,13 @@ GOLDEN = [
         "02 00 00000000" + "cd" * 64,
     ),
     (Have(0), "00000005 02 00000000"),
+    (HaveAll(), "00000001 0a"),
+    (Want(), "00000001 03"),
+    (Offer(), "00000005 04 ffffffff"),
+    (Offer(258), "00000005 04 00000102"),
     (Claim(258), "00000005 05 00000102"),
     (Pass(PIECES_MAX - 1), "00000005 06 0001ffff"),
+    (Pass(), "00000005 06 ffffffff"),
     (Cancel(1), "00000005 08 00000001"),
     (Bye(ByeReason.DRAINING), "00000002 09 01"),
     (Bye(ByeReason.CORRUPT, "piece 7"), "00000009 09 07 70696563652037"),
@@ -79,11 +87,15 @@ def test_the_bytes_of_a_chunk_header_are_fixed():
     assert peer.unpack_chunk_head(4096 + 8, bytes.fromhex("00000003 00080000")) == chunk
 
 
-def test_the_type_numbers_of_want_and_offer_are_free():
-    assert {3, 4}.isdisjoint(peer.FrameType)
-    assert peer.unpack(3, b"anything") is None
-    assert peer.unpack(4, b"") is None
+def test_messages_of_a_newer_peer_are_skipped():
+    assert peer.unpack(11, b"anything") is None
     assert peer.unpack(200, bytes(1000)) is None
+
+
+def test_a_want_or_have_all_has_no_body():
+    for number in (3, 10):
+        with pytest.raises(ProtocolError, match="with a body of 1 bytes"):
+            peer.unpack(number, b"x")
 
 
 def test_every_bye_reason_travels():

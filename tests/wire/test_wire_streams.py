@@ -246,7 +246,7 @@ async def receive_hello_and_chunk(stream):
 async def test_unknown_messages_are_skipped(raw_pair):
     raw, stream = raw_pair
     await raw.send_all(
-        pack_frame(3, b"\0\0\0\1") + pack_frame(200, bytes(30_000)) + peer.pack(Have(1))
+        pack_frame(77, b"\0\0\0\1") + pack_frame(200, bytes(30_000)) + peer.pack(Have(1))
     )
     assert await stream.receive() == Have(1)
 
