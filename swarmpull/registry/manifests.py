@@ -8,12 +8,13 @@ the shape of one of them.  The bytes are never changed.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, Final, NoReturn
 
 import attrs
 
 from swarmpull.digest import Digest
-from swarmpull.errors import InvalidDigest, ManifestInvalid
+from swarmpull.errors import DigestMismatch, InvalidDigest, ManifestInvalid
 
 # "Registries SHOULD limit manifests to 4 megabytes" (OCI distribution specification, "Pushing Manifests").
 MANIFEST_BYTES_MAX: Final = 4 << 20
@@ -45,6 +46,9 @@ _FOREIGN_LAYERS: Final = (
 # The build caches of BuildKit are indexes whose entries are layers and a config, not manifests.
 _BLOB_TYPE_MARKS: Final = (".layer.", ".rootfs.", "config", "octet-stream")
 _LENGTH_MAX: Final = (1 << 63) - 1
+# It becomes a header of every answer.  Two restricted names and a slash (RFC 6838, section 4.2), and no
+# less liberal than that: visible characters.
+_MEDIA_TYPE: Final = re.compile(r"[!-~]{1,255}", re.ASCII)
 
 
 @attrs.frozen
@@ -52,7 +56,7 @@ class Manifest:
     """A manifest that may be kept.
 
     Attributes:
-        digest: SHA-256 of the content.
+        digest: of the content; SHA-256 unless it was pushed under another, see `under_digest`.
         media_type: what it is served as.
         content: exactly as pushed.
         blobs: config and layers that must be in the repository.
@@ -115,6 +119,18 @@ def parse_manifest(content: bytes, content_type: str) -> Manifest:
     )
 
 
+def under_digest(manifest: Manifest, digest: Digest) -> Manifest:
+    """The same manifest under the digest by which it was pushed, of whatever algorithm.
+
+    Raises:
+        DigestMismatch: it is another manifest.
+    """
+    actual = Digest.of(manifest.content, digest.algorithm)
+    if actual != digest:
+        raise DigestMismatch(str(digest), str(actual))
+    return attrs.evolve(manifest, digest=digest)
+
+
 def _load(content: bytes) -> dict[str, Any]:
     if len(content) > MANIFEST_BYTES_MAX:
         raise ManifestInvalid(f"it has {len(content)} bytes, {MANIFEST_BYTES_MAX} are allowed")
@@ -160,6 +176,8 @@ def _media_type(document: dict[str, Any], content_type: str) -> str:
     if type(version) is not int or version != 2:
         raise ManifestInvalid("schemaVersion must be 2")
     media_type = own or (OCI_INDEX if "manifests" in document else OCI_MANIFEST)
+    if _MEDIA_TYPE.fullmatch(media_type) is None:
+        raise ManifestInvalid(f"mediaType {media_type!r:.80} cannot be sent as a Content-Type")
     if declared not in _GENERIC_TYPES and declared != media_type.lower():
         raise ManifestInvalid(
             f"Content-Type is {declared:.120} but the manifest is {media_type:.120}"

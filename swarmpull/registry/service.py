@@ -75,9 +75,9 @@ class RegistryService(Protocol):
         ...
 
     async def accept_blob(self, repository: str | None, digest: Digest) -> None:
-        """Make a blob, verified in the local store just now, durable and part of the repository.
+        """Make a blob of the local store durable and part of the repository.
 
-        Returns when it may be acknowledged.
+        Returns when it may be acknowledged.  Raises BlobNotFound when it is not in the local store.
         """
         ...
 

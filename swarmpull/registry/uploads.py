@@ -120,7 +120,8 @@ async def cancel_upload(call: Call) -> Response:
 async def put_generic_blob(call: Call) -> Response:
     """PUT of a blob under its digest, outside any repository.
 
-    A blob that is there already is not written again.
+    A blob that is there already is not written again, but accepted again: the request that has brought it
+    may have failed before it was durable.
 
     Raises:
         InvalidDigest, DigestMismatch, StoreFull, StoreUnavailable, PushRefused: nothing is visible.
@@ -128,7 +129,7 @@ async def put_generic_blob(call: Call) -> Response:
     """
     digest = Digest.parse(call.route.argument)
     try:
-        await call.service.stat_blob(None, digest, upstream=None)
+        await call.service.accept_blob(None, digest)
     except BlobNotFound:
         await _receive_whole(call, await _open_session(call), digest)
         return _created(call, digest)

@@ -194,9 +194,10 @@ class Catalog:
                 await self._check_exists(repository)
                 raise ManifestNotFound(repository, str(digest)) from exc
             await self._delete_tags_of(repository, digest)
-            await self._delete_if_there(manifest_key(repository, digest))
             if entry.subject is not None:
                 await self._delete_if_there(referrer_key(repository, entry.subject, digest))
+            # Last: without it nobody could find out what else was to be removed.
+            await self._delete_if_there(manifest_key(repository, digest))
 
     async def delete_tag(self, repository: str, tag: str) -> None:
         """Remove a tag; the manifest stays.  Raises ManifestNotFound."""

@@ -12,9 +12,9 @@ import trio
 
 from swarmpull.config import Config, OriginConfig
 from swarmpull.digest import Digest
-from swarmpull.errors import BackendUnavailable, BlobNotFound, ProtocolError, PushRefused
+from swarmpull.errors import BackendUnavailable, BlobNotFound, ProtocolError
 from swarmpull.registry.app import create_registry_app
-from swarmpull.registry.manifests import Manifest, parse_manifest
+from swarmpull.registry.manifests import Manifest, parse_manifest, under_digest
 from swarmpull.registry.names import is_repository
 from swarmpull.registry.service import BlobReader, StoredManifest
 from swarmpull.ring.membership import Membership
@@ -174,9 +174,11 @@ class OriginCalls:
     async def put_manifest(
         self, request: api.PutManifestRequest, _context: RpcContext
     ) -> api.PutManifestReply:
-        manifest = parse_manifest(request.content, request.media_type)
-        if ":" in request.reference and request.reference != str(manifest.digest):
-            raise PushRefused(f"the manifest has digest {manifest.digest}, not {request.reference}")
+        manifest = await trio.to_thread.run_sync(
+            parse_manifest, request.content, request.media_type
+        )
+        if ":" in request.reference:
+            manifest = under_digest(manifest, Digest.parse(request.reference))
         await self._registry.put_manifest(request.repository, request.reference, manifest)
         return api.PutManifestReply(manifest.digest, manifest.subject)
 

@@ -12,7 +12,13 @@ import structlog
 import trio
 
 from swarmpull.digest import Digest
-from swarmpull.errors import BackendUnavailable, BlobNotFound, DigestMismatch, ObjectNotFound
+from swarmpull.errors import (
+    BackendUnavailable,
+    BlobNotFound,
+    DigestMismatch,
+    ObjectNotFound,
+    StoreUnavailable,
+)
 from swarmpull.roles.shared_work import SharedWork
 from swarmpull.store.backends.base import Backend, blob_key
 from swarmpull.store.blobs import BlobStore
@@ -50,13 +56,15 @@ class OriginContent:
         """Length of a blob in bytes, without fetching it.
 
         Raises:
-            BlobNotFound: neither on the disk nor in the backend.
+            BlobNotFound: neither on the disk nor in the backend, or corrupt there: clients push only
+                what they are told is missing.
             BackendUnavailable: not on the disk, and the backend cannot say.
         """
         try:
             return self.store.stat(digest).length
         except BlobNotFound:
-            pass
+            if self.is_corrupt(digest):
+                raise
         try:
             return (await self.backend.stat(blob_key(digest))).length
         except ObjectNotFound as error:
@@ -84,6 +92,7 @@ class OriginContent:
         Raises:
             BlobNotFound: it is not on the disk.
             BackendUnavailable: it is not in the backend; try again.
+            StoreUnavailable: the disk failed; likewise.
         """
         await self._writing.run(digest, self._write)
 
@@ -127,10 +136,17 @@ class OriginContent:
             length = self.store.stat(digest).length
             if await self._is_in_backend(digest, key, length):
                 return
-            await self.backend.put_file(key, self.store.path(digest))
+            await self._copy_to_backend(digest, key)
             self._corrupt.discard(digest)
         self._written.inc(length)
         log.info("blob_durable", digest=str(digest), length=length)
+
+    async def _copy_to_backend(self, digest: Digest, key: str) -> None:
+        try:
+            await self.backend.put_file(key, self.store.path(digest))
+        except OSError as error:
+            # About our own file; nobody else would catch it, and the role would end.
+            raise StoreUnavailable(self.store.name, str(error)) from error
 
     async def _is_in_backend(self, digest: Digest, key: str, length: int) -> bool:
         if digest in self._corrupt:

@@ -66,15 +66,13 @@ class ContentTree:
     def install(self, source: Path, metainfo: Metainfo) -> BlobStat:
         """Make a verified file visible as a blob; durable on return, and ``source`` is gone.
 
-        A blob that is here already stays as it is: another writer was first.
+        A blob that is here already is replaced: this one was verified just now, and that one may have
+        been damaged since.  Open handles to it go on.
         """
         digest = metainfo.digest
         # Before the blob, so that whoever sees the blob finds its metainfo.
         self.save_metainfo(metainfo)
-        if self.length(digest) == metainfo.length:
-            remove(source)
-        else:
-            publish(source, self.blob_path(digest))
+        publish(source, self.blob_path(digest))
         return BlobStat(digest, metainfo.length)
 
     def save_metainfo(self, metainfo: Metainfo) -> None:

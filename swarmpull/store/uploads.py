@@ -46,10 +46,13 @@ class UploadLimits:
         sessions: open at once; at the limit `UploadStore.create` raises PushRefused.
         idle_timeout: seconds without a byte after which a session is removed when another is created.
             A day lets a client that lost its network overnight go on.
+        crowded_timeout: the same at the limit, so that pushes that were given up cannot keep out all
+            others for a day.
     """
 
     sessions: int = 1024
     idle_timeout: float = 24 * 3600.0
+    crowded_timeout: float = 15 * 60.0
 
 
 @attrs.frozen
@@ -233,8 +236,10 @@ class UploadStore:
             PushRefused: too many are open.
             StoreFull, StoreUnavailable: it cannot be kept.
         """
-        await self._remove_idle()
-        if len(self._sessions) + self._creating >= self._limits.sessions:
+        await self._remove_idle(self._limits.idle_timeout)
+        if self._is_full():
+            await self._remove_idle(self._limits.crowded_timeout)
+        if self._is_full():
             raise PushRefused(
                 f"{self._limits.sessions} uploads are open in store {self._disk.name}: "
                 "retry when some are finished"
@@ -282,8 +287,11 @@ class UploadStore:
         self._sessions[upload.id] = upload
         return upload
 
-    async def _remove_idle(self) -> None:
-        oldest = time.time() - self._limits.idle_timeout
+    def _is_full(self) -> bool:
+        return len(self._sessions) + self._creating >= self._limits.sessions
+
+    async def _remove_idle(self, timeout: float) -> None:
+        oldest = time.time() - timeout
         idle = [
             upload
             for upload in self._sessions.values()

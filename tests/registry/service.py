@@ -99,6 +99,7 @@ class IndexedService:
 
     async def accept_blob(self, repository: str | None, digest: Digest) -> None:
         self.asked.append(f"accept_blob {digest}")
+        self.store.stat(digest)
         if repository is not None:
             self.repositories[repository].blobs.add(digest)
 

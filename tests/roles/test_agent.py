@@ -143,6 +143,37 @@ async def test_a_push_through_an_agent_is_durable_when_it_is_acknowledged(
     assert pulled.content == manifest
 
 
+@pytest.mark.parametrize("role", ["origin", "agent"])
+async def test_a_file_is_acknowledged_only_when_it_is_durable(cluster: Cluster, role: str) -> None:
+    await cluster.start_agent(push=True)
+    path = f"/blobs/{Digest.of(CONFIG)}"
+    # The backend answers, and takes nothing.
+    temporary = cluster.root / "backend" / "temporary"
+    temporary.rmdir()
+    temporary.touch()
+    assert (await cluster.request("PUT", role, path, content=CONFIG)).status_code == 503
+    assert (await cluster.request("PUT", role, path, content=CONFIG)).status_code == 503
+    temporary.unlink()
+
+    reply = await cluster.request("PUT", role, path, content=CONFIG)
+
+    assert reply.status_code == 200
+    assert cluster.backend_file(Digest.of(CONFIG)).read_bytes() == CONFIG
+
+
+@pytest.mark.parametrize("role", ["origin", "agent"])
+async def test_a_manifest_is_pushed_under_its_sha512(cluster: Cluster, role: str) -> None:
+    await cluster.start_agent(push=True)
+    manifest = await cluster.push_image(role, REPOSITORY, CONFIG, LAYER)
+    reference = str(Digest.of(manifest, "sha512"))
+
+    reply = await cluster.push_manifest(role, REPOSITORY, reference, manifest)
+
+    assert (reply.status_code, reply.headers["docker-content-digest"]) == (201, reference)
+    pulled = await cluster.get(role, f"/v2/{REPOSITORY}/manifests/{reference}")
+    assert pulled.content == manifest
+
+
 async def test_an_agent_that_takes_pushes_keeps_to_what_belongs_to_a_repository(
     cluster: Cluster,
 ) -> None:

@@ -448,13 +448,11 @@ async def test_a_delete_that_was_cut_off_can_be_repeated(backend, changes):
 
     with pytest.raises(BackendUnavailable):
         await Catalog(FaultyBackend(backend, changes)).delete_manifest("team/app", digest(1))
-    try:
-        await catalog.delete_manifest("team/app", digest(1))
-    except ManifestNotFound:
-        assert changes == 3, "only the name in the list of referrers was left"
+    await catalog.delete_manifest("team/app", digest(1))
 
     assert (await catalog.list_tags("team/app", "", 10)).names == ()
     assert await catalog.list_referrers("team/app", digest(0)) == ()
+    assert not (await backend.list("repositories/team/app/_referrers/")).keys
     with pytest.raises(ManifestNotFound):
         await catalog.resolve("team/app", str(digest(1)))
 

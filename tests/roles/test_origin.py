@@ -13,8 +13,8 @@ import trio
 from swarmpull.digest import Digest
 from swarmpull.errors import (
     BlobNotFound,
+    DigestMismatch,
     ManifestReferencesMissing,
-    PushRefused,
     RpcFailed,
     SwarmpullError,
 )
@@ -161,6 +161,8 @@ async def test_a_corrupt_object_is_refused_to_readers_and_repaired_by_a_push(
     with pytest.raises(SwarmpullError, match="corrupt"):
         await client_of(cluster).get_metainfo(content.digest, REPOSITORY)
     assert not list((cluster.root / "origin").glob("blobs/*/*/*"))
+    # Clients push only what they are told is missing.
+    assert (await cluster.request("HEAD", "origin", path)).status_code == 404
 
     async with running_node(cluster.root / "agent") as agent:
         await agent.seed(content)
@@ -214,7 +216,7 @@ async def test_a_manifest_under_the_digest_of_another_is_refused(cluster: Cluste
         await cluster.push_blob("origin", REPOSITORY, blob)
     other = str(Digest.of(b"other"))
 
-    with pytest.raises(PushRefused):
+    with pytest.raises(DigestMismatch):
         await client_of(cluster).put_manifest(
             REPOSITORY, other, MANIFEST_TYPE, manifest_of(CONFIG, LAYER)
         )

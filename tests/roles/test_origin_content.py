@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import trio
 import trio.testing
 
 from swarmpull.digest import Digest
-from swarmpull.errors import BackendUnavailable, BlobNotFound, DownloadFailed
+from swarmpull.errors import BackendUnavailable, BlobNotFound, DownloadFailed, StoreUnavailable
 from swarmpull.roles import origin_content
 from swarmpull.roles.origin_content import OriginContent
 from swarmpull.roles.shared_work import SharedWork
@@ -201,6 +203,40 @@ async def test_what_the_backend_has_is_not_written_again(play: Play) -> None:
     await play.content.make_durable(BLOB)
 
     assert file.stat().st_mtime_ns == written_at
+
+
+async def test_a_process_without_descriptors_fails_the_write_and_nothing_else(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await play.add()
+    open_for_real = os.open
+
+    def fail(path: Path, *args: int) -> int:
+        if str(path).endswith(BLOB.hex):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return open_for_real(path, *args)
+
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(StoreUnavailable, match="Too many open files"):
+        await play.content.make_durable(BLOB)
+    monkeypatch.undo()
+
+    await play.content.make_durable(BLOB)
+
+    assert await play.backend.get_bytes(blob_key(BLOB)) == DATA
+
+
+async def test_what_is_corrupt_in_the_backend_counts_as_missing(play: Play) -> None:
+    await play.put(BLOB, DATA[:-1] + b"x")
+    assert await play.content.stat(BLOB) == len(DATA), "nobody knows yet"
+    with pytest.raises(BackendUnavailable):
+        await play.content.ensure_local(BLOB)
+
+    with pytest.raises(BlobNotFound):
+        await play.content.stat(BLOB)
+
+    await play.add()
+    assert await play.content.stat(BLOB) == len(DATA)
 
 
 async def test_what_is_not_on_the_disk_cannot_be_made_durable(play: Play) -> None:

@@ -262,6 +262,20 @@ async def test_idle_sessions_make_room_but_never_one_in_use(tmp_path) -> None:
             assert store.uploads.get("a", used.id) is used
 
 
+async def test_at_the_limit_what_was_given_up_makes_room_earlier(tmp_path) -> None:
+    limits = UploadLimits(sessions=2, crowded_timeout=60.0)
+    async with open_store(tmp_path, name="one", upload_limits=limits) as store:
+        given_up = await store.uploads.create("a")
+        given_up.used_at -= 61.0
+        await store.uploads.create("a")
+        assert store.uploads.get("a", given_up.id) is given_up
+        await store.uploads.create("a")
+        with pytest.raises(UploadNotFound):
+            store.uploads.get("a", given_up.id)
+        with pytest.raises(PushRefused):
+            await store.uploads.create("a")
+
+
 async def test_the_age_of_a_session_outlives_the_process(tmp_path) -> None:
     async with open_store(tmp_path, name="one") as store:
         upload = await store.uploads.create("a")
