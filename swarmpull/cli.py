@@ -165,7 +165,7 @@ def run(
 ) -> int:
     """Run one or more roles until SIGTERM or SIGINT.
 
-    The first signal lets requests under way end (drain_timeout), the second ends at once.
+    The first signal lets requests under way end (drain_timeout), the second cancels it.
     """
     loaded = _load(roles, file, data_dir, agents, overrides)
     from swarmpull import runtime

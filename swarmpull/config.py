@@ -402,7 +402,9 @@ class Config:
     )
     drain_timeout: Duration = attrs.field(
         default=Duration(10.0),
-        metadata=_meaning("How long requests under way may take to end after SIGTERM."),
+        metadata=_meaning(
+            "How long ending may take after SIGTERM; requests have four fifths of it."
+        ),
     )
     cluster: ClusterConfig = attrs.field(
         factory=ClusterConfig, metadata=_meaning("Where the other roles are.")

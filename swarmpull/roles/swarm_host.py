@@ -156,6 +156,11 @@ class SwarmHost:
             download = await self._starting.run(
                 digest, partial(self._begin, metainfo, namespace, announce=False)
             )
+        if download.metainfo != metainfo:
+            # Of two that disagree about the pieces one is wrong; the blob's own digest will tell.
+            raise InvalidMetainfo(
+                str(digest), "a download with other piece hashes is under way: try again later"
+            )
         self.dispatch(ev.PeersFound(digest, (source,)))
         await download.wait()
 

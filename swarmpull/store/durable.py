@@ -42,6 +42,8 @@ def make_directory(path: Path) -> None:
             raise
         return
     except FileNotFoundError:
+        if path.parent.is_dir():
+            raise  # a file system that makes no directories, such as /proc
         make_directory(path.parent)
         make_directory(path)
         return

@@ -634,6 +634,21 @@ async def test_adopting_twice_at_once_fetches_once(tmp_path: Path, content: Cont
         assert sum(origin.received().values()) == len(content.data)
 
 
+async def test_an_adoption_with_other_piece_hashes_is_refused_while_one_is_under_way(
+    tmp_path: Path, content: Content
+) -> None:
+    wrong = attrs.evolve(content.metainfo, piece_hashes=bytes(len(content.metainfo.piece_hashes)))
+    nobody = PeerContact("f" * 32, "127.0.0.1", 9, PeerKind.AGENT)
+    async with running_node(tmp_path / "origin") as node, trio.open_nursery() as nursery:
+        nursery.start_soon(node.host.adopt, wrong, "", nobody)
+        await until(lambda: node.host.downloading(content.digest) is not None)
+
+        with pytest.raises(InvalidMetainfo, match="other piece hashes"):
+            await node.host.adopt(content.metainfo, "", nobody)
+
+        nursery.cancel_scope.cancel()
+
+
 async def test_adopting_goes_on_when_the_caller_gives_up(tmp_path: Path, content: Content) -> None:
     async with (
         running_node(tmp_path / "agent") as agent,
