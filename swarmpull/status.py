@@ -20,7 +20,7 @@ def role_table(answers: Sequence[StatusAnswer]) -> Table:
             answer.address,
             str(document.get("role", "")),
             _ready(document),
-            str(len(_torrents(document))),
+            str(len(_torrents(document))) if "torrents" in document else "",
             _received(document),
             _size(document.get("bytes_sent")),
         )

@@ -118,22 +118,27 @@ class Layout:
         """Where a blob is, or goes."""
         return self.root / "blobs" / digest.algorithm / digest.hex
 
-    def create(self) -> None:
-        """Make an empty layout, or take an existing one.
-
-        Raises:
-            LayoutInvalid: the directory holds something else.
-        """
+    def check(self) -> None:
+        """Raise LayoutInvalid when the directory holds something other than an image layout."""
         if self.root.exists() and not self.root.is_dir():
             raise LayoutInvalid(str(self.root), "is a file, name a directory for the image")
-        marker = self.root / "oci-layout"
-        if not marker.exists():
-            if self.root.exists() and any(self.root.iterdir()):
-                raise LayoutInvalid(
-                    str(self.root), "is neither empty nor an image layout, name another directory"
-                )
+        if self._marker.exists() or not self.root.exists():
+            return
+        if any(self.root.iterdir()):
+            raise LayoutInvalid(
+                str(self.root), "is neither empty nor an image layout, name another directory"
+            )
+
+    def create(self) -> None:
+        """Make an empty layout, or take an existing one.  Raises LayoutInvalid."""
+        self.check()
+        if not self._marker.exists():
             self.root.mkdir(parents=True, exist_ok=True)
-            _write(marker, _LAYOUT)
+            _write(self._marker, _LAYOUT)
+
+    @property
+    def _marker(self) -> Path:
+        return self.root / "oci-layout"
 
     def entries(self) -> list[dict[str, Any]]:
         """The manifests that ``index.json`` lists; none when there is no such file.
@@ -254,9 +259,10 @@ async def pull_image(
         LengthMismatch, ManifestInvalid.
     """
     layout = Layout(directory)
-    layout.create()
+    layout.check()
     manifests: list[Manifest] = []
     await _collect(client, image, manifests, depth=0)
+    layout.create()
     blobs = dict.fromkeys(blob for manifest in manifests for blob in manifest.blobs)
     pull = partial(_pull_blob, client, layout, image.repository, progress)
     await _in_parallel(pull, tuple(blobs))
