@@ -40,6 +40,7 @@ class Download:
         self._on_reader_moved = on_reader_moved
         self._on_reader_closed = on_reader_closed
         self._waiting = trio.lowlevel.ParkingLot()
+        self._verified = trio.Event()
         self._ended = trio.Event()
         self._closable = trio.Event()
         self._error: SwarmpullError | None = None
@@ -54,10 +55,15 @@ class Download:
         """A piece has been stored: wake those who wait for one."""
         self._waiting.unpark_all()
 
+    def confirm(self) -> None:
+        """The whole blob has matched its digest; what is left is to make it durable."""
+        self._verified.set()
+
     def end(self, error: SwarmpullError | None = None) -> None:
         """The blob is in the store, or the download has failed; the first end counts."""
         if not self._ended.is_set():
             self._error = error
+            self._verified.set()
             self._ended.set()
             self._waiting.unpark_all()
             self._check_closable()
@@ -69,6 +75,11 @@ class Download:
             SwarmpullError: why it will not be: DownloadFailed, DigestMismatch, StoreFull, ...
         """
         await self._ended.wait()
+        self._raise_if_failed()
+
+    async def wait_verified(self) -> None:
+        """Return when the whole blob has matched its digest.  Raises what `wait` does."""
+        await self._verified.wait()
         self._raise_if_failed()
 
     async def wait_closable(self) -> None:
@@ -141,7 +152,7 @@ class DownloadReader:
             offset + size, metainfo.length, (first + stored_in_a_row) * metainfo.piece_length
         )
         if stop == metainfo.length:
-            await self._download.wait()
+            await self._download.wait_verified()
         return await self._download.partial.read_at(offset, stop - offset)
 
     def close(self) -> None:

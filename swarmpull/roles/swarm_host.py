@@ -300,6 +300,9 @@ class SwarmHost:
             return
         failure: SwarmpullError | None = None
         try:
+            await download.partial.verify()
+            # Readers need not wait for the disk to be done, only for the digest.
+            download.confirm()
             await download.partial.commit()
         except DigestMismatch as error:
             reason = f"every piece matched the metainfo, but the {error}"

@@ -206,6 +206,16 @@ class PartialBlob:
             self._grown.set()
         return stored
 
+    async def verify(self) -> None:
+        """Check the complete partial against its digest; `commit` then only makes it durable.
+
+        Raises what `commit` does for a blob that is not what its digest says.
+        """
+        async with self._ending:
+            if self._committed is None:
+                self._check_committable()
+                await self._verify_whole()
+
     async def commit(self) -> BlobStat:
         """Make the complete partial a blob of the store; durable on return.  Committing twice is allowed.
 
