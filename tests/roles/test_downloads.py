@@ -111,6 +111,18 @@ async def test_the_last_bytes_are_held_back_until_the_blob_is_verified(play: Pla
     assert got == [play.content.piece(2)]
 
 
+async def test_the_last_bytes_do_not_wait_for_the_disk(play: Play) -> None:
+    for index in range(3):
+        await play.store(index)
+    await play.download.partial.verify()
+
+    play.download.confirm()
+
+    with trio.fail_after(5):
+        last = await play.reader().read_at(2 * PIECE_LENGTH_MIN, TAIL)
+    assert last == play.content.piece(2)
+
+
 async def test_a_failure_reaches_every_reader_and_everybody_who_waits(play: Play) -> None:
     failures: list[DownloadFailed] = []
 
