@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import socket
 import struct
@@ -51,8 +52,10 @@ def send(port: int, data: bytes) -> None:
             stream.shutdown(socket.SHUT_WR)
             while stream.recv(65536):
                 pass
-        except ConnectionError:
-            pass  # a reset is an end too
+        except OSError as error:
+            # A reset is an end too, also one that came before the shutdown.
+            if error.errno not in (errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN):
+                raise
 
 
 def memory_of(pid: int) -> int:

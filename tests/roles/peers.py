@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
@@ -65,6 +66,14 @@ def make_content(length: int, *, seed: int = 0, digest: Digest | None = None) ->
 
 def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+def assert_no_descriptor_leaked(before: int) -> None:
+    """A worker thread that is still at its last job may close what it has for a moment longer."""
+    patience = time.monotonic() + 5
+    while open_descriptors() > before and time.monotonic() < patience:
+        time.sleep(0.01)
+    assert open_descriptors() == before, "descriptors leaked"
 
 
 @attrs.define

@@ -25,6 +25,7 @@ from .peers import (
     Finder,
     Node,
     ScriptedPeer,
+    assert_no_descriptor_leaked,
     fetch,
     honestly,
     make_content,
@@ -50,7 +51,7 @@ def content() -> Content:
 def descriptors() -> Iterator[None]:
     before = open_descriptors()
     yield
-    assert open_descriptors() == before, "descriptors leaked"
+    assert_no_descriptor_leaked(before)
 
 
 def limited(direction: str, rate: float) -> SwarmConfig:
@@ -141,7 +142,7 @@ async def test_a_host_whose_downloads_are_paced_goes_on_to_give(
         source = await nursery.start(ScriptedPeer(content, two).serve)
         finder = Finder(content.metainfo, (source,))
         download = await node.host.download(content.digest, "", finder.find)
-        await until(lambda: node.buffered > 0 and len(indices) == 2)
+        await until(lambda: len(indices) == 2 and download.partial.have.bit_count() == 1)
 
         taker = ScriptedPeer(content, honestly, number=2, have=0)
         stream = await taker.dial(node)

@@ -45,6 +45,7 @@ from .peers import (
     Finder,
     Node,
     ScriptedPeer,
+    assert_no_descriptor_leaked,
     honestly,
     make_content,
     open_descriptors,
@@ -81,7 +82,7 @@ def soon_late(monkeypatch: pytest.MonkeyPatch) -> None:
 def deadline_and_descriptors() -> Iterator[None]:
     before = open_descriptors()
     yield
-    assert open_descriptors() == before, "descriptors leaked"
+    assert_no_descriptor_leaked(before)
 
 
 @pytest.fixture

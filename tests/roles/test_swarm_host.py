@@ -42,6 +42,7 @@ from .peers import (
     Finder,
     Node,
     ScriptedPeer,
+    assert_no_descriptor_leaked,
     fetch,
     honestly,
     make_content,
@@ -67,7 +68,7 @@ def small() -> Content:
 def descriptors() -> Iterator[None]:
     before = open_descriptors()
     yield
-    assert open_descriptors() == before, "descriptors leaked"
+    assert_no_descriptor_leaked(before)
 
 
 async def read_all(node: Node, download, size: int = 1 << 20) -> bytes:
