@@ -346,7 +346,7 @@ class SwarmConfig:
         metadata=_meaning("Peer connections of all torrents together."),
     )
     upload_slots: int = attrs.field(
-        default=2,
+        default=3,
         validator=_at_least_one,
         metadata=_meaning(
             "Pieces that an agent sends at the same time; "
@@ -362,7 +362,7 @@ class SwarmConfig:
         ),
     )
     inbound_pieces: int = attrs.field(
-        default=3,
+        default=4,
         validator=_at_least_one,
         metadata=_meaning("Pieces claimed and not yet received, over all torrents."),
     )
