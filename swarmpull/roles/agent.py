@@ -153,7 +153,7 @@ class AgentRegistry(Repositories):
     @asynccontextmanager
     async def _open(self, repository: str | None, digest: Digest) -> AsyncIterator[BlobReader]:
         """A blob of this host's store, or one on its way into it."""
-        while not self._is_stored(digest):
+        while not self._store.has(digest):
             download = await self._host.download(digest, repository or "", self._finder.find)
             reader = download.reader()
             if reader is not None:
@@ -165,13 +165,6 @@ class AgentRegistry(Repositories):
             await download.wait()
         with self._store.open(digest) as handle:
             yield handle
-
-    def _is_stored(self, digest: Digest) -> bool:
-        try:
-            self._store.stat(digest)
-        except BlobNotFound:
-            return False
-        return True
 
 
 async def seed_cache(store: BlobStore, host: SwarmHost) -> None:

@@ -78,7 +78,7 @@ class OriginContent:
             BackendUnavailable: the backend fails, or its object is not what its name says and is not used.
             StoreFull, StoreUnavailable: the disk has no room for it, or fails.
         """
-        if not self._is_local(digest):
+        if not self.store.has(digest):
             await self._fetching.run(digest, self._fetch)
 
     async def metainfo(self, digest: Digest) -> Metainfo:
@@ -100,16 +100,9 @@ class OriginContent:
         """Whether the backend's object was found to be something else; the next write replaces it."""
         return digest in self._corrupt
 
-    def _is_local(self, digest: Digest) -> bool:
-        try:
-            self.store.stat(digest)
-        except BlobNotFound:
-            return False
-        return True
-
     async def _fetch(self, digest: Digest) -> None:
         async with self._fetches:
-            if self._is_local(digest):
+            if self.store.has(digest):
                 return
             key = blob_key(digest)
             try:

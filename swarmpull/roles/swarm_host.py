@@ -149,7 +149,7 @@ class SwarmHost:
             SwarmpullError: why it cannot be: DownloadFailed, DigestMismatch, StoreFull, ...
         """
         digest = metainfo.digest
-        if self._is_stored(digest):
+        if self._store.has(digest):
             return
         download = self._downloads.get(digest)
         if download is None:
@@ -348,13 +348,6 @@ class SwarmHost:
             for download in list(self._open):
                 download.end(_shutting_down(download.metainfo.digest))
                 await download.partial.aclose()
-
-    def _is_stored(self, digest: Digest) -> bool:
-        try:
-            self._store.stat(digest)
-        except BlobNotFound:
-            return False
-        return True
 
     # --- trackers -----------------------------------------------------------------------------
 

@@ -151,6 +151,11 @@ class BlobStore:
             raise BlobNotFound(str(digest), self.name)
         return BlobStat(digest, length)
 
+    def has(self, digest: Digest) -> bool:
+        """Whether a blob is here.  Raises StoreUnavailable."""
+        with self._disk.translating():
+            return self._tree.length(digest) is not None
+
     def path(self, digest: Digest) -> Path:
         """The file of a blob, to copy it from; never to be written.  Raises BlobNotFound."""
         self.stat(digest)
