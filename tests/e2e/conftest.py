@@ -6,6 +6,7 @@ socket has 108 bytes at most.
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ RUNNING: Final = pytest.StashKey[dict[Program, int]]()
 @pytest.fixture(scope="session")
 def scratch() -> Iterator[Path]:
     """A directory that is gone after the tests."""
-    directory = Path(tempfile.mkdtemp(prefix="sp-"))
+    directory = new_directory(Path(tempfile.gettempdir()), "sp")
     try:
         yield directory
     finally:
@@ -68,7 +69,7 @@ def cluster(scratch: Path, ports: PortAllocator, request) -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def separate_cluster(scratch: Path, ports: PortAllocator, request) -> Iterator[Cluster]:
     """One process for each role and for each of three agents."""
-    directory = Path(tempfile.mkdtemp(prefix="separate-", dir=scratch))
+    directory = new_directory(scratch, "separate")
     yield from started(separate_processes(directory, ports.cluster(AGENTS)), request.config)
     shutil.rmtree(directory)
 
@@ -84,8 +85,19 @@ def other_host(scratch: Path) -> Iterator[Host]:
     yield from new_host(scratch)
 
 
+def new_directory(parent: Path, prefix: str) -> Path:
+    """A directory of its own, private, with no underscore in its name.
+
+    `tempfile.mkdtemp` may end in one, and podman and buildah take the path of an image layout for the name
+    of an image, where that is not allowed.
+    """
+    directory = parent / f"{prefix}-{secrets.token_hex(4)}"
+    directory.mkdir(mode=0o700)
+    return directory
+
+
 def new_host(scratch: Path) -> Iterator[Host]:
-    directory = Path(tempfile.mkdtemp(prefix="h-", dir=scratch))
+    directory = new_directory(scratch, "h")
     try:
         yield Host(directory)
     finally:
