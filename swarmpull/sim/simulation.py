@@ -62,7 +62,7 @@ def default_limits(kind: PeerKind, policy: Policy) -> SwarmLimits:
             connections=ConnectionLimits(per_torrent=100, per_host=1000),
             exchange=OfferLimits(slots=8, ahead_min=9, ahead_max=32),
         )
-    return SwarmLimits(exchange=OfferLimits(slots=3, inbound=4))
+    return SwarmLimits(exchange=OfferLimits())
 
 
 class _Connection:

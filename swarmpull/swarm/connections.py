@@ -1,7 +1,7 @@
 """Whom to be connected to: known, pending, active and backed-off peers of one torrent.
 
 A pending dial takes a place like an active connection, so that the limit holds at every moment.  A peer
-that failed is backed off with an expiry; a peer may be active and known, never active and backed off.
+that failed is backed off with an expiry, for longer each time until it gives a piece.
 """
 
 from __future__ import annotations
@@ -149,6 +149,13 @@ class ConnectionTable:
         if self._pending.pop(peer_id, None) is None:
             self._host.taken += 1
         self._active[peer_id] = connection
+
+    def proved(self, peer_id: str) -> None:
+        """A peer gave us something: its failures are forgotten.
+
+        A connection alone proves nothing.  One who accepts and never gives anything would be tried again and
+        again.
+        """
         self._backoffs.pop(peer_id, None)
 
     def dial_failed(self, peer_id: str, now: float) -> None:
@@ -203,20 +210,25 @@ class ConnectionTable:
         for peer_id in [p for p, until in self._pending.items() if until <= now]:
             self.dial_failed(peer_id, now)
         forgotten = now - self._limits.backoff_max
-        for peer_id in [p for p, b in self._backoffs.items() if b.until < forgotten]:
+        for peer_id in [
+            p
+            for p, b in self._backoffs.items()
+            if b.until < forgotten and p not in self._active
+        ]:
             del self._backoffs[peer_id]
 
     def next_deadline(self, now: float) -> float:
         """When a pending dial is given up or a known peer may be dialled again; inf when never."""
         deadline = min(self._pending.values(), default=float("inf"))
         for peer_id, backoff in self._backoffs.items():
-            if backoff.until > now and peer_id in self._known:
+            if (
+                backoff.until > now and peer_id in self._known and peer_id not in self._active
+            ):
                 deadline = min(deadline, backoff.until)
         return deadline
 
     def check_invariants(self) -> None:
         assert not self._pending.keys() & self._active.keys()
-        assert not self._backoffs.keys() & self._active.keys()
         assert self._own_peer_id not in self._active
         assert len(self._known) <= KNOWN_PEERS_MAX
         assert len(self._backoffs) <= BACKOFFS_MAX

@@ -38,9 +38,14 @@ from swarmpull.swarm.torrent import Inbound, Peer, Torrent
 
 # Wants for each claim that there is room for: as many uplinks may answer first as make it likely that one
 # does at once; more would mostly be answered by a pass.
-WANTS_FOR_ROOM: Final = 4
-# A peer that does not answer an offer within this many seconds has lost the slot; it may want again.
+WANTS_FOR_ROOM: Final = 8
+# An offer is answered after a round trip.  After this many seconds somebody else is offered the place; the
+# answer still counts, until the offer lapses.
+OFFER_PATIENCE: Final = 0.25
 OFFER_TIMEOUT: Final = 2.0
+# A peer that let so many offers lapse, one after the other, is not alive or means us no good.
+LAPSES_MAX: Final = 3
+_UNPROMISED: Final = OFFER_TIMEOUT - OFFER_PATIENCE
 # A want that found no free uplink for so many seconds no longer counts against the limit of wants.
 WANT_PATIENCE: Final = 1.0
 
@@ -57,8 +62,8 @@ class OfferLimits:
         send_timeout: seconds after which a piece that is still being sent marks its receiver as stalled.
     """
 
-    slots: int = attrs.field(default=1, validator=attrs.validators.ge(1))
-    ahead_min: int = attrs.field(default=2, validator=attrs.validators.ge(1))
+    slots: int = attrs.field(default=3, validator=attrs.validators.ge(1))
+    ahead_min: int = attrs.field(default=1, validator=attrs.validators.ge(1))
     ahead_max: int = attrs.field(default=16, validator=attrs.validators.ge(1))
     inbound: int = attrs.field(default=4, validator=attrs.validators.ge(1))
     send_timeout: float = attrs.field(default=60.0, validator=attrs.validators.gt(0))
@@ -82,6 +87,7 @@ class _Line:
         waits: whether the peer waits in line for an offer of ours.
         offered_until: when our offer to it lapses; None when none is open.
         suggested: the piece that we suggested with it, or -1.
+        lapses: offers that it did not answer, since the last one that it did.
     """
 
     torrent: Torrent
@@ -91,6 +97,7 @@ class _Line:
     waits: bool = False
     offered_until: float | None = None
     suggested: int = -1
+    lapses: int = 0
 
 
 @attrs.define
@@ -176,6 +183,7 @@ class OfferExchange:
         if torrent.full == torrent.have | torrent.verifying:
             for other in torrent.peers:
                 self._stop_counting(self._lines[other])
+        self._inbound.find_overdue(now)
         self._consider_all(now)
 
     def freed(self, torrent: Torrent, now: float) -> None:  # noqa: ARG002
@@ -192,13 +200,13 @@ class OfferExchange:
         self._proceed(now)
 
     def tick(self, now: float) -> list[int]:
-        for line in [line for line in self._offers.values() if _lapsed(line, now)]:
-            self._take_back_offer(line)
+        silent = self._lapse_offers(now)
         self._find_stuck(now)
         self._proceed(now)
         self._lose_patience(now)
         overdue = now - self._limits.send_timeout
-        return [c for c, sending in self._sending.items() if sending.began <= overdue]
+        stalled = [c for c, sending in self._sending.items() if sending.began <= overdue]
+        return silent + stalled
 
     def is_busy(self, connection: int) -> bool:
         return (
@@ -220,7 +228,6 @@ class OfferExchange:
     def check_invariants(self) -> None:
         limits = self._limits
         assert self._slots_taken() <= limits.slots
-        assert len(self._offers) + len(self._ready) <= limits.ahead_max
         assert limits.ahead_min <= self._ahead <= limits.ahead_max
         assert self._wants == sum(line.counted for line in self._lines.values())
         for line in self._lines.values():
@@ -239,10 +246,21 @@ class OfferExchange:
         self._queues.setdefault(line.torrent.digest, deque()).append(line)
         self._proceed(now)
 
+    def _lapse_offers(self, now: float) -> list[int]:
+        """Take back the offers that were not answered; returns the connections of those who never do."""
+        silent = []
+        for line in [line for line in self._offers.values() if _lapsed(line, now)]:
+            self._take_back_offer(line)
+            line.lapses += 1
+            if line.lapses >= LAPSES_MAX:
+                silent.append(line.peer.connection)
+        return silent
+
     def _claim_received(self, line: _Line, claim: Claim, now: float) -> None:
         index = claim.index
         offered = line.offered_until is not None
         if offered:
+            line.lapses = 0
             self._end_offer(line, claimed=index)
         if not offered or self._draining or not (line.torrent.have >> index) & 1:
             self._outbox.send(line.peer.connection, Pass(index))
@@ -274,11 +292,19 @@ class OfferExchange:
     def _proceed(self, now: float) -> None:
         """Send what is claimed, and keep enough promises out to go on without a gap."""
         self._start(now)
-        while len(self._offers) + len(self._ready) < self._ahead:
+        while self._promises(now) < self._ahead:
             line = self._next_in_line()
             if line is None:
                 return
             self._offer(line, now)
+
+    def _promises(self, now: float) -> int:
+        """Claims that wait, and offers that may be answered any moment."""
+        promises = len(self._ready)
+        for line in self._offers.values():
+            if line.offered_until is not None and line.offered_until - now > _UNPROMISED:
+                promises += 1
+        return promises
 
     def _start(self, now: float) -> None:
         while self._ready and self._slots_taken() < self._limits.slots:
@@ -363,7 +389,7 @@ class OfferExchange:
 
     def _adapt(self) -> None:
         """Fit the promises to the bandwidth-delay product."""
-        if not self._ready and any(self._queues.values()):
+        if not self._sending and not self._ready and any(self._queues.values()):
             self._ahead = min(self._ahead + 1, self._limits.ahead_max)
         elif len(self._ready) > self._limits.ahead_min:
             self._ahead = max(self._ahead - 1, self._limits.ahead_min)
@@ -386,6 +412,7 @@ class OfferExchange:
 
     def _pass_received(self, line: _Line, refusal: Pass, now: float) -> None:
         if refusal.index < 0:
+            line.lapses = 0
             self._take_back_offer(line)
             self._proceed(now)
             return
@@ -397,28 +424,33 @@ class OfferExchange:
 
     def _choose(self, line: _Line, suggested: int) -> int | None:
         free = line.torrent.free_pieces(line.peer)
-        if not free:
-            return None
-        urgent = line.torrent.picker.pick_urgent(free)
+        overdue = line.torrent.overdue_pieces(line.peer) if line.torrent.overdue else 0
+        urgent = line.torrent.picker.pick_urgent(free | overdue)
         if urgent is not None:
             return urgent
+        if not free:
+            # Endgame: what others take too long over.
+            return line.torrent.picker.pick_rarest(overdue) if overdue else None
         if suggested >= 0 and (free >> suggested) & 1:
             return suggested
         if line.torrent.is_only_leecher:
-            return bitfield.lowest(
-                free
-            )  # nobody to be rare for, and in order the blob is hashed sooner
+            # Nobody to be rare for, and in order the blob is hashed sooner.
+            return bitfield.lowest(free)
         return line.torrent.picker.pick_rarest(free)
 
     def _consider(self, line: _Line, now: float) -> None:
         """Want something of this peer, if it has anything for us and we have room."""
         if line.wanted_at is not None or self._draining:
             return
+        if line.peer.claims and not line.peer.is_proven:
+            return  # one claim is enough to find out whether it gives anything
         torrent = line.torrent
         room = self._limits.inbound - self._inbound.claims
         if torrent.claimed and (room <= 0 or self._wants >= WANTS_FOR_ROOM * room):
             return
-        if not torrent.free_pieces(line.peer):
+        if not torrent.free_pieces(line.peer) and not (
+            torrent.overdue and torrent.overdue_pieces(line.peer)
+        ):
             return
         line.wanted_at = now
         line.counted = True
@@ -452,7 +484,7 @@ class OfferExchange:
 
         A claim is passed when its offer had lapsed, which says nothing of the next one.
         """
-        lost = False
+        lost = self._inbound.find_overdue(now)
         for line in self._lines.values():
             if line.peer.passed:
                 line.peer.passed = 0

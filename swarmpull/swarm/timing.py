@@ -48,6 +48,12 @@ class PieceTiming:
         """A claim was late: allow twice the time until a piece arrives, as on a link that got slower."""
         self._lateness = min(self._lateness * 2, TIMEOUT_MAX)
 
+    def usual(self) -> float:
+        """Seconds within which nearly all pieces arrive; before the first sample, what is allowed."""
+        if self._mean is None:
+            return TIMEOUT_INITIAL
+        return self._mean + DEVIATIONS * self._deviation
+
     def timeout(self) -> float:
         """Seconds after which a claim is late."""
         if self._mean is None:

@@ -23,23 +23,56 @@ from swarmpull.swarm.timing import PieceTiming
 
 @attrs.define
 class ClaimRecord:
-    """A claim of ours that is outstanding: when it was made, and when it is late."""
+    """A claim of ours that is outstanding: when it was made, and when it is late.
+
+    ``overdue``: it takes longer than pieces do on this host, and may be claimed elsewhere as well.
+    """
 
     claimed_at: float
     late_at: float
+    overdue: bool = False
 
 
-@attrs.define
+@attrs.define(eq=False)
 class Inbound:
     """What all torrents of this host share as they download.
 
     Attributes:
-        claims: that are outstanding.
+        claims: that are outstanding and not overdue: a slow uploader must not use up the room for those
+            that deliver.
         timing: of the pieces of all peers.
     """
 
     claims: int = 0
     timing: PieceTiming = attrs.field(factory=PieceTiming)
+    _expected: dict[tuple[int, int], tuple[Torrent, ClaimRecord]] = attrs.field(factory=dict)
+
+    def add(self, torrent: Torrent, peer: Peer, index: int, record: ClaimRecord) -> None:
+        self.claims += 1
+        self._expected[peer.connection, index] = (torrent, record)
+
+    def remove(self, peer: Peer, index: int, record: ClaimRecord) -> None:
+        if not record.overdue:
+            self.claims -= 1
+            del self._expected[peer.connection, index]
+
+    def find_overdue(self, now: float) -> bool:
+        """Mark the claims that take too long; whether there were any that did not before.
+
+        Claims are looked at in the order in which they were made, so this costs as much as it finds; one of
+        longer pieces may keep those behind it from being found until it is settled itself.
+        """
+        found = False
+        while self._expected:
+            (connection, index), (torrent, record) = next(iter(self._expected.items()))
+            if now - record.claimed_at < self.timing.usual() * torrent.piece_scale:
+                break
+            del self._expected[connection, index]
+            self.claims -= 1
+            record.overdue = True
+            torrent.now_overdue(index)
+            found = True
+        return found
 
 
 @attrs.define(eq=False)
@@ -57,6 +90,7 @@ class Peer:
         late_in_a_row: claims that came late, or not at all, since its last piece.
         late_at: when that was last noticed; what was claimed before that says nothing new.
         useful_at: when a piece last went either way.
+        gave: whether a piece ever came from it.
     """
 
     connection: int
@@ -69,6 +103,12 @@ class Peer:
     late_in_a_row: int = 0
     late_at: float = float("-inf")
     timing: PieceTiming = attrs.field(factory=PieceTiming)
+    gave: bool = False
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether it gives what is claimed there, as far as we know."""
+        return self.gave and not self.late_in_a_row
 
 
 @attrs.define
@@ -88,6 +128,7 @@ class Torrent:
         verifying: pieces whose hash is being checked, of which `PieceStored`, `PieceRejected` or
             `PieceLost` will tell.
         claimed: pieces that somebody owes us.
+        overdue: of those, the ones that a single peer owes us and takes too long over.
         verified: whether the whole blob has matched its digest and is in the store.
         progress_at: when the last piece was stored, or the torrent added.
         ticked_at: when the scheduler last looked after what has a deadline.
@@ -121,6 +162,7 @@ class Torrent:
         self.verified = verified
         self.progress_at = 0.0
         self.claimed = 0
+        self.overdue = 0
         self.ticked_at = 0.0
         self._claimants: dict[int, int] = {}
         self._inbound = inbound
@@ -181,6 +223,13 @@ class Torrent:
         """The pieces that this peer has and we neither have nor expect from anyone."""
         return peer.have & ~(self.have | self.verifying | self.claimed | peer.passed)
 
+    def overdue_pieces(self, peer: Peer) -> int:
+        """The pieces that this peer has and another one takes too long over.  O(claims at this peer)."""
+        pieces = peer.have & self.overdue & ~peer.passed
+        for index in peer.claims:
+            pieces &= ~(1 << index)
+        return pieces
+
     def owed_pieces(self, peer: Peer, claimants_max: int) -> int:
         """In the endgame: pieces that this peer has and fewer than ``claimants_max`` others owe us.
 
@@ -196,10 +245,16 @@ class Torrent:
 
     def claim(self, peer: Peer, index: int, now: float) -> None:
         """Record a claim at a peer."""
-        peer.claims[index] = ClaimRecord(now, now + peer.timing.timeout())
+        record = peer.claims[index] = ClaimRecord(now, now + peer.timing.timeout())
         self._claimants[index] = self._claimants.get(index, 0) + 1
-        self._inbound.claims += 1
+        self._inbound.add(self, peer, index, record)
         self.claimed |= 1 << index
+        self.overdue &= ~(1 << index)
+
+    def now_overdue(self, index: int) -> None:
+        """A claim of this piece takes too long: another peer may be asked for it, but no third one."""
+        if self._claimants[index] == 1:
+            self.overdue |= 1 << index
 
     def passed(self, peer: Peer, index: int) -> None:
         """The peer will not give this piece: it is free for others."""
@@ -265,6 +320,9 @@ class Torrent:
         peer.late_in_a_row = 0
         peer.passed = 0
         peer.useful_at = now
+        if not peer.gave:
+            peer.gave = True
+            self.connections.proved(peer.contact.peer_id)
         if wanted:
             self.verifying |= 1 << index
             self._senders[index] = peer.contact.peer_id
@@ -307,6 +365,7 @@ class Torrent:
                 assert record.late_at >= record.claimed_at
                 claimants[index] = claimants.get(index, 0) + 1
         assert claimants == self._claimants
+        assert not self.overdue & ~self.claimed
         assert self.verifying == sum(1 << index for index in self._senders)
         assert self.claimed == sum(1 << index for index in claimants)
         for index in range(self.piece_count):
@@ -332,8 +391,8 @@ class Torrent:
         return sum(peer.contact.kind is kind for peer in self.peers.values())
 
     def _release(self, peer: Peer, index: int) -> None:
-        del peer.claims[index]
-        self._inbound.claims -= 1
+        self._inbound.remove(peer, index, peer.claims.pop(index))
+        self.overdue &= ~(1 << index)
         left = self._claimants[index] - 1
         if left:
             self._claimants[index] = left

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from swarmpull.swarm.connections import (
@@ -84,13 +86,27 @@ def test_a_peer_that_could_not_be_reached_is_left_alone_for_twice_as_long_each_t
         now += pause
 
 
-def test_a_connection_ends_the_doubling():
+def test_a_connection_alone_does_not_end_the_doubling():
+    # Whoever accepts every connection and never gives anything is tried less and less often.
+    table = make_table("a", backoff_initial=1.0)
+    for number, (now, pause) in enumerate([(0.0, 1.0), (10.0, 2.0), (20.0, 4.0)]):
+        assert dialled(table, now=now) == "a"
+        table.connected("a" * 32, number)
+        table.check_invariants()
+        assert table.next_deadline(now) == math.inf, "nothing is due while it is connected"
+        table.lost("a" * 32, now)
+        assert dialled(table, now=now + pause - 0.1) == ""
+    assert dialled(table, now=24.0) == "a"
+
+
+def test_a_piece_ends_the_doubling():
     table = make_table("a", backoff_initial=1.0)
     for now in (0.0, 10.0, 20.0):
         assert dialled(table, now=now) == "a"
         table.dial_failed("a" * 32, now)
     assert dialled(table, now=30.0) == "a"
     table.connected("a" * 32, 1)
+    table.proved("a" * 32)
     table.lost("a" * 32, 40.0)
     assert dialled(table, now=40.9) == ""
     assert dialled(table, now=41.0) == "a"

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmpull.swarm import actions as act
+from swarmpull.swarm import bitfield
 from swarmpull.swarm import events as ev
 from swarmpull.swarm.connections import ConnectionLimits
 from swarmpull.swarm.messages import (
@@ -22,12 +23,20 @@ from swarmpull.swarm.messages import (
     Want,
 )
 from swarmpull.swarm.metainfo import Metainfo
-from swarmpull.swarm.offers import OFFER_TIMEOUT, WANT_PATIENCE, WANTS_FOR_ROOM, OfferLimits
+from swarmpull.swarm.offers import (
+    LAPSES_MAX,
+    OFFER_PATIENCE,
+    OFFER_TIMEOUT,
+    WANT_PATIENCE,
+    WANTS_FOR_ROOM,
+    OfferLimits,
+)
 from swarmpull.swarm.picker import PickerLimits
 from swarmpull.swarm.scheduler import LEECHING_TICK, SEEDING_TICK, SwarmLimits
 from swarmpull.swarm.timing import TIMEOUT_INITIAL, TIMEOUT_MIN
 
 from .playbook import (
+    OWN,
     Play,
     cancel,
     claims,
@@ -51,7 +60,8 @@ FIRST_TIMEOUT = 2 * TIMEOUT_INITIAL
 
 
 def host(have: str, *, seed: int = 0, window_share: float = 0.5, **limits: float) -> Play:
-    """A host with one torrent, whose peers stay, however idle."""
+    """A host with one torrent, whose peers stay, however idle; it sends one piece and promises two more."""
+    limits = {"slots": 1, "ahead_min": 2} | limits
     play = Play(
         have,
         limits=SwarmLimits(
@@ -90,6 +100,13 @@ def say(play: Play, connection: int, *messages: Message) -> list[act.Action]:
     return [action for message in messages for action in play >> play.says(connection, message)]
 
 
+def proved(play: Play, connection: int) -> None:
+    """A peer offers and gives a piece."""
+    [index] = claims_in_order(play >> play.says(connection, Offer()))
+    play >> ev.PieceReceived(connection, index)
+    play >> ev.PieceStored(connection, play.digest, index)
+
+
 def pull(play: Play, connection: int, index: int) -> list[act.Action]:
     """A peer wants, is offered, and claims."""
     say(play, connection, Want())
@@ -119,15 +136,26 @@ def test_a_seeder_wants_nothing():
 
 
 def test_one_want_brings_one_offer_and_a_claim_asks_for_the_next():
-    play = host("...")
-    play >> play.connected(1, "a", "###")
+    play = host("....")
+    play >> play.connected(1, "a", "####")
+    proved(play, 1)
     first, second = play >> play.says(1, Offer())
     assert isinstance(first.message, Claim)
     assert second == want(1)
     play >> play.says(1, Offer())
     [last] = play >> play.says(1, Offer())
     assert isinstance(last.message, Claim), "and nothing is left to want"
-    assert sorted(play.scheduler.torrent(play.digest).peers[1].claims) == [0, 1, 2]
+    torrent = play.scheduler.torrent(play.digest)
+    assert sorted(torrent.peers[1].claims) == list(bitfield.indices(torrent.full & ~torrent.have))
+
+
+def test_a_peer_that_has_given_nothing_yet_is_asked_for_one_piece_at_a_time():
+    play = host("....")
+    play >> play.connected(1, "a", "####")
+    [claimed] = claims_in_order(play >> play.says(1, Offer()))
+    assert wants(play.wait_until(play.now + 1.0)) == []
+    assert wants(play >> ev.PieceReceived(1, claimed)) == [1]
+    assert wants(play >> play.says(1, Offer())) == [1], "it gave one"
 
 
 def test_an_offer_of_somebody_who_has_nothing_for_us_is_passed():
@@ -176,21 +204,21 @@ def test_no_more_wants_are_out_than_the_room_is_worth():
     play >> play.says(1, Offer())
     for connection in range(2, 15):
         asked += wants(play >> play.connected(connection, f"{connection:x}", "#" * 20))
-    assert len(asked) + 1 == WANTS_FOR_ROOM
+    assert len(asked) == WANTS_FOR_ROOM
 
 
 def test_wants_that_nobody_answers_do_not_use_up_the_wants():
     play = host("." * 20, inbound=2)
     play >> play.connected(1, "a", "#" * 20)
     play >> play.says(1, Offer())
-    asked = [1]
-    for connection in range(2, 15):
+    asked = []
+    others = set(range(2, 15)) - {int(OWN, 16), 0xA}
+    for connection in sorted(others):
         asked += wants(play >> play.connected(connection, f"{connection:x}", "#" * 20))
     before = play.now
     more = wants(play.wait())
     assert is_due(play.now, before + WANT_PATIENCE)
-    assert len(more) == WANTS_FOR_ROOM
-    assert not set(more) & set(asked)
+    assert set(more) == others - set(asked)
     play.wait_until(play.now + 10 * WANT_PATIENCE)
     assert claims(play >> play.says(asked[2], Offer())), "a late offer is as good"
 
@@ -352,9 +380,30 @@ def test_an_offer_that_is_not_answered_lapses():
     play = seeder("ab", ahead_min=1, ahead_max=1)
     play >> play.says(1, Want())
     play >> play.says(2, Want())
-    assert list(offers(play.wait())) == [2]
-    assert is_due(play.now, 100.0 + OFFER_TIMEOUT, SEEDING_TICK)
+    assert list(offers(play.wait())) == [2], "its place goes to another"
+    assert is_due(play.now, 100.0 + OFFER_PATIENCE, SEEDING_TICK)
+    play.wait_until(100.0 + OFFER_TIMEOUT + SEEDING_TICK)
     assert play >> play.says(1, Claim(0)) == [passes(1, 0)], "too late"
+
+
+def test_an_answer_counts_after_its_place_was_offered_to_another():
+    play = seeder("ab", ahead_min=1, ahead_max=1)
+    play >> play.says(1, Want())
+    play >> play.says(2, Want())
+    assert list(offers(play.wait())) == [2]
+    assert uploads(play >> play.says(1, Claim(0))) == [(1, 0)]
+
+
+def test_a_peer_that_wants_and_never_answers_is_dropped():
+    play = seeder("ab")
+    actions = []
+    for _ in range(LAPSES_MAX):
+        play >> play.says(1, Want())
+        pull(play, 2, 0)
+        play >> ev.PieceSent(2, 0)
+        actions += play.wait_until(play.now + OFFER_TIMEOUT + SEEDING_TICK)
+    assert close(1, ByeReason.STALLED) in actions
+    assert play.scheduler.connection_count == 1, "the one that answers stays"
 
 
 def test_promises_grow_while_the_uplink_runs_dry_and_shrink_when_claims_pile_up():
@@ -600,12 +649,37 @@ def test_a_late_claim_is_taken_back_and_the_piece_claimed_elsewhere():
     play >> play.connected(1, "a", "#")
     play >> play.says(1, Offer())
     play >> play.connected(2, "b", "#")
+    play >> ev.PeerDisconnected(2)
+    actions = play.wait_until(100.0 + FIRST_TIMEOUT)
+    assert cancel(1, 0) in actions
+    assert wants(actions) == [1]
+
+
+def test_an_overdue_claim_stands_and_the_piece_is_claimed_elsewhere_as_well():
+    play = host("..", inbound=1)
+    play >> play.connected(1, "a", "#.")
+    assert claims(play >> play.says(1, Offer())) == {1: [0]}
+    play >> play.connected(2, "b", "##")
+    assert claims(play >> play.says(2, Offer())) == {}, "there is no room"
     actions = play.wait()
-    assert is_due(play.now, 100.0 + FIRST_TIMEOUT)
-    assert actions[0] == cancel(1, 0)
-    assert sorted(wants(actions)) == [1, 2]
+    assert is_due(play.now, 100.0 + TIMEOUT_INITIAL)
+    assert actions == [want(2)], "what is overdue takes no room, and nothing is taken back yet"
+    assert claims(play >> play.says(2, Offer())) == {2: [1]}, "first what nobody has claimed"
+    play >> ev.PieceReceived(2, 1)
     assert claims(play >> play.says(2, Offer())) == {2: [0]}
+    play >> play.connected(3, "c", "##")
+    assert claims(play >> play.says(3, Offer())) == {}, "two are enough"
     assert play >> ev.PieceReceived(1, 0) == [cancel(2, 0)], "whoever is first"
+
+
+def test_a_reader_does_not_wait_for_an_overdue_piece():
+    play = host("....", window_share=1.0)
+    play >> ev.ReaderMoved(play.digest, 1, 0)
+    play >> play.connected(1, "a", "####")
+    assert claims(play >> play.says(1, Offer())) == {1: [0]}
+    play.wait_until(100.0 + TIMEOUT_INITIAL + LEECHING_TICK)
+    play >> play.connected(2, "b", "####")
+    assert claims(play >> play.says(2, Offer())) == {2: [0]}
 
 
 def test_claims_of_one_moment_of_weakness_count_once_even_if_they_are_late_in_different_ticks():
