@@ -29,7 +29,6 @@ from typing import Any, Final
 
 import attrs
 
-from swarmpull.digest import Digest
 from swarmpull.swarm import bitfield
 from swarmpull.swarm.exchange import Outbox, Uplink
 from swarmpull.swarm.messages import Cancel, Claim, Message, Offer, Pass, Want
@@ -46,6 +45,10 @@ OFFER_TIMEOUT: Final = 2.0
 # A peer that let so many offers lapse, one after the other, is not alive or means us no good.
 LAPSES_MAX: Final = 3
 _UNPROMISED: Final = OFFER_TIMEOUT - OFFER_PATIENCE
+# Said so often that making them anew would show.
+_WANT: Final = Want()
+_OFFER: Final = Offer()
+_PASS: Final = Pass()
 # A want that found no free uplink for so many seconds no longer counts against the limit of wants.
 WANT_PATIENCE: Final = 1.0
 
@@ -123,14 +126,17 @@ class OfferExchange:
         self._ahead = limits.ahead_min
         self._draining = False
         # As an uploader: who waits, by torrent; offers out; claims that wait; pieces on their way.
-        self._queues: dict[Digest, deque[_Line]] = {}
+        self._queues: dict[Torrent, deque[_Line]] = {}
+        self._waiting = 0
         self._offers: dict[int, _Line] = {}
         self._ready: deque[tuple[int, int]] = deque()
         self._sending: dict[int, _Sending] = {}
+        self._stuck = 0
         self._pace = PieceTiming()
-        self._ungiven: dict[Digest, int] = {}
-        # As a leecher.
+        self._ungiven: dict[Torrent, int] = {}
+        # As a leecher: wants that count, and the connections on which none is open.
         self._wants = 0
+        self._quiet: dict[int, _Line] = {}
         self._handlers: dict[type, Callable[[_Line, Any, float], None]] = {
             Want: self._want_received,
             Offer: self._offer_received,
@@ -145,21 +151,25 @@ class OfferExchange:
         line = self._lines[peer.connection] = _Line(torrent, peer)
         if torrent.is_complete:
             self._forget_given(torrent, peer.have)
+        else:
+            self._quiet[peer.connection] = line
         self._consider(line, now)
 
     def left(self, torrent: Torrent, peer: Peer, now: float) -> None:
         line = self._lines.pop(peer.connection)
         self._end_want(line)
+        self._quiet.pop(peer.connection, None)
         self._leave_line(line)
         self._take_back_offer(line)
         sending = self._sending.pop(peer.connection, None)
         if sending is not None:
+            self._stuck -= sending.stuck
             self._not_given(torrent, sending.index)
         for entry in [entry for entry in self._ready if entry[0] == peer.connection]:
             self._take_back_claim(torrent, entry)
         if not torrent.peers:
-            self._queues.pop(torrent.digest, None)
-            self._ungiven.pop(torrent.digest, None)
+            self._queues.pop(torrent, None)
+            self._ungiven.pop(torrent, None)
         self._proceed(now)
 
     def gained(self, torrent: Torrent, peer: Peer, index: int, now: float) -> None:
@@ -194,6 +204,7 @@ class OfferExchange:
         if sending is None or sending.index != index:
             return
         del self._sending[connection]
+        self._stuck -= sending.stuck
         if not sending.stuck:
             self._pace.add((now - sending.began) / self._lines[connection].torrent.piece_scale)
         self._adapt()
@@ -222,18 +233,24 @@ class OfferExchange:
             self._take_back_offer(line)
 
     def uplink(self) -> Uplink:
-        wanting = sum(map(len, self._queues.values()))
-        return Uplink(len(self._sending), len(self._ready), len(self._offers), wanting)
+        return Uplink(len(self._sending), len(self._ready), len(self._offers), self._waiting)
 
     def check_invariants(self) -> None:
         limits = self._limits
         assert self._slots_taken() <= limits.slots
+        assert self._stuck == sum(sending.stuck for sending in self._sending.values())
+        assert self._waiting == sum(map(len, self._queues.values()))
+        assert self._waiting == sum(line.waits for line in self._lines.values())
+        for line in self._lines.values():
+            assert (line in self._quiet.values()) <= (line.wanted_at is None)
+            if line.wanted_at is None and not line.torrent.is_complete:
+                assert line.peer.connection in self._quiet
         assert limits.ahead_min <= self._ahead <= limits.ahead_max
         assert self._wants == sum(line.counted for line in self._lines.values())
         for line in self._lines.values():
             assert line.counted <= (line.wanted_at is not None)
             assert (line.offered_until is not None) == (line.peer.connection in self._offers)
-            assert not (line.waits and line not in self._queues[line.torrent.digest])
+            assert not (line.waits and line not in self._queues[line.torrent])
         for connection in (*self._offers, *self._sending, *(entry[0] for entry in self._ready)):
             assert connection in self._lines, "promises are only made to connected peers"
 
@@ -243,7 +260,8 @@ class OfferExchange:
         if line.waits or line.offered_until is not None:
             return
         line.waits = True
-        self._queues.setdefault(line.torrent.digest, deque()).append(line)
+        self._waiting += 1
+        self._queues.setdefault(line.torrent, deque()).append(line)
         self._proceed(now)
 
     def _lapse_offers(self, now: float) -> list[int]:
@@ -287,12 +305,14 @@ class OfferExchange:
     def _leave_line(self, line: _Line) -> None:
         if line.waits:
             line.waits = False
-            self._queues[line.torrent.digest].remove(line)
+            self._waiting -= 1
+            self._queues[line.torrent].remove(line)
 
     def _proceed(self, now: float) -> None:
         """Send what is claimed, and keep enough promises out to go on without a gap."""
-        self._start(now)
-        while self._promises(now) < self._ahead:
+        if self._ready:
+            self._start(now)
+        while self._waiting and self._promises(now) < self._ahead:
             line = self._next_in_line()
             if line is None:
                 return
@@ -317,7 +337,7 @@ class OfferExchange:
             self._outbox.send_piece(connection, self._lines[connection].torrent.digest, index)
 
     def _slots_taken(self) -> int:
-        return sum(not sending.stuck for sending in self._sending.values())
+        return len(self._sending) - self._stuck
 
     def _find_stuck(self, now: float) -> None:
         """One receiver that does not take its piece must not hold up all the others until it is dropped."""
@@ -326,17 +346,19 @@ class OfferExchange:
                 patience = self._pace.timeout() * self._lines[connection].torrent.piece_scale
                 if now - sending.began >= patience:
                     sending.stuck = True
+                    self._stuck += 1
                     self._pace.back_off()
 
     def _next_in_line(self) -> _Line | None:
         """Whoever has waited longest in the torrent whose turn it is."""
         if self._draining:
             return None
-        for digest in list(self._queues):
-            queue = self._queues.pop(digest)
+        for torrent in list(self._queues):
+            queue = self._queues.pop(torrent)
             if queue:
                 line = queue.popleft()
-                self._queues[digest] = queue  # at the end: the other torrents come first
+                self._waiting -= 1
+                self._queues[torrent] = queue  # at the end: the other torrents come first
                 return line
         return None
 
@@ -345,19 +367,20 @@ class OfferExchange:
         line.offered_until = now + OFFER_TIMEOUT
         line.suggested = self._suggestion(line)
         self._offers[line.peer.connection] = line
-        self._outbox.send(line.peer.connection, Offer(line.suggested))
+        message = _OFFER if line.suggested < 0 else Offer(line.suggested)
+        self._outbox.send(line.peer.connection, message)
 
     def _suggestion(self, line: _Line) -> int:
         """A piece that this peer lacks, that no neighbour has, and that we have not given; or -1."""
         torrent = line.torrent
         if not torrent.is_complete or len(torrent.peers) == 1:
             return -1
-        ungiven = self._ungiven.get(torrent.digest)
+        ungiven = self._ungiven.get(torrent)
         if ungiven is None:
             ungiven = torrent.full
             for peer in torrent.peers.values():
                 ungiven &= ~peer.have
-            self._ungiven[torrent.digest] = ungiven
+            self._ungiven[torrent] = ungiven
         ungiven &= ~line.peer.have
         if not ungiven:
             return -1
@@ -366,9 +389,9 @@ class OfferExchange:
         return index
 
     def _forget_given(self, torrent: Torrent, pieces: int) -> None:
-        ungiven = self._ungiven.get(torrent.digest)
+        ungiven = self._ungiven.get(torrent)
         if ungiven:
-            self._ungiven[torrent.digest] = ungiven & ~pieces
+            self._ungiven[torrent] = ungiven & ~pieces
 
     def _end_offer(self, line: _Line, *, claimed: int) -> None:
         """The offer is answered; a suggestion that was not taken is open again."""
@@ -380,8 +403,8 @@ class OfferExchange:
 
     def _not_given(self, torrent: Torrent, index: int) -> None:
         """What was to leave has not left."""
-        if torrent.digest in self._ungiven:
-            self._ungiven[torrent.digest] |= 1 << index
+        if torrent in self._ungiven:
+            self._ungiven[torrent] |= 1 << index
 
     def _take_back_offer(self, line: _Line) -> None:
         if line.offered_until is not None:
@@ -389,7 +412,7 @@ class OfferExchange:
 
     def _adapt(self) -> None:
         """Fit the promises to the bandwidth-delay product."""
-        if not self._sending and not self._ready and any(self._queues.values()):
+        if not self._sending and not self._ready and self._waiting:
             self._ahead = min(self._ahead + 1, self._limits.ahead_max)
         elif len(self._ready) > self._limits.ahead_min:
             self._ahead = max(self._ahead - 1, self._limits.ahead_min)
@@ -403,7 +426,7 @@ class OfferExchange:
         if self._has_room(torrent) and not self._draining:
             index = self._choose(line, offer.index)
         if index is None:
-            self._outbox.send(line.peer.connection, Pass(-1))
+            self._outbox.send(line.peer.connection, _PASS)
             self._consider(line, now)
             return
         torrent.claim(line.peer, index, now)
@@ -445,33 +468,41 @@ class OfferExchange:
         if line.peer.claims and not line.peer.is_proven:
             return  # one claim is enough to find out whether it gives anything
         torrent = line.torrent
-        room = self._limits.inbound - self._inbound.claims
-        if torrent.claimed and (room <= 0 or self._wants >= WANTS_FOR_ROOM * room):
+        if not self._may_want(torrent):
             return
         if not torrent.free_pieces(line.peer) and not (
             torrent.overdue and torrent.overdue_pieces(line.peer)
         ):
             return
         line.wanted_at = now
+        self._quiet.pop(line.peer.connection, None)
         line.counted = True
         self._wants += 1
-        self._outbox.send(line.peer.connection, Want())
+        self._outbox.send(line.peer.connection, _WANT)
 
     def _consider_all(self, now: float) -> None:
         """Want something of others; begins at a random one, so that no neighbour is favoured."""
-        lines = [
-            line
-            for line in self._lines.values()
-            if line.wanted_at is None and not line.torrent.is_complete
-        ]
+        lines = list(self._quiet.values())
         if not lines:
             return
         start = int(self._rng.random() * len(lines))
+        wants_max = WANTS_FOR_ROOM * (self._limits.inbound - self._inbound.claims)
         for line in lines[start:] + lines[:start]:
-            self._consider(line, now)
+            torrent = line.torrent
+            if self._wants < wants_max or not torrent.claimed:  # as `_may_want`, which is a call for each
+                if torrent.is_complete:
+                    del self._quiet[line.peer.connection]
+                else:
+                    self._consider(line, now)
+
+    def _may_want(self, torrent: Torrent) -> bool:
+        """Whether there is room for one more want; a torrent with no claim at all may always want."""
+        room = self._limits.inbound - self._inbound.claims
+        return not torrent.claimed or self._wants < WANTS_FOR_ROOM * room
 
     def _end_want(self, line: _Line) -> None:
         line.wanted_at = None
+        self._quiet[line.peer.connection] = line
         self._stop_counting(line)
 
     def _stop_counting(self, line: _Line) -> None:

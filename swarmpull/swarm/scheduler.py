@@ -103,8 +103,7 @@ class Scheduler:
         self._inbound = Inbound()
         self._exchange = self._limits.exchange.build(self._inbound, self._outbox, rng)
         self._announcing: set[Digest] = set()
-        self._deadlines: list[tuple[float, int, Digest]] = []
-        self._deadline_of: dict[Digest, float] = {}
+        self._deadlines: list[tuple[float, int, Torrent]] = []
         self._serial = 0
         self._draining = False
         self._places = HostPlaces(self._limits.connections.per_host)
@@ -144,8 +143,8 @@ class Scheduler:
     def next_deadline(self) -> float:
         """When `DeadlinePassed` is due; inf when nothing is outstanding."""
         while self._deadlines:
-            at, _, digest = self._deadlines[0]
-            if self._deadline_of.get(digest) == at:
+            at, _, torrent = self._deadlines[0]
+            if torrent.deadline == at:
                 return at
             heapq.heappop(self._deadlines)
         return INFINITY
@@ -242,7 +241,7 @@ class Scheduler:
         torrent.connections.close()
         self._say_stopped(torrent)
         del self._torrents[torrent.digest]
-        self._deadline_of.pop(torrent.digest, None)
+        torrent.deadline = INFINITY
 
     def _say_stopped(self, torrent: Torrent) -> None:
         """Leave the swarm at the trackers, once."""
@@ -467,7 +466,7 @@ class Scheduler:
             self._close_if_done(torrent, peer, now)
         elif _is_sound(message, torrent.piece_count):
             self._exchange.received(torrent, peer, message, now)
-            if kind is Cancel or kind is Pass:
+            if (kind is Cancel or kind is Pass) and (torrent.verified or self._draining):
                 self._close_if_done(torrent, peer, now)
         elif kind is not Bye:
             self._drop(torrent, peer.connection, now, ByeReason.PROTOCOL_ERROR, repr(message))
@@ -562,10 +561,10 @@ class Scheduler:
     def _due(self, now: float) -> list[Torrent]:
         due = []
         while self._deadlines and self._deadlines[0][0] <= now:
-            at, _, digest = heapq.heappop(self._deadlines)
-            if self._deadline_of.get(digest) == at:
-                del self._deadline_of[digest]
-                due.append(self._torrents[digest])
+            at, _, torrent = heapq.heappop(self._deadlines)
+            if torrent.deadline == at:
+                torrent.deadline = INFINITY
+                due.append(torrent)
         return due
 
     def _tick(self, torrent: Torrent, now: float) -> None:
@@ -630,12 +629,12 @@ class Scheduler:
     def _reschedule(self, torrent: Torrent) -> None:
         """Work out when this torrent needs attention next."""
         deadline = self._torrent_deadline(torrent)
-        if self._deadline_of.get(torrent.digest) == deadline:
+        if torrent.deadline == deadline:
             return
-        self._deadline_of[torrent.digest] = deadline
+        torrent.deadline = deadline
         if deadline < INFINITY:
             self._serial += 1
-            heapq.heappush(self._deadlines, (deadline, self._serial, torrent.digest))
+            heapq.heappush(self._deadlines, (deadline, self._serial, torrent))
 
     def _torrent_deadline(self, torrent: Torrent) -> float:
         """The next announce, or the next look at claims, dials and idle peers.

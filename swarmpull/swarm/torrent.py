@@ -131,7 +131,8 @@ class Torrent:
         overdue: of those, the ones that a single peer owes us and takes too long over.
         verified: whether the whole blob has matched its digest and is in the store.
         progress_at: when the last piece was stored, or the torrent added.
-        ticked_at: when the scheduler last looked after what has a deadline.
+        ticked_at: when the scheduler last looked after what has a deadline; ``deadline``: when it is to do
+            so next, inf for never.
     """
 
     def __init__(
@@ -164,6 +165,7 @@ class Torrent:
         self.claimed = 0
         self.overdue = 0
         self.ticked_at = 0.0
+        self.deadline = float("inf")
         self._claimants: dict[int, int] = {}
         self._inbound = inbound
         self._senders: dict[int, str] = {}  # of the pieces that are being verified, by peer id

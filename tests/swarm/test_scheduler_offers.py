@@ -580,7 +580,7 @@ def test_a_suggestion_that_was_not_taken_is_open_again(how):
     play >> play.connected(3, "c", "#.")
     if how == "cancelled":
         pull(play, 3, 0)  # the uplink is busy
-        play.scheduler._exchange._ungiven[play.digest] |= 2
+        play.scheduler._exchange._ungiven[play.scheduler.torrent(play.digest)] |= 2
     assert offers(say(play, 1, Want())) == {1: 1}
     if how == "passed":
         play >> play.says(1, Pass())
