@@ -211,9 +211,7 @@ class ConnectionTable:
             self.dial_failed(peer_id, now)
         forgotten = now - self._limits.backoff_max
         for peer_id in [
-            p
-            for p, b in self._backoffs.items()
-            if b.until < forgotten and p not in self._active
+            p for p, b in self._backoffs.items() if b.until < forgotten and p not in self._active
         ]:
             del self._backoffs[peer_id]
 
@@ -221,9 +219,7 @@ class ConnectionTable:
         """When a pending dial is given up or a known peer may be dialled again; inf when never."""
         deadline = min(self._pending.values(), default=float("inf"))
         for peer_id, backoff in self._backoffs.items():
-            if (
-                backoff.until > now and peer_id in self._known and peer_id not in self._active
-            ):
+            if backoff.until > now and peer_id in self._known and peer_id not in self._active:
                 deadline = min(deadline, backoff.until)
         return deadline
 

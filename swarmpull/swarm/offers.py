@@ -208,6 +208,7 @@ class OfferExchange:
         if not sending.stuck:
             self._pace.add((now - sending.began) / self._lines[connection].torrent.piece_scale)
         self._adapt()
+        self._find_stuck(now)
         self._proceed(now)
 
     def tick(self, now: float) -> list[int]:
@@ -340,14 +341,18 @@ class OfferExchange:
         return len(self._sending) - self._stuck
 
     def _find_stuck(self, now: float) -> None:
-        """One receiver that does not take its piece must not hold up all the others until it is dropped."""
+        """One receiver that takes its piece slowly must not hold up the others: its slot is free for another.
+
+        Nor the swarm: until the piece is through, nobody has it who could pass it on.
+        """
         for connection, sending in self._sending.items():
             if not sending.stuck:
-                patience = self._pace.timeout() * self._lines[connection].torrent.piece_scale
-                if now - sending.began >= patience:
+                torrent = self._lines[connection].torrent
+                if now - sending.began >= self._pace.usual() * torrent.piece_scale:
                     sending.stuck = True
                     self._stuck += 1
                     self._pace.back_off()
+                    self._not_given(torrent, sending.index)
 
     def _next_in_line(self) -> _Line | None:
         """Whoever has waited longest in the torrent whose turn it is."""
@@ -489,7 +494,9 @@ class OfferExchange:
         wants_max = WANTS_FOR_ROOM * (self._limits.inbound - self._inbound.claims)
         for line in lines[start:] + lines[:start]:
             torrent = line.torrent
-            if self._wants < wants_max or not torrent.claimed:  # as `_may_want`, which is a call for each
+            if (
+                self._wants < wants_max or not torrent.claimed
+            ):  # as `_may_want`, which is a call for each
                 if torrent.is_complete:
                     del self._quiet[line.peer.connection]
                 else:

@@ -57,6 +57,11 @@ INFINITY: Final = float("inf")
 LATE_IN_A_ROW_MAX: Final = 2
 # A full house admits a newcomer in place of a peer that gave and took nothing for this long, in seconds.
 EVICTABLE_AFTER: Final = 5.0
+# Failing that, it admits one that has far fewer pieces in place of the peer that has most: that one can do
+# without us.  Far fewer is a quarter of the blob; and so rarely, in seconds, that a burst of newcomers does
+# not tear up the graph.
+EVICTION_LEAD: Final = 0.25
+EVICTION_SPACING: Final = 0.1
 ANNOUNCE_RETRY_MAX: Final = 30.0
 # How often a torrent is looked after, in seconds: while it is fetched, and while it is only seeded.
 LEECHING_TICK: Final = 0.25
@@ -374,13 +379,13 @@ class Scheduler:
             return None  # its place is reserved
         if torrent.connections.is_refused(hello.peer_id, now) and have != torrent.full:
             return ByeReason.BUSY, "backed off"
-        return self._admission(torrent, hello.peer_id, now)
+        return self._admission(torrent, hello.peer_id, have, now)
 
     def _admission(
-        self, torrent: Torrent, peer_id: str, now: float
+        self, torrent: Torrent, peer_id: str, have: int, now: float
     ) -> tuple[ByeReason, str] | None:
         admission = torrent.connections.admit(peer_id)
-        if admission is Admission.BUSY and self._evict_idle(torrent, now):
+        if admission is Admission.BUSY and self._make_room(torrent, have, now):
             admission = torrent.connections.admit(peer_id)
         if admission is Admission.ACCEPT:
             return None
@@ -388,15 +393,29 @@ class Scheduler:
             return ByeReason.DUPLICATE, ""
         return ByeReason.BUSY, "no room"
 
-    def _evict_idle(self, torrent: Torrent, now: float) -> bool:
-        """Make room for a newcomer in place of the peer that has been of no use for longest."""
+    def _make_room(self, torrent: Torrent, have: int, now: float) -> bool:
+        """Let go of a peer for a newcomer that has the pieces ``have``, if there is one to let go of."""
         idle = [p for p in torrent.peers.values() if not self._exchange.is_busy(p.connection)]
-        oldest = min(idle, key=lambda peer: peer.useful_at, default=None)
-        if oldest is None or now - oldest.useful_at < EVICTABLE_AFTER:
-            return False
-        self._drop(torrent, oldest.connection, now, ByeReason.USELESS)
+        evicted = min(idle, key=lambda peer: peer.useful_at, default=None)
+        if evicted is None or now - evicted.useful_at < EVICTABLE_AFTER:
+            if now - torrent.evicted_at < EVICTION_SPACING:
+                return False
+            evicted = self._most_advanced(torrent, idle, have)
+            if evicted is None:
+                return False
+            torrent.evicted_at = now
+        self._drop(torrent, evicted.connection, now, ByeReason.USELESS)
         self._exchange.freed(torrent, now)
         return True
+
+    def _most_advanced(self, torrent: Torrent, peers: list[Peer], have: int) -> Peer | None:
+        """Of the peers that owe us nothing the one with most pieces, if a newcomer lags far behind it."""
+        owing_nothing = [peer for peer in peers if not peer.claims]
+        if not owing_nothing:
+            return None
+        most = max(owing_nothing, key=lambda peer: peer.have.bit_count())
+        lead = most.have.bit_count() - have.bit_count()
+        return most if lead > EVICTION_LEAD * torrent.piece_count else None
 
     def _greet(self, torrent: Torrent, peer: Peer, announced: int | None) -> None:
         """Bring the other side up to date about our pieces."""

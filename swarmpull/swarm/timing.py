@@ -49,10 +49,14 @@ class PieceTiming:
         self._lateness = min(self._lateness * 2, TIMEOUT_MAX)
 
     def usual(self) -> float:
-        """Seconds within which nearly all pieces arrive; before the first sample, what is allowed."""
-        if self._mean is None:
-            return TIMEOUT_INITIAL
-        return self._mean + DEVIATIONS * self._deviation
+        """Seconds within which nearly all pieces arrive, with no lower bound.
+
+        For what costs little when it is wrong: to go on with something else meanwhile.
+        """
+        expected = TIMEOUT_INITIAL
+        if self._mean is not None:
+            expected = self._mean + DEVIATIONS * self._deviation
+        return min(expected * self._lateness, TIMEOUT_MAX)
 
     def timeout(self) -> float:
         """Seconds after which a claim is late."""

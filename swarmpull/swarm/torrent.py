@@ -131,6 +131,7 @@ class Torrent:
         overdue: of those, the ones that a single peer owes us and takes too long over.
         verified: whether the whole blob has matched its digest and is in the store.
         progress_at: when the last piece was stored, or the torrent added.
+        evicted_at: when a peer that was of use last had to go for a newcomer.
         ticked_at: when the scheduler last looked after what has a deadline; ``deadline``: when it is to do
             so next, inf for never.
     """
@@ -162,6 +163,7 @@ class Torrent:
         self.announce = AnnounceClock()
         self.verified = verified
         self.progress_at = 0.0
+        self.evicted_at = float("-inf")
         self.claimed = 0
         self.overdue = 0
         self.ticked_at = 0.0

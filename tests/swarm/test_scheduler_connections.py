@@ -12,7 +12,13 @@ from swarmpull.swarm import events as ev
 from swarmpull.swarm.connections import DIAL_TIMEOUT, ConnectionLimits
 from swarmpull.swarm.messages import Bye, ByeReason, Cancel, Claim, Have, Pass
 from swarmpull.swarm.pipeline import PipelineLimits
-from swarmpull.swarm.scheduler import EVICTABLE_AFTER, LEECHING_TICK, SEEDING_TICK, SwarmLimits
+from swarmpull.swarm.scheduler import (
+    EVICTABLE_AFTER,
+    EVICTION_SPACING,
+    LEECHING_TICK,
+    SEEDING_TICK,
+    SwarmLimits,
+)
 from swarmpull.swarm.uploads import UploadLimits
 
 from .playbook import Play, cancel, claim, claims, close, have, is_due, metainfo_of
@@ -189,6 +195,39 @@ def test_a_full_house_lets_go_of_the_peer_that_was_of_no_use_for_longest():
         greeting(play, 3),
     ]
     assert play >> play.connected(4, "d", "....") == [close(4, ByeReason.BUSY, "no room")]
+
+
+def test_a_late_joiner_takes_the_place_of_the_peer_that_has_most():
+    play = leecher("####", per_torrent=3)
+    play >> play.connected(1, "a", "#...")
+    play >> play.connected(2, "b", "##..")
+    play >> play.connected(3, "c", "....")
+    assert play >> play.connected(4, "d", "....") == [
+        close(2, ByeReason.USELESS),
+        greeting(play, 4),
+    ]
+    assert play >> play.connected(5, "e", "....") == [close(5, ByeReason.BUSY, "no room")]
+    play.after(2 * EVICTION_SPACING)
+    assert play >> play.connected(6, "e", "....") == [close(6, ByeReason.BUSY, "no room")], (
+        "one piece of four is no lead"
+    )
+
+
+def test_a_burst_of_late_joiners_is_let_in_slowly():
+    play = leecher("####", per_torrent=2)
+    play >> play.connected(1, "a", "###.")
+    play >> play.connected(2, "b", "###.")
+    assert close(1, ByeReason.USELESS) in (play >> play.connected(3, "c", "...."))
+    assert play >> play.connected(4, "d", "....") == [close(4, ByeReason.BUSY, "no room")]
+    play.after(2 * EVICTION_SPACING)
+    assert close(2, ByeReason.USELESS) in (play >> play.connected(5, "e", "...."))
+
+
+def test_a_peer_that_owes_us_a_piece_does_not_go_for_a_late_joiner():
+    play = leecher("#...", per_torrent=1)
+    assert claims(play >> play.connected(1, "a", "####"))
+    play.after(1.0)
+    assert play >> play.connected(2, "b", "....") == [close(2, ByeReason.BUSY, "no room")]
 
 
 def test_a_peer_that_is_being_sent_a_piece_is_not_let_go():

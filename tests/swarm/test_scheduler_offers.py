@@ -746,6 +746,18 @@ def test_a_receiver_that_stalls_does_not_hold_up_the_others():
     assert close(1, ByeReason.STALLED) in actions
 
 
+def test_a_piece_that_a_slow_receiver_takes_is_suggested_to_another_meanwhile():
+    play = seeder("abc", pieces=2, slots=1, ahead_min=1, ahead_max=1)
+    given = []
+    for connection in (1, 2):
+        [offered] = play >> play.says(connection, Want())
+        given.append(offered.message.index)
+        play >> play.says(connection, Claim(given[-1]))
+    assert sorted(given) == [0, 1], "each once"
+    play.wait_until(play.now + TIMEOUT_INITIAL + SEEDING_TICK)
+    assert play >> play.says(3, Want()) == [offer(3, given[0])], "it may never arrive"
+
+
 def test_a_fast_uplink_notices_a_stalled_receiver_fast():
     play = seeder("ab", slots=1)
     for _ in range(50):
