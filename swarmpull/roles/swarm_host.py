@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Final
 
+import attrs
 import structlog
 import trio
 
@@ -40,10 +41,9 @@ from swarmpull.store.blobs import BlobStore
 from swarmpull.swarm import actions as act
 from swarmpull.swarm import bitfield
 from swarmpull.swarm import events as ev
-from swarmpull.swarm.connections import ConnectionLimits
+from swarmpull.swarm.limits import HostLimits
 from swarmpull.swarm.messages import Hello
 from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN, Metainfo
-from swarmpull.swarm.offers import OfferLimits
 from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
 from swarmpull.swarm.scheduler import Scheduler, SwarmLimits
 from swarmpull.swarm.torrent import TorrentStatistics
@@ -448,21 +448,8 @@ def _sane(interval: float) -> float:
 
 def limits_of(config: SwarmConfig, kind: PeerKind) -> SwarmLimits:
     """The configured limits as the core takes them."""
-    origin = kind is PeerKind.ORIGIN
-    slots = config.origin_upload_slots if origin else config.upload_slots
-    return SwarmLimits(
-        connections=ConnectionLimits(
-            dialled=config.dial_connections,
-            per_torrent=config.origin_max_connections if origin else config.max_connections,
-            per_host=config.max_total_connections,
-        ),
-        exchange=OfferLimits(
-            slots=slots,
-            inbound=config.inbound_pieces,
-            ahead_min=slots + 1 if origin else 2,
-            ahead_max=4 * slots if origin else 16,
-        ),
-    )
+    configured = {field.name: getattr(config, field.name) for field in attrs.fields(HostLimits)}
+    return HostLimits(**configured).of(kind)
 
 
 @asynccontextmanager

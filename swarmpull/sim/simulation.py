@@ -26,8 +26,8 @@ from swarmpull.swarm import bitfield
 from swarmpull.swarm import events as ev
 from swarmpull.swarm.connections import ConnectionLimits
 from swarmpull.swarm.handout import HandoutLimits, PeerTable
+from swarmpull.swarm.limits import HostLimits
 from swarmpull.swarm.messages import Hello, Message
-from swarmpull.swarm.offers import OfferLimits
 from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
 from swarmpull.swarm.pipeline import PipelineLimits
 from swarmpull.swarm.scheduler import Scheduler, SwarmLimits, contact_of
@@ -47,22 +47,12 @@ LimitsOf = Callable[[PeerKind, Policy], SwarmLimits]
 
 
 def default_limits(kind: PeerKind, policy: Policy) -> SwarmLimits:
-    """What the roles are configured with by default.
-
-    Origins take more connections than agents.  A link that is faster than those of its receivers needs
-    several pieces on their way to be full; one that is as fast needs a few, for while a receiver takes in a
-    piece of somebody else, the other slots go on.
-    """
+    """What the roles are configured with by default; for the classic policy what suits that best."""
     if policy is Policy.PIPELINE:
         return SwarmLimits(
             connections=ConnectionLimits(dialled=20, per_torrent=20), exchange=PipelineLimits()
         )
-    if kind is PeerKind.ORIGIN:
-        return SwarmLimits(
-            connections=ConnectionLimits(per_torrent=100, per_host=1000),
-            exchange=OfferLimits(slots=8, ahead_min=9, ahead_max=32),
-        )
-    return SwarmLimits(exchange=OfferLimits())
+    return HostLimits().of(kind)
 
 
 class _Connection:
