@@ -341,7 +341,7 @@ class SwarmConfig:
         metadata=_meaning("Peer connections per torrent that an origin takes."),
     )
     max_total_connections: int = attrs.field(
-        default=400,
+        default=1000,
         validator=_at_least_one,
         metadata=_meaning("Peer connections of all torrents together."),
     )

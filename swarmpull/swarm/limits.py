@@ -24,7 +24,7 @@ class HostLimits:
     max_connections: int = 30
     dial_connections: int = 12
     origin_max_connections: int = 100
-    max_total_connections: int = 400
+    max_total_connections: int = 1000
     upload_slots: int = 3
     origin_upload_slots: int = 8
     inbound_pieces: int = 4
