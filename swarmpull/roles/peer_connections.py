@@ -28,6 +28,7 @@ from swarmpull.roles.buffers import PieceBuffers
 from swarmpull.roles.peer_link import CONNECTION_ERRORS, PeerLink
 from swarmpull.roles.rates import Rates
 from swarmpull.roles.swarm_metrics import SwarmMetrics
+from swarmpull.roles.uplink import Uplink
 from swarmpull.swarm import bitfield
 from swarmpull.swarm import events as ev
 from swarmpull.swarm.messages import Bye, ByeReason, Hello, Message
@@ -105,6 +106,7 @@ class PeerConnections:
         self._buffers = buffers
         self._rates = rates
         self._metrics = metrics
+        self._uplink = Uplink()
         self._links: dict[int, PeerLink] = {}
         self._numbers = count(1)
 
@@ -157,6 +159,7 @@ class PeerConnections:
             link.close(ByeReason.BUSY, "the piece cannot be read just now")
             return
         metainfo = torrent.metainfo
+        self._uplink.begin(connection)
         link.send_piece(index, file, metainfo.piece_offset(index), metainfo.piece_size(index))
 
     def close(self, connection: int, reason: ByeReason, text: str) -> None:
@@ -227,6 +230,7 @@ class PeerConnections:
             self._scheduler,
             self._buffers,
             self._rates,
+            self._uplink,
             self._metrics,
             hello.digest,
             contact,
@@ -245,6 +249,7 @@ class PeerConnections:
                 await stream.leave(link.bye)
         finally:
             del self._links[number]
+            self._uplink.end(number)
             self._host.connection_ended()
 
 
@@ -256,6 +261,7 @@ class _Owner:
     scheduler: Scheduler
     buffers: PieceBuffers
     rates: Rates
+    uplink: Uplink
     metrics: SwarmMetrics
     digest: Digest
     contact: PeerContact
@@ -266,6 +272,7 @@ class _Owner:
         self.host.dispatch(ev.MessageReceived(connection, message))
 
     def piece_sent(self, connection: int, index: int, size: int) -> None:
+        self.uplink.end(connection)
         self.metrics.pieces_sent.inc()
         self.metrics.bytes_sent.inc(size)
         self.host.dispatch(ev.PieceSent(connection, index))
@@ -276,8 +283,12 @@ class _Owner:
     def expects(self, connection: int, index: int) -> bool:
         return self.scheduler.expects(connection, index)
 
-    async def may_send(self, size: int) -> None:
+    async def may_send(self, connection: int, size: int) -> None:
+        await self.uplink.turn(connection)
         await self.rates.upload.take(size)
+
+    def chunk_sent(self, connection: int, size: int) -> None:
+        self.uplink.sent(connection, size)
 
     async def may_receive(self, size: int) -> None:
         await self.rates.download.take(size)

@@ -48,9 +48,11 @@ class LinkOwner(Protocol):
 
     def expects(self, connection: int, index: int) -> bool: ...
 
-    async def may_send(self, size: int) -> None:
-        """Return when the host's rate lets so many bytes go out."""
+    async def may_send(self, connection: int, size: int) -> None:
+        """Return when the host lets so many bytes of a piece go out on this connection."""
         ...
+
+    def chunk_sent(self, connection: int, size: int) -> None: ...
 
     async def may_receive(self, size: int) -> None: ...
 
@@ -201,7 +203,7 @@ class PeerLink:
             await self._chunk_due.wait()
             if self._outgoing is not None and not self._chunk_paid:
                 length = min(CHUNK_BYTES_MAX, self._outgoing.size - self._outgoing.sent)
-                await self._owner.may_send(length)
+                await self._owner.may_send(self.number, length)
                 self._chunk_paid = length
                 self._work.set()
 
@@ -210,6 +212,7 @@ class PeerLink:
         chunk = PieceChunk(piece.index, piece.sent, length)
         await self._stream.send_chunk(chunk, piece.file, piece.offset + piece.sent)
         piece.sent += length
+        self._owner.chunk_sent(self.number, length)
         if piece.sent == piece.size:
             os.close(piece.file)
             self._outgoing = None

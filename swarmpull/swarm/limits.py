@@ -18,7 +18,8 @@ class HostLimits:
     those takes in a piece of somebody else, the other slots go on.  It may claim as many pieces as an
     uploader holds at a time, in its slots and promised, so that all uplinks together have just enough to
     do: with fewer they run dry, with more some hosts are sent too much while others wait (measured in the
-    simulator).  An origin needs as many slots as receivers fill its uplink.
+    simulator).  An origin needs as many slots as receivers fill its uplink, and promises as little ahead: an
+    origin that is no faster than its peers would bind its pieces long before they leave.
     """
 
     max_connections: int = 30
@@ -33,7 +34,6 @@ class HostLimits:
         """What the core of an agent or an origin is to keep to."""
         origin = kind is PeerKind.ORIGIN
         slots = self.origin_upload_slots if origin else self.upload_slots
-        ahead_min = slots + 1 if origin else 1
         return SwarmLimits(
             connections=ConnectionLimits(
                 dialled=self.dial_connections,
@@ -43,7 +43,6 @@ class HostLimits:
             exchange=OfferLimits(
                 slots=slots,
                 inbound=self.inbound_pieces,
-                ahead_min=ahead_min,
                 ahead_max=max(4 * slots, 16),
             ),
         )

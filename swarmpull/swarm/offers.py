@@ -49,6 +49,9 @@ _UNPROMISED: Final = OFFER_TIMEOUT - OFFER_PATIENCE
 _WANT: Final = Want()
 _OFFER: Final = Offer()
 _PASS: Final = Pass()
+# Readers begin at the beginning: this share of a seeder's suggestions is the lowest piece that nobody has.
+# The others are random, so that several seeders seldom give the same one.
+IN_ORDER_SHARE: Final = 0.25
 # A want that found no free uplink for so many seconds no longer counts against the limit of wants.
 WANT_PATIENCE: Final = 1.0
 
@@ -348,7 +351,7 @@ class OfferExchange:
         for connection, sending in self._sending.items():
             if not sending.stuck:
                 torrent = self._lines[connection].torrent
-                if now - sending.began >= self._pace.usual() * torrent.piece_scale:
+                if now - sending.began >= self._pace.timeout() * torrent.piece_scale:
                     sending.stuck = True
                     self._stuck += 1
                     self._pace.back_off()
@@ -389,7 +392,10 @@ class OfferExchange:
         ungiven &= ~line.peer.have
         if not ungiven:
             return -1
-        index = _random_bit(ungiven, self._rng)
+        if self._rng.random() < IN_ORDER_SHARE:
+            index = bitfield.lowest(ungiven)
+        else:
+            index = _random_bit(ungiven, self._rng)
         self._forget_given(torrent, 1 << index)
         return index
 
@@ -453,14 +459,14 @@ class OfferExchange:
     def _choose(self, line: _Line, suggested: int) -> int | None:
         free = line.torrent.free_pieces(line.peer)
         overdue = line.torrent.overdue_pieces(line.peer) if line.torrent.overdue else 0
+        if suggested >= 0 and (free >> suggested) & 1:
+            return suggested  # before a reader's: as long as nobody has it, all their readers wait
         urgent = line.torrent.picker.pick_urgent(free | overdue)
         if urgent is not None:
             return urgent
         if not free:
             # Endgame: what others take too long over.
             return line.torrent.picker.pick_rarest(overdue) if overdue else None
-        if suggested >= 0 and (free >> suggested) & 1:
-            return suggested
         if line.torrent.is_only_leecher:
             # Nobody to be rare for, and in order the blob is hashed sooner.
             return bitfield.lowest(free)

@@ -1,0 +1,133 @@
+"""Whose turn it is on a host's uplink: the piece that began first goes first.
+
+Several pieces are on their way at once, each on a connection of its own, so that the uplink is not idle
+while one receiver is busy with somebody else.  If all of them were sent as fast as TCP lets them, they
+would share the uplink and all be through at the end; one after the other they are through sooner by half,
+and what a peer has early it passes on early.  So the first one sends as it can, and the others send only
+when the uplink carries less than it could: its receiver does not keep up.
+
+What the uplink can carry is not known beforehand.  It is taken to be the most that it carried lately, as
+measured over `WINDOW_CHUNKS` chunks.  When that is too much, nothing worse happens than that pieces share
+the uplink; lest it be too little for long, those who wait send a chunk now and then all the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import Final
+
+import attrs
+import trio
+
+# Of 512 KiB each: two pieces, of which the event loop's hiccups are a small part.
+WINDOW_CHUNKS: Final = 16
+WINDOW_CHUNKS_MIN: Final = 4
+# The others wait while the uplink carries at least this share of what it can.
+FULL_SHARE: Final = 0.8
+# What was the most counts for so much after each further chunk: half after 34, for an uplink may become
+# slower.
+MEMORY: Final = 0.98
+# The first of those who wait sends a chunk all the same after as long as the uplink needs for so many, or
+# after so many seconds while it is not known what the uplink carries.
+PATIENCE_CHUNKS: Final = 8
+PATIENCE_INITIAL: Final = 0.5
+
+
+@attrs.define
+class _Chunk:
+    """``sent_at``: when the last byte was given to the connection, in seconds of trio's clock."""
+
+    sent_at: float
+    size: int
+
+
+class Uplink:
+    """The order of the pieces that one host is sending."""
+
+    def __init__(self) -> None:
+        # By connection, in the order in which they began; whether a chunk has been sent.
+        self._sending: dict[int, bool] = {}
+        self._waiting: dict[int, None] = {}
+        self._probed_at = -math.inf
+        self._window: deque[_Chunk] = deque(maxlen=WINDOW_CHUNKS)
+        self._rate = 0.0
+        self._capacity = 0.0
+        self._changed = trio.Event()
+
+    @property
+    def capacity(self) -> float:
+        """What the uplink can carry, in bytes per second; 0 as long as that is not known."""
+        return self._capacity
+
+    def begin(self, connection: int) -> None:
+        """A piece is to be sent on this connection."""
+        self._sending[connection] = False
+
+    def end(self, connection: int) -> None:
+        """It is through, or will not be sent; the next one is the first."""
+        if connection in self._sending:
+            del self._sending[connection]
+            self._wake()
+
+    def sent(self, connection: int, size: int) -> None:
+        """A chunk of ``size`` bytes has been given to a connection."""
+        now = trio.current_time()
+        if not self._is_first(connection):
+            self._probed_at = now
+        if self._sending.get(connection):
+            self._measure(_Chunk(now, size))
+        elif connection in self._sending:
+            # The first chunk of a piece may lie in the buffer of the socket: it was not carried yet.
+            self._sending[connection] = True
+        self._wake()
+
+    async def turn(self, connection: int) -> None:
+        """Return when the next chunk of this connection's piece may be sent."""
+        await trio.lowlevel.checkpoint()
+        if self._is_first(connection):
+            return
+        came_at = trio.current_time()
+        self._waiting[connection] = None
+        try:
+            while not self._is_first(connection):
+                deadline = self._may_send_at(came_at)
+                if connection != self._first_waiting():
+                    deadline = math.inf
+                elif deadline <= trio.current_time():
+                    return
+                with trio.move_on_at(deadline):
+                    await self._changed.wait()
+        finally:
+            del self._waiting[connection]
+            self._wake()
+
+    def _is_first(self, connection: int) -> bool:
+        return connection not in self._sending or connection == next(iter(self._sending))
+
+    def _first_waiting(self) -> int:
+        """Whoever of those that wait began first."""
+        return next(connection for connection in self._sending if connection in self._waiting)
+
+    def _measure(self, chunk: _Chunk) -> None:
+        window = self._window
+        window.append(chunk)
+        if len(window) < WINDOW_CHUNKS_MIN or chunk.sent_at <= window[0].sent_at:
+            return
+        carried = sum(chunk.size for chunk in window) - window[0].size
+        self._rate = carried / (chunk.sent_at - window[0].sent_at)
+        self._capacity = max(self._capacity * MEMORY, self._rate)
+
+    def _may_send_at(self, came_at: float) -> float:
+        """When the uplink carries less than it could if nothing more is sent, or patience ends."""
+        if not self._capacity:
+            return came_at + PATIENCE_INITIAL
+        began, last = self._window[0], self._window[-1]
+        carried = sum(chunk.size for chunk in self._window) - began.size
+        idle_at = began.sent_at + carried / (FULL_SHARE * self._capacity)
+        patient_until = max(came_at, self._probed_at) + PATIENCE_CHUNKS * last.size / self._rate
+        return min(idle_at, patient_until)
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
