@@ -11,15 +11,18 @@ import trio
 # How much may pass at once after a pause, in seconds of the rate: long enough that the event loop's own
 # hiccups cost no throughput, short enough that a switch's buffer takes it.
 BURST_SECONDS: Final = 0.05
-# Below this a chunk of a piece would wait for ever.
 BURST_BYTES_MIN: Final = 512 * 1024
+# What is asked for at once under a low rate, in seconds of it: so much waits in front of everybody else.
+# No less than a few frames, for each costs a header and a turn of the event loop.
+PORTION_SECONDS: Final = 0.25
+PORTION_BYTES_MIN: Final = 4096
 
 
 class TokenBucket:
     """Lets bytes pass at a rate, in the order in which they were asked for.
 
-    The budget may go into debt by one request: a request is never split, and the next one waits for what
-    the last one was too large.  With no rate nothing waits.
+    The budget may go into debt by one request, which passes as a whole: the next one waits for what the
+    last one was too large.  With no rate nothing waits.
     """
 
     def __init__(self, rate: float = math.inf) -> None:
@@ -54,13 +57,32 @@ class TokenBucket:
             await trio.lowlevel.checkpoint()
             return
         async with self._turn:
-            self._fill()
-            # A debt below a byte is rounding: at a high rate no clock could wait for it.
-            while self._tokens <= -1 and self._rate < math.inf:
-                with trio.move_on_after(-self._tokens / self._rate):
-                    await self._changed.wait()
-                self._fill()
+            await self._wait_for_tokens()
             self._tokens -= size
+
+    async def take_some(self, size: int) -> int:
+        """Return when some of ``size`` bytes may pass, and how many: all, unless the rate is low.
+
+        Those who take some at a time share a low rate evenly, and none waits long between two portions.
+        """
+        if self._rate == math.inf:
+            await trio.lowlevel.checkpoint()
+            return size
+        async with self._turn:
+            await self._wait_for_tokens()
+            portion = size
+            if self._rate < math.inf:  # not lifted meanwhile
+                portion = min(size, max(int(self._rate * PORTION_SECONDS), PORTION_BYTES_MIN))
+            self._tokens -= portion
+            return portion
+
+    async def _wait_for_tokens(self) -> None:
+        self._fill()
+        # A debt below a byte is rounding: at a high rate no clock could wait for it.
+        while self._tokens <= -1 and self._rate < math.inf:
+            with trio.move_on_after(-self._tokens / self._rate):
+                await self._changed.wait()
+            self._fill()
 
     def _burst(self) -> float:
         return max(self._rate * BURST_SECONDS, BURST_BYTES_MIN)

@@ -4,7 +4,12 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from swarmpull.roles.rates import BURST_BYTES_MIN, TokenBucket
+from swarmpull.roles.rates import (
+    BURST_BYTES_MIN,
+    PORTION_BYTES_MIN,
+    PORTION_SECONDS,
+    TokenBucket,
+)
 
 MIB = 1 << 20
 
@@ -103,3 +108,60 @@ async def test_a_wait_can_be_cancelled_and_costs_nothing(autojump_clock):
 def test_a_rate_that_is_not_positive_is_refused(rate):
     with pytest.raises(ValueError, match="must be positive"):
         TokenBucket(1).set_rate(rate)
+
+
+@pytest.mark.parametrize("rate", [math.inf, 100.0 * MIB])
+async def test_what_a_usual_rate_lets_pass_is_not_split(autojump_clock, rate):
+    assert await TokenBucket(rate).take_some(MIB // 2) == MIB // 2
+
+
+async def test_under_a_low_rate_bytes_pass_in_portions_and_at_the_rate(autojump_clock):
+    bucket = TokenBucket(100_000)
+    await bucket.take(BURST_BYTES_MIN + 100_000)
+    began, passed = trio.current_time(), 0
+    while passed < MIB:
+        portion = await bucket.take_some(MIB - passed)
+        assert portion <= 100_000 * PORTION_SECONDS
+        passed += portion
+
+    took = trio.current_time() - began
+    assert 10.4 <= took - 1.0 + PORTION_SECONDS <= 10.6, "and the debt before it"
+
+
+async def test_several_share_a_low_rate_evenly(autojump_clock):
+    bucket = TokenBucket(30_000)
+    passed = [0, 0, 0]
+
+    async def take(number):
+        while True:
+            passed[number] += await bucket.take_some(MIB)
+
+    async with trio.open_nursery() as nursery:
+        for number in range(3):
+            nursery.start_soon(take, number)
+        await trio.sleep(100)
+        nursery.cancel_scope.cancel()
+
+    assert max(passed) - min(passed) <= 30_000 * PORTION_SECONDS
+    assert sum(passed) == pytest.approx(BURST_BYTES_MIN + 100 * 30_000, rel=0.01)
+
+
+async def test_a_rate_that_is_lifted_while_one_waits_lets_all_of_it_pass(autojump_clock):
+    bucket = TokenBucket(1)
+    await bucket.take(MIB)
+    got = []
+
+    async def take():
+        got.append(await bucket.take_some(MIB))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(take)
+        await trio.sleep(1)
+        bucket.set_rate(math.inf)
+
+    assert got == [MIB]
+    assert await bucket.take_some(10) == 10
+
+
+async def test_the_lowest_rate_lets_a_portion_pass_at_a_time(autojump_clock):
+    assert await TokenBucket(1).take_some(MIB) == PORTION_BYTES_MIN
