@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from swarmpull.errors import ConfigError, SwarmpullError
 
 if TYPE_CHECKING:
     from swarmpull.layers import Loaded
-    from swarmpull.registry.client import Progress, RegistryClient, StatusAnswer
+    from swarmpull.registry.client import AdminAnswer, Progress, RegistryClient
     from swarmpull.registry.layouts import ImageName, ProgressOf
     from swarmpull.roles.addresses import RoleAddresses
 
@@ -457,14 +458,18 @@ def status(addresses: tuple[str, ...], as_json: bool) -> int:
     elif found:
         _print_statuses(found)
     if not addresses:
-        ports = f"{_ADMIN_PORTS[0]} to {_ADMIN_PORTS[-1]}"
-        nobody = f"no role answers on 127.0.0.1, ports {ports}: name its admin listener"
-        return 0 if found else _fail(EXIT_UNAVAILABLE, nobody)
+        return 0 if found else _nobody_answers("role")
     failures = [f"{each.address}: {each.failure}" for each in answers if each.document is None]
     return _fail(EXIT_UNAVAILABLE, *failures) if failures else 0
 
 
-def _print_statuses(answers: Sequence[StatusAnswer]) -> None:
+def _nobody_answers(who: str) -> int:
+    ports = f"{_ADMIN_PORTS[0]} to {_ADMIN_PORTS[-1]}"
+    nobody = f"no {who} answers on 127.0.0.1, ports {ports}: name its admin listener"
+    return _fail(EXIT_UNAVAILABLE, nobody)
+
+
+def _print_statuses(answers: Sequence[AdminAnswer]) -> None:
     from rich.console import Console
 
     from swarmpull.status import role_table, torrent_table
@@ -474,6 +479,70 @@ def _print_statuses(answers: Sequence[StatusAnswer]) -> None:
     torrents = torrent_table(answers)
     if torrents.row_count:
         console.print(torrents)
+
+
+# --- rates ----------------------------------------------------------------------------------------
+
+
+def _rate(_context: click.Context, _option: click.Parameter, text: str | None) -> float | None:
+    from swarmpull.units import parse_rate
+
+    try:
+        return None if text is None else parse_rate(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+@cli.command()
+@click.option("--upload", callback=_rate, metavar="RATE", help="Send no faster than that to peers.")
+@click.option("--download", callback=_rate, metavar="RATE", help="Take no faster than that.")
+@click.option(
+    "--admin",
+    "addresses",
+    multiple=True,
+    metavar="URL",
+    help="Admin listener of an agent or origin; may be repeated.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def rates(
+    upload: float | None, download: float | None, addresses: tuple[str, ...], as_json: bool
+) -> int:
+    """Show or change the rates of agents and origins until they are started again.
+
+    RATE is like 100MB/s, or unlimited. Without --admin, of all that answer on 127.0.0.1, ports 7500 to
+    7599.
+    """
+    from swarmpull.registry.client import get_rates, put_rates
+    from swarmpull.runtime import run_command
+
+    asked = addresses or tuple(f"127.0.0.1:{port}" for port in _ADMIN_PORTS)
+    answers = run_command(partial(get_rates, asked))
+    found = [answer for answer in answers if answer.document is not None]
+    failed = [answer for answer in answers if answer.document is None] if addresses else []
+    given = {"upload_rate": upload, "download_rate": download}
+    change = {
+        key: None if rate == math.inf else rate for key, rate in given.items() if rate is not None
+    }
+    if change and found:
+        answers = run_command(partial(put_rates, [answer.address for answer in found], change))
+        found = [answer for answer in answers if answer.document is not None]
+        failed += [answer for answer in answers if answer.document is None]
+    _print_rates(found, as_json=as_json)
+    if failed:
+        return _fail(EXIT_UNAVAILABLE, *(f"{each.address}: {each.failure}" for each in failed))
+    return 0 if found else _nobody_answers("agent or origin")
+
+
+def _print_rates(answers: Sequence[AdminAnswer], *, as_json: bool) -> None:
+    if as_json:
+        documents = [{"address": each.address, **(each.document or {})} for each in answers]
+        click.echo(json.dumps(documents, indent=2))
+    elif answers:
+        from rich.console import Console
+
+        from swarmpull.status import rate_table
+
+        Console().print(rate_table(answers))
 
 
 # --- simulate -------------------------------------------------------------------------------------

@@ -368,11 +368,17 @@ class SwarmConfig:
     )
     upload_rate: Rate = attrs.field(
         default=UNLIMITED,
-        metadata=_meaning("Bytes per second that a host sends to peers: a size, or unlimited."),
+        metadata=_meaning(
+            "Bytes per second that a host sends to peers, such as 100MB/s, or unlimited; "
+            "swarmpull rates changes it while the host runs."
+        ),
     )
     download_rate: Rate = attrs.field(
         default=UNLIMITED,
-        metadata=_meaning("Bytes per second that a host takes from peers: a size, or unlimited."),
+        metadata=_meaning(
+            "Bytes per second that a host takes from peers, such as 100MB/s, or unlimited; "
+            "swarmpull rates changes it while the host runs."
+        ),
     )
 
 

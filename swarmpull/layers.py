@@ -33,7 +33,15 @@ from swarmpull.config import (
     Size,
 )
 from swarmpull.errors import ConfigError, Problem
-from swarmpull.units import DURATION_FORMS, SIZE_FORMS, format_duration, parse_duration, parse_size
+from swarmpull.units import (
+    DURATION_FORMS,
+    RATE_FORMS,
+    SIZE_FORMS,
+    format_duration,
+    parse_duration,
+    parse_rate,
+    parse_size,
+)
 
 DEFAULT: Final = "default"
 ENVIRONMENT_PREFIX: Final = "SWARMPULL_"
@@ -211,17 +219,11 @@ def _strict_size(value: object) -> int:
 
 
 def _strict_rate(value: object) -> float:
-    return _text_rate(value) if type(value) is str else _positive(_strict_size(value))
-
-
-def _text_rate(text: str) -> float:
-    return UNLIMITED if text == "unlimited" else _positive(parse_size(text))
-
-
-def _positive(rate: int) -> float:
-    if rate == 0:
-        raise ValueError("must be above 0, or unlimited: 0")
-    return float(rate)
+    if type(value) is int and value > 0:
+        return float(value)
+    if type(value) is str:
+        return parse_rate(value)
+    raise ValueError(f"must be {RATE_FORMS}: {_shown(value)}")
 
 
 def _strict_duration(value: object) -> float:
@@ -261,7 +263,7 @@ _DECODERS: Final[dict[Any, tuple[Callable[[Any], Any], Callable[[str], Any]]]] =
     bool: (_strict_bool, _text_bool),
     int: (_strict_int, _text_int),
     Size: (_strict_size, parse_size),
-    Rate: (_strict_rate, _text_rate),
+    Rate: (_strict_rate, parse_rate),
     Duration: (_strict_duration, parse_duration),
     Path: (lambda value: _path(_plain_text(value)), _path),
     Address: (lambda value: Address.parse(_plain_text(value)), Address.parse),

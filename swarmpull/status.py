@@ -1,17 +1,18 @@
-"""How ``swarmpull status`` shows the status documents of roles: two tables."""
+"""How ``swarmpull status`` and ``swarmpull rates`` show what roles say: tables."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
-from swarmpull.registry.client import StatusAnswer
-from swarmpull.units import format_size
+from swarmpull.registry.client import AdminAnswer
+from swarmpull.units import format_rate, format_size
 
 
-def role_table(answers: Sequence[StatusAnswer]) -> Table:
+def role_table(answers: Sequence[AdminAnswer]) -> Table:
     """One row per role: what it is, whether it is ready, what it moved."""
     table = _table("ADDRESS", "ROLE", "READY", "TORRENTS", "RECEIVED", "SENT")
     for answer in answers:
@@ -27,7 +28,7 @@ def role_table(answers: Sequence[StatusAnswer]) -> Table:
     return table
 
 
-def torrent_table(answers: Sequence[StatusAnswer]) -> Table:
+def torrent_table(answers: Sequence[AdminAnswer]) -> Table:
     """One row per torrent of each role."""
     table = _table("ADDRESS", "DIGEST", "LENGTH", "PIECES", "PEERS", "STATE")
     for answer in answers:
@@ -40,6 +41,16 @@ def torrent_table(answers: Sequence[StatusAnswer]) -> Table:
                 str(torrent.get("peers", "")),
                 str(torrent.get("state", "")),
             )
+    return table
+
+
+def rate_table(answers: Sequence[AdminAnswer]) -> Table:
+    """One row per role that has rates."""
+    table = _table("ADDRESS", "UPLOAD", "DOWNLOAD")
+    for answer in answers:
+        document = answer.document or {}
+        rates = (_rate(document.get(key, "")) for key in ("upload_rate", "download_rate"))
+        table.add_row(answer.address, *rates)
     return table
 
 
@@ -71,6 +82,12 @@ def _received(document: Mapping[str, Any]) -> str:
     if not isinstance(sources, dict):
         return ""
     return ", ".join(f"{source} {_size(count)}" for source, count in sorted(sources.items()))
+
+
+def _rate(value: object) -> str:
+    if value is None:
+        return format_rate(math.inf)
+    return format_rate(value) if isinstance(value, int | float) else ""
 
 
 def _size(value: object) -> str:

@@ -1,12 +1,16 @@
-"""Sizes and durations as people write them: ``4MiB``, ``1.5GB``, ``30s``, ``250ms``."""
+"""Sizes, rates and durations as people write them: ``4MiB``, ``1.5GB``, ``100MB/s``, ``30s``, ``250ms``."""
 
 from __future__ import annotations
 
+import math
 import re
 from decimal import Decimal
 from typing import Final
 
 SIZE_FORMS: Final = "a size such as 512KiB, 4MiB, 10GB or a whole number of bytes"
+RATE_FORMS: Final = (
+    "a rate such as 500kB/s, 100MB/s or whole bytes per second, above 0, or unlimited"
+)
 DURATION_FORMS: Final = "a duration with its unit, such as 500ms, 30s, 5m, 2h or 1d"
 
 # IEC 80000-13: binary prefixes have an i; those without it are decimal, as disk vendors use them.
@@ -21,6 +25,14 @@ _SIZE_UNITS: Final = {
     "mib": 1 << 20,
     "gib": 1 << 30,
     "tib": 1 << 40,
+}
+_RATE_UNITS: Final = {
+    10**3: "kB",
+    10**6: "MB",
+    10**9: "GB",
+    1 << 10: "KiB",
+    1 << 20: "MiB",
+    1 << 30: "GiB",
 }
 _DURATION_UNITS: Final = {
     "ms": Decimal("0.001"),
@@ -51,6 +63,23 @@ def parse_size(text: str) -> int:
     return int(size)
 
 
+def parse_rate(text: str) -> float:
+    """Bytes per second in ``text``: a size, with or without ``/s`` behind it; inf for ``unlimited``.
+
+    Raises:
+        ValueError: for anything else, and for 0.
+    """
+    if text.strip() == "unlimited":
+        return math.inf
+    try:
+        rate = parse_size(text.strip().removesuffix("/s"))
+    except ValueError:
+        rate = 0
+    if rate == 0:
+        raise ValueError(f"must be {RATE_FORMS}: {text!r}")
+    return float(rate)
+
+
 def parse_duration(text: str) -> float:
     """Seconds in ``text``; the unit is required, only ``0`` may stand without one.
 
@@ -74,6 +103,17 @@ def format_size(size: int) -> str:
     value = size / (1 << 10 * power)
     digits = 0 if value >= 100 else 1 if value >= 10 else 2
     return f"{value:.{digits}f} {('KiB', 'MiB', 'GiB', 'TiB')[power - 1]}"
+
+
+def format_rate(rate: float) -> str:
+    """Bytes per second as `parse_rate` reads them, in the largest unit that keeps them whole."""
+    if rate == math.inf:
+        return "unlimited"
+    fitting = {
+        size: unit for size, unit in _RATE_UNITS.items() if rate >= size and rate % size == 0
+    }
+    size = max(fitting, default=1)
+    return f"{rate / size:.0f}{fitting.get(size, 'B')}/s"
 
 
 def format_duration(seconds: float) -> str:

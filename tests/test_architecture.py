@@ -38,7 +38,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "store": SHELL,
     "wire": SHELL,
     "registry": FACE,
-    "roles": FACE | {"registry", "config"},
+    "roles": FACE | {"registry", "config", "units"},
     "status": BASE | {"registry", "units"},
     "runtime": BASE | {"telemetry", "config", "layers", "roles"},
     "cli": BASE

@@ -1,14 +1,30 @@
-"""The admin listener of a role: health, readiness, metrics and status."""
+"""The admin listener of a role: health, readiness, metrics, status, and rates if it has any."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from typing import Final, Protocol
 
-from quart import Response, jsonify
+from quart import Response, jsonify, request
 from quart_trio import QuartTrio
 
 # Reasons why the role cannot do its work just now; empty when it can.
 Readiness = Callable[[], Sequence[str]]
+# The largest request is two rates.
+BODY_BYTES_MAX: Final = 4096
+
+
+class RateControl(Protocol):
+    """The rates of a role, to be shown and changed."""
+
+    def document(self) -> Mapping[str, float | None]:
+        """Bytes per second by name, None for no limit."""
+        ...
+
+    def change(self, document: object) -> None:
+        """Take over a decoded JSON document of the same form.  Raises ValueError; then nothing changed."""
+        ...
 
 
 def create_admin_app(
@@ -16,6 +32,7 @@ def create_admin_app(
     readiness: Readiness,
     metrics: Callable[[], tuple[bytes, str]],
     status: Callable[[], Mapping[str, object]],
+    rates: RateControl | None = None,
 ) -> QuartTrio:
     """The admin pages of one role, for `swarmpull.registry.server.serve_http`.
 
@@ -23,13 +40,18 @@ def create_admin_app(
     - ``/readiness``: 200, or 503 with the reasons.
     - ``/metrics``: Prometheus text.
     - ``/status``: what ``swarmpull status`` shows.
+    - ``/rates``: what ``swarmpull rates`` shows, and with PUT changes; only if the role has rates.
 
     Args:
         readiness: the reasons why the role is not ready; must not block.
         metrics: body and content type of the metrics (``Metrics.render``).
         status: a document of plain values; must not block.
+        rates: of a role that has any.
     """
     app = QuartTrio(__name__, static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = BODY_BYTES_MAX
+    if rates is not None:
+        _add_rates(app, rates)
 
     @app.get("/health")
     async def health() -> Response:
@@ -51,3 +73,25 @@ def create_admin_app(
         return jsonify(status())
 
     return app
+
+
+def _add_rates(app: QuartTrio, rates: RateControl) -> None:
+    @app.get("/rates")
+    async def show_rates() -> Response:
+        return jsonify(rates.document())
+
+    @app.put("/rates")
+    async def change_rates() -> tuple[Response, int]:
+        body = await request.get_data()
+        try:
+            rates.change(_decoded(body))
+        except ValueError as error:
+            return jsonify({"errors": [{"message": str(error)}]}), 400
+        return jsonify(rates.document()), 200
+
+
+def _decoded(body: str | bytes) -> object:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("the body is not JSON") from error

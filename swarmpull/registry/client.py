@@ -42,7 +42,7 @@ _BUSY: Final = (
 _BACKOFF_MAX: Final = 5.0
 # A cold blob may keep a reader waiting while the cluster fetches what comes next.
 _TIMEOUT: Final = httpx.Timeout(60.0, connect=5.0, pool=None)
-_STATUS_TIMEOUT: Final = 3.0
+_ADMIN_TIMEOUT: Final = 3.0
 
 _T = TypeVar("_T")
 
@@ -82,6 +82,13 @@ class RequestRefused(SwarmpullError):
 
     def __str__(self) -> str:
         return f"{self.method} {self.url}: {self.reason} (HTTP {self.status})"
+
+
+@attrs.define(slots=False)
+class _NotAdmin(SwarmpullError):
+    """Whoever answers is not the admin listener that was looked for."""
+
+    reason: str
 
 
 @attrs.define(slots=False)
@@ -245,6 +252,19 @@ class RegistryClient:
                 content = await _read_bounded(response, limit)
                 content_type = response.headers.get("Content-Type", "").partition(";")[0]
                 return Document(content, content_type.strip(), response.headers)
+
+        return await self._retry(path, attempt)
+
+    async def put_document(self, path: str, content: bytes, *, limit: int) -> Document:
+        """PUT something small, once; returns the answer, of ``limit`` bytes at most."""
+        headers = {"Content-Type": "application/json"}
+
+        async def attempt() -> Document:
+            response = await self._http.put(path, content=content, headers=headers)
+            await _check(response)
+            body = await _read_bounded(response, limit)
+            content_type = response.headers.get("Content-Type", "").partition(";")[0]
+            return Document(body, content_type.strip(), response.headers)
 
         return await self._retry(path, attempt)
 
@@ -458,47 +478,93 @@ async def _file_chunks(file: Path, length: int, progress: Progress) -> AsyncIter
             progress(sent, length)
 
 
-# --- status ---------------------------------------------------------------------------------------
+# --- admin listeners ------------------------------------------------------------------------------
 
 
 @attrs.frozen
-class StatusAnswer:
-    """What one admin listener said: its status document, or why there is none."""
+class AdminAnswer:
+    """What one admin listener said: the document that was asked for, or why there is none."""
 
     address: str
     document: dict[str, Any] | None = None
     failure: str = ""
 
 
-async def get_statuses(addresses: Sequence[str]) -> list[StatusAnswer]:
-    """Ask every admin listener at once; the answers come in the order of the addresses."""
-    answers: dict[str, StatusAnswer] = {}
+async def get_statuses(addresses: Sequence[str]) -> list[AdminAnswer]:
+    """The status of every admin listener, asked all at once; in the order of the addresses."""
+    return await _ask_all(addresses, _get_status)
 
-    async def ask(address: str) -> None:
-        answers[address] = await _get_status(address)
+
+async def get_rates(addresses: Sequence[str]) -> list[AdminAnswer]:
+    """The rates of every agent or origin, by its admin listener; in the order of the addresses."""
+    return await _ask_all(addresses, _get_rates)
+
+
+async def put_rates(
+    addresses: Sequence[str], change: Mapping[str, float | None]
+) -> list[AdminAnswer]:
+    """Change rates, as keys of what `get_rates` answers; returns what holds then."""
+    return await _ask_all(addresses, partial(_put_rates, json.dumps(change).encode()))
+
+
+async def _ask_all(
+    addresses: Sequence[str], ask: Callable[[RegistryClient], Awaitable[dict[str, Any]]]
+) -> list[AdminAnswer]:
+    answers: dict[str, AdminAnswer] = {}
+
+    async def ask_one(address: str) -> None:
+        answers[address] = await _ask(address, ask)
 
     async with trio.open_nursery() as nursery:
         for address in addresses:
-            nursery.start_soon(ask, address)
+            nursery.start_soon(ask_one, address)
     return [answers[address] for address in addresses]
 
 
-async def _get_status(address: str) -> StatusAnswer:
+async def _ask(
+    address: str, ask: Callable[[RegistryClient], Awaitable[dict[str, Any]]]
+) -> AdminAnswer:
     try:
-        with trio.fail_after(_STATUS_TIMEOUT):
+        with trio.fail_after(_ADMIN_TIMEOUT):
             async with open_client(address, retries=Retries(attempts=1)) as client:
-                answer = await client.get_document(
-                    "/status", accept=("application/json",), limit=_DOCUMENT_BYTES_MAX
-                )
-        document = json.loads(answer.content)
+                return AdminAnswer(address, await ask(client))
     except trio.TooSlowError:
-        return StatusAnswer(address, failure=f"no answer within {_STATUS_TIMEOUT:.0f} seconds")
-    except ServerUnavailable as exc:
-        return StatusAnswer(address, failure=exc.reason)
+        return AdminAnswer(address, failure=f"no answer within {_ADMIN_TIMEOUT:.0f} seconds")
+    except (ServerUnavailable, _NotAdmin) as exc:
+        return AdminAnswer(address, failure=exc.reason)
     except SwarmpullError as exc:
-        return StatusAnswer(address, failure=str(exc))
-    except ValueError:
-        return StatusAnswer(address, failure="the answer is not JSON: not an admin listener")
-    if not isinstance(document, dict) or "role" not in document:
-        return StatusAnswer(address, failure="the answer names no role: not an admin listener")
-    return StatusAnswer(address, document)
+        return AdminAnswer(address, failure=str(exc))
+
+
+async def _get_status(client: RegistryClient) -> dict[str, Any]:
+    return _admin_document(await _get_json(client, "/status"), "role", "names no role")
+
+
+async def _get_rates(client: RegistryClient) -> dict[str, Any]:
+    try:
+        answer = await _get_json(client, "/rates")
+    except RequestRefused as exc:
+        if exc.status != HTTPStatus.NOT_FOUND:
+            raise
+        raise _NotAdmin("has no rates: name the admin listener of an agent or origin") from exc
+    return _admin_document(answer, "upload_rate", "has no rates")
+
+
+async def _put_rates(change: bytes, client: RegistryClient) -> dict[str, Any]:
+    answer = await client.put_document("/rates", change, limit=_DOCUMENT_BYTES_MAX)
+    return _admin_document(answer, "upload_rate", "has no rates")
+
+
+async def _get_json(client: RegistryClient, path: str) -> Document:
+    return await client.get_document(path, accept=("application/json",), limit=_DOCUMENT_BYTES_MAX)
+
+
+def _admin_document(answer: Document, key: str, lack: str) -> dict[str, Any]:
+    """The answer of an admin listener, which is an object with ``key``."""
+    try:
+        document = json.loads(answer.content)
+    except ValueError as exc:
+        raise _NotAdmin("the answer is not JSON: not an admin listener") from exc
+    if not isinstance(document, dict) or key not in document:
+        raise _NotAdmin(f"the answer {lack}: not an admin listener")
+    return document

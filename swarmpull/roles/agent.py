@@ -241,6 +241,7 @@ async def run_agent(
                 drain=drain,
                 grace=config.drain_timeout,
                 registry=create_registry_app(registry),
+                rates=host.rates,
                 bound={"peer": host.address},
                 on_drain=host.drain,
                 task_status=task_status,

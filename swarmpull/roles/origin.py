@@ -225,6 +225,7 @@ async def run_origin(
             drain=drain,
             grace=config.drain_timeout,
             registry=create_registry_app(registry),
+            rates=host.rates,
             bound={"peer": host.address},
             on_drain=host.drain,
             task_status=task_status,

@@ -271,6 +271,12 @@ class _Owner:
             _log_bye(message, self.digest, self.contact, said="by the peer")
         self.host.dispatch(ev.MessageReceived(connection, message))
 
+    def piece_progress(self, connection: int, index: int) -> None:
+        self.host.dispatch(ev.PieceProgress(connection, index))
+
+    def send_progress(self, connection: int, index: int) -> None:
+        self.host.dispatch(ev.SendProgress(connection, index))
+
     def piece_sent(self, connection: int, index: int, size: int) -> None:
         self.uplink.end(connection)
         self.metrics.pieces_sent.inc()
@@ -283,15 +289,15 @@ class _Owner:
     def expects(self, connection: int, index: int) -> bool:
         return self.scheduler.expects(connection, index)
 
-    async def may_send(self, connection: int, size: int) -> None:
+    async def may_send(self, connection: int, size: int) -> int:
         await self.uplink.turn(connection)
-        await self.rates.upload.take(size)
+        return await self.rates.upload.take_some(size)
 
     def chunk_sent(self, connection: int, size: int) -> None:
         self.uplink.sent(connection, size)
 
-    async def may_receive(self, size: int) -> None:
-        await self.rates.download.take(size)
+    async def may_receive(self, size: int) -> int:
+        return await self.rates.download.take_some(size)
 
     async def acquire_buffer(self, size: int) -> bytearray:
         return await self.buffers.acquire(size)

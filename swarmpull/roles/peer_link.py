@@ -1,12 +1,14 @@
 """One peer connection at work: a task that reads, a task that writes, and nothing to decide.
 
-Control messages go out ahead of the next chunk of a piece, so they wait for one chunk at the most.
+Control messages go out ahead of the next chunk of a piece, so they wait for one chunk at the most; chunks are
+the smaller the slower the link is.  A piece that takes longer than moments is reported on as it goes.
 """
 
 from __future__ import annotations
 
 import os
 from collections import deque
+from functools import partial
 from typing import Final, Protocol
 
 import attrs
@@ -23,9 +25,23 @@ from swarmpull.wire.streams import CHUNK_BYTES_MAX, PeerStream
 OUTBOX_MAX: Final = 20_000
 # Messages that leave in one write.
 BATCH_MAX: Final = 500
-# Seconds from the first byte of a chunk to its last.  A peer stops nowhere inside a chunk, however slowly
-# it sends: one that does hangs, and would keep a buffer for as long as its connection stands.
+# A chunk that took longer than the one to leave is followed by one of half its length, after one that took
+# less than the other the next has twice as many bytes.  A new connection begins in between.
+CHUNK_SECONDS_MAX: Final = 1.0
+CHUNK_SECONDS_MIN: Final = 0.25
+CHUNK_BYTES_MIN: Final = 16 * 1024
+CHUNK_BYTES_FIRST: Final = 64 * 1024
+# Progress is so many bytes more of a piece, and is told when the piece takes longer than the one and then no
+# more often than the other, in seconds.  The first time any bytes count: it may have been claimed at a peer
+# that was fast, and be late half a second later.
+PROGRESS_BYTES: Final = 16 * 1024
+PROGRESS_AFTER: Final = 0.25
+PROGRESS_EVERY: Final = 1.0
+# Seconds inside a chunk without progress.  A peer stops nowhere inside a chunk, however slow its link: one
+# that does hangs, and would keep a buffer for as long as its connection stands.
 CHUNK_TIMEOUT: Final = 20.0
+# At a time, of a piece that nobody needs any more.
+_SCRATCH_BYTES: Final = 64 * 1024
 # What may end a connection without being a fault of this program.
 CONNECTION_ERRORS: Final = (
     OSError,
@@ -42,29 +58,57 @@ class LinkOwner(Protocol):
 
     def message_received(self, connection: int, message: Message) -> None: ...
 
+    def send_progress(self, connection: int, index: int) -> None:
+        """More of a piece has left that takes long."""
+        ...
+
     def piece_sent(self, connection: int, index: int, size: int) -> None: ...
 
     def was_asked(self, connection: int, index: int) -> bool: ...
 
     def expects(self, connection: int, index: int) -> bool: ...
 
-    async def may_send(self, connection: int, size: int) -> None:
-        """Return when the host lets so many bytes of a piece go out on this connection."""
+    async def may_send(self, connection: int, size: int) -> int:
+        """Return when bytes of a piece may go out on this connection, and how many of ``size``."""
         ...
 
     def chunk_sent(self, connection: int, size: int) -> None: ...
 
-    async def may_receive(self, size: int) -> None: ...
+    async def may_receive(self, size: int) -> int: ...
 
     async def acquire_buffer(self, size: int) -> bytearray: ...
 
     def release_buffer(self, buffer: bytearray) -> None: ...
+
+    def piece_progress(self, connection: int, index: int) -> None:
+        """More of a piece has arrived that takes long."""
+        ...
 
     def piece_received(
         self, connection: int, index: int, buffer: bytearray | None, size: int
     ) -> None:
         """A piece is complete; with a buffer it is to be verified and the buffer given back."""
         ...
+
+
+@attrs.define
+class _Progress:
+    """When to tell next of how far a piece has come."""
+
+    due_at: float
+    due_from: int = 1
+
+    @classmethod
+    def of_new_piece(cls) -> _Progress:
+        return cls(trio.current_time() + PROGRESS_AFTER)
+
+    def is_due(self, done: int, now: float) -> bool:
+        """Whether to tell now that so many bytes are done; if so, it is not due again for a while."""
+        if now < self.due_at or done < self.due_from:
+            return False
+        self.due_at = now + PROGRESS_EVERY
+        self.due_from = done + PROGRESS_BYTES
+        return True
 
 
 @attrs.define
@@ -75,6 +119,7 @@ class _Outgoing:
     file: int
     offset: int
     size: int
+    progress: _Progress
     sent: int = 0
 
 
@@ -85,6 +130,7 @@ class _Incoming:
     index: int
     size: int
     buffer: bytearray | None
+    progress: _Progress
     filled: int = 0
 
 
@@ -115,6 +161,7 @@ class PeerLink:
         self._outgoing: _Outgoing | None = None
         self._chunk_due = trio.Event()
         self._chunk_paid = 0
+        self._chunk_bytes = CHUNK_BYTES_FIRST
         self._incoming: _Incoming | None = None
         self._haves = 0
         self._bye: Bye | None = None
@@ -138,7 +185,7 @@ class PeerLink:
     def send_piece(self, index: int, file: int, offset: int, size: int) -> None:
         """Begin to send a piece; the link closes ``file``."""
         assert self._outgoing is None, "one piece at a time on a connection"
-        self._outgoing = _Outgoing(index, file, offset, size)
+        self._outgoing = _Outgoing(index, file, offset, size, _Progress.of_new_piece())
         self._work.set()
 
     def close(self, reason: ByeReason, text: str = "") -> None:
@@ -202,21 +249,34 @@ class PeerLink:
             self._chunk_due = trio.Event()
             await self._chunk_due.wait()
             if self._outgoing is not None and not self._chunk_paid:
-                length = min(CHUNK_BYTES_MAX, self._outgoing.size - self._outgoing.sent)
-                await self._owner.may_send(self.number, length)
-                self._chunk_paid = length
+                length = min(self._chunk_bytes, self._outgoing.size - self._outgoing.sent)
+                self._chunk_paid = await self._owner.may_send(self.number, length)
                 self._work.set()
 
     async def _send_chunk(self, piece: _Outgoing) -> None:
         length, self._chunk_paid = self._chunk_paid, 0
         chunk = PieceChunk(piece.index, piece.sent, length)
-        await self._stream.send_chunk(chunk, piece.file, piece.offset + piece.sent)
-        piece.sent += length
+        began = trio.current_time()
+        offset = piece.offset + piece.sent
+        await self._stream.send_chunk(chunk, piece.file, offset, partial(self._sent_some, piece))
         self._owner.chunk_sent(self.number, length)
+        self._fit_chunk(length, trio.current_time() - began)
         if piece.sent == piece.size:
             os.close(piece.file)
             self._outgoing = None
             self._owner.piece_sent(self.number, piece.index, piece.size)
+
+    def _sent_some(self, piece: _Outgoing, count: int) -> None:
+        piece.sent += count
+        if piece.progress.is_due(piece.sent, trio.current_time()):
+            self._owner.send_progress(self.number, piece.index)
+
+    def _fit_chunk(self, length: int, seconds: float) -> None:
+        """Fit the length of chunks to the speed of the link."""
+        if seconds > CHUNK_SECONDS_MAX:
+            self._chunk_bytes = max(length // 2, CHUNK_BYTES_MIN)
+        elif seconds < CHUNK_SECONDS_MIN and self._chunk_bytes < CHUNK_BYTES_MAX:
+            self._chunk_bytes = min(2 * self._chunk_bytes, CHUNK_BYTES_MAX)
 
     # --- reading ------------------------------------------------------------------------------
 
@@ -249,24 +309,37 @@ class PeerLink:
             )
         if chunk.offset + chunk.length > piece.size:
             raise ProtocolError(f"more than the {piece.size} bytes of piece {piece.index}")
-        if piece.buffer is not None:
-            await self._owner.may_receive(chunk.length)
-        with trio.move_on_after(CHUNK_TIMEOUT) as scope:
-            await self._take_chunk(piece, chunk.length)
-        if scope.cancelled_caught:
-            self.close(ByeReason.STALLED, f"stopped inside piece {piece.index}")
-            await trio.sleep_forever()  # until what `close` cancelled has ended
-        piece.filled += chunk.length
+        left = chunk.length
+        while left:
+            portion = left
+            if piece.buffer is not None:
+                portion = await self._owner.may_receive(left)
+            await self._take(piece, portion)
+            left -= portion
         if piece.filled == piece.size:
             self._incoming = None
             self._owner.piece_received(self.number, piece.index, piece.buffer, piece.size)
 
-    async def _take_chunk(self, piece: _Incoming, length: int) -> None:
+    async def _take(self, piece: _Incoming, length: int) -> None:
+        """Take so many bytes of a chunk off the connection, as long as they keep coming."""
+        end = piece.filled + length
         if piece.buffer is None:
-            await self._stream.discard()
+            view = memoryview(bytearray(min(length, _SCRATCH_BYTES)))
         else:
-            view = memoryview(piece.buffer)[piece.filled : piece.filled + length]
-            await self._stream.receive_into(view)
+            view = memoryview(piece.buffer)[piece.filled : end]
+        with trio.move_on_after(CHUNK_TIMEOUT) as scope:
+            while piece.filled < end:
+                count = await self._stream.receive_some_into(view[: end - piece.filled])
+                if piece.buffer is not None:
+                    view = view[count:]
+                piece.filled += count
+                now = trio.current_time()
+                if piece.progress.is_due(piece.filled, now):
+                    scope.deadline = now + CHUNK_TIMEOUT
+                    self._owner.piece_progress(self.number, piece.index)
+        if scope.cancelled_caught:
+            self.close(ByeReason.STALLED, f"stopped inside piece {piece.index}")
+            await trio.sleep_forever()  # until what `close` cancelled has ended
 
     async def _begin_piece(self, metainfo: Metainfo, chunk: PieceChunk) -> _Incoming:
         if not self._owner.was_asked(self.number, chunk.index):
@@ -275,4 +348,4 @@ class PeerLink:
         buffer = None
         if self._owner.expects(self.number, chunk.index):
             buffer = await self._owner.acquire_buffer(size)
-        return _Incoming(chunk.index, size, buffer)
+        return _Incoming(chunk.index, size, buffer, _Progress.of_new_piece())

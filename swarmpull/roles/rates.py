@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Mapping
 from typing import Final
 
 import attrs
+import structlog
 import trio
+
+from swarmpull.units import RATE_FORMS, format_rate, parse_rate
+
+log = structlog.get_logger()
 
 # How much may pass at once after a pause, in seconds of the rate: long enough that the event loop's own
 # hiccups cost no throughput, short enough that a switch's buffer takes it.
 BURST_SECONDS: Final = 0.05
-# Below this a chunk of a piece would wait for ever.
 BURST_BYTES_MIN: Final = 512 * 1024
+# What is asked for at once under a low rate, in seconds of it: so much waits in front of everybody else.
+# No less than a few frames, for each costs a header and a turn of the event loop.
+PORTION_SECONDS: Final = 0.25
+PORTION_BYTES_MIN: Final = 4096
 
 
 class TokenBucket:
     """Lets bytes pass at a rate, in the order in which they were asked for.
 
-    The budget may go into debt by one request: a request is never split, and the next one waits for what
-    the last one was too large.  With no rate nothing waits.
+    The budget may go into debt by one request, which passes as a whole: the next one waits for what the
+    last one was too large.  With no rate nothing waits.
     """
 
     def __init__(self, rate: float = math.inf) -> None:
@@ -54,13 +64,32 @@ class TokenBucket:
             await trio.lowlevel.checkpoint()
             return
         async with self._turn:
-            self._fill()
-            # A debt below a byte is rounding: at a high rate no clock could wait for it.
-            while self._tokens <= -1 and self._rate < math.inf:
-                with trio.move_on_after(-self._tokens / self._rate):
-                    await self._changed.wait()
-                self._fill()
+            await self._wait_for_tokens()
             self._tokens -= size
+
+    async def take_some(self, size: int) -> int:
+        """Return when some of ``size`` bytes may pass, and how many: all, unless the rate is low.
+
+        Those who take some at a time share a low rate evenly, and none waits long between two portions.
+        """
+        if self._rate == math.inf:
+            await trio.lowlevel.checkpoint()
+            return size
+        async with self._turn:
+            await self._wait_for_tokens()
+            portion = size
+            if self._rate < math.inf:  # not lifted meanwhile
+                portion = min(size, max(int(self._rate * PORTION_SECONDS), PORTION_BYTES_MIN))
+            self._tokens -= portion
+            return portion
+
+    async def _wait_for_tokens(self) -> None:
+        self._fill()
+        # A debt below a byte is rounding: at a high rate no clock could wait for it.
+        while self._tokens <= -1 and self._rate < math.inf:
+            with trio.move_on_after(-self._tokens / self._rate):
+                await self._changed.wait()
+            self._fill()
 
     def _burst(self) -> float:
         return max(self._rate * BURST_SECONDS, BURST_BYTES_MIN)
@@ -81,3 +110,50 @@ class Rates:
 
     upload: TokenBucket = attrs.field(factory=TokenBucket)
     download: TokenBucket = attrs.field(factory=TokenBucket)
+
+    def document(self) -> dict[str, float | None]:
+        """As the admin listener shows them: bytes per second, None for no limit."""
+        return {key: _shown(bucket.rate) for key, bucket in self._buckets().items()}
+
+    def change(self, document: object) -> None:
+        """Set one rate or both from a document of that form; a text such as ``100MB/s`` is a rate too.
+
+        Raises:
+            ValueError: it is anything else; then nothing is changed.
+        """
+        buckets = self._buckets()
+        if not isinstance(document, Mapping) or not document or document.keys() - buckets.keys():
+            raise ValueError(f"must be a JSON object with {' or '.join(buckets)}, or both")
+        rates = {str(key): _rate(str(key), value) for key, value in document.items()}
+        for key, rate in rates.items():
+            old = buckets[key].rate
+            if rate != old:
+                buckets[key].set_rate(rate)
+                log.info("rate_changed", rate=key, old=format_rate(old), new=format_rate(rate))
+
+    def _buckets(self) -> dict[str, TokenBucket]:
+        return {"upload_rate": self.upload, "download_rate": self.download}
+
+
+def _shown(rate: float) -> float | None:
+    if rate == math.inf:
+        return None
+    return int(rate) if rate == int(rate) else rate
+
+
+def _rate(key: str, value: object) -> float:
+    if value is None:
+        return math.inf
+    if isinstance(value, str):
+        try:
+            return parse_rate(value)
+        except ValueError as error:
+            raise ValueError(f"{key} {error}") from error
+    # A fraction of a byte would do, but is a mistake; JSON as Python reads it has NaN and infinity, too.
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{key} must be {RATE_FORMS}, null for unlimited: {value!r:.100}")
+    if not 1 <= value <= sys.float_info.max:
+        raise ValueError(
+            f"{key} must be at least 1 byte per second, null for unlimited: {value!r:.100}"
+        )
+    return float(value)

@@ -12,7 +12,7 @@ import structlog
 import trio
 
 from swarmpull.config import AgentConfig, IndexConfig, OriginConfig, TrackerConfig
-from swarmpull.registry.admin import create_admin_app
+from swarmpull.registry.admin import RateControl, create_admin_app
 from swarmpull.registry.asgi import AsgiApp
 from swarmpull.registry.server import serve_http
 from swarmpull.roles.addresses import RoleAddresses
@@ -37,6 +37,7 @@ async def serve_role(
     drain: trio.Event,
     grace: float,
     registry: AsgiApp | None = None,
+    rates: RateControl | None = None,
     bound: Mapping[str, str] | None = None,
     on_drain: Callable[[], Awaitable[None]] | None = None,
     task_status: trio.TaskStatus[RoleAddresses] = trio.TASK_STATUS_IGNORED,
@@ -53,6 +54,7 @@ async def serve_role(
         drain: once set, nothing new is accepted.
         grace: seconds that requests under way, and then ``on_drain``, have together.
         registry: the registry application, if the role has one.
+        rates: for the admin listener to show and change, if the role has any.
         bound: listeners that the role has bound itself, to be reported with the others.
         on_drain: called when the requests under way have ended, which may need what this ends.
         task_status: started when everything is bound.
@@ -68,7 +70,9 @@ async def serve_role(
         found = reasons()
         return {"role": role, "ready": not found, "reasons": found, **status()}
 
-    admin = create_admin_app(readiness=reasons, metrics=metrics.render, status=full_status)
+    admin = create_admin_app(
+        readiness=reasons, metrics=metrics.render, status=full_status, rates=rates
+    )
     servers: dict[str, Callable[..., Awaitable[None]]] = {}
     if registry is not None:
         servers["registry"] = partial(serve_http, registry)

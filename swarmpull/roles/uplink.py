@@ -20,7 +20,7 @@ from typing import Final
 import attrs
 import trio
 
-# Of 512 KiB each: two pieces, of which the event loop's hiccups are a small part.
+# Two pieces, where a chunk has 512 KiB, of which the event loop's hiccups are a small part.
 WINDOW_CHUNKS: Final = 16
 WINDOW_CHUNKS_MIN: Final = 4
 # The others wait while the uplink carries at least this share of what it can.
@@ -28,10 +28,12 @@ FULL_SHARE: Final = 0.8
 # What was the most counts for so much after each further chunk: half after 34, for an uplink may become
 # slower.
 MEMORY: Final = 0.98
-# The first of those who wait sends a chunk all the same after as long as the uplink needs for so many, or
-# after so many seconds while it is not known what the uplink carries.
-PATIENCE_CHUNKS: Final = 8
+# The first of those who wait sends a chunk all the same after as long as the uplink needs for so many bytes,
+# or after so many seconds while it is not known what the uplink carries.
+PATIENCE_BYTES: Final = 4 << 20
 PATIENCE_INITIAL: Final = 0.5
+# So much of a piece may lie in the buffer of an idle socket: it was taken, but not carried yet.
+SOCKET_BYTES: Final = 256 << 10
 
 
 @attrs.define
@@ -46,8 +48,8 @@ class Uplink:
     """The order of the pieces that one host is sending."""
 
     def __init__(self) -> None:
-        # By connection, in the order in which they began; whether a chunk has been sent.
-        self._sending: dict[int, bool] = {}
+        # By connection, in the order in which they began; bytes of the piece that have been given to it.
+        self._sending: dict[int, int] = {}
         self._waiting: dict[int, None] = {}
         self._probed_at = -math.inf
         self._window: deque[_Chunk] = deque(maxlen=WINDOW_CHUNKS)
@@ -62,7 +64,7 @@ class Uplink:
 
     def begin(self, connection: int) -> None:
         """A piece is to be sent on this connection."""
-        self._sending[connection] = False
+        self._sending[connection] = 0
 
     def end(self, connection: int) -> None:
         """It is through, or will not be sent; the next one is the first."""
@@ -75,11 +77,11 @@ class Uplink:
         now = trio.current_time()
         if not self._is_first(connection):
             self._probed_at = now
-        if self._sending.get(connection):
-            self._measure(_Chunk(now, size))
-        elif connection in self._sending:
-            # The first chunk of a piece may lie in the buffer of the socket: it was not carried yet.
-            self._sending[connection] = True
+        given = self._sending.get(connection)
+        if given is not None:
+            self._sending[connection] = given + size
+            if given >= SOCKET_BYTES:
+                self._measure(_Chunk(now, size))
         self._wake()
 
     async def turn(self, connection: int) -> None:
@@ -122,10 +124,10 @@ class Uplink:
         """When the uplink carries less than it could if nothing more is sent, or patience ends."""
         if not self._capacity:
             return came_at + PATIENCE_INITIAL
-        began, last = self._window[0], self._window[-1]
+        began = self._window[0]
         carried = sum(chunk.size for chunk in self._window) - began.size
         idle_at = began.sent_at + carried / (FULL_SHARE * self._capacity)
-        patient_until = max(came_at, self._probed_at) + PATIENCE_CHUNKS * last.size / self._rate
+        patient_until = max(came_at, self._probed_at) + PATIENCE_BYTES / self._rate
         return min(idle_at, patient_until)
 
     def _wake(self) -> None:

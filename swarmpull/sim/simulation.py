@@ -40,6 +40,8 @@ HASH_RATE: Final = 5e9
 HANDSHAKE_TIMEOUT: Final = 10.0
 ANNOUNCE_TIMEOUT: Final = 10.0
 ORIGIN_LIFETIME: Final = 15.0
+# As the roles report on a piece that takes longer than that, in seconds.
+PROGRESS_EVERY: Final = 1.0
 # Looks at the swarm in the time of the bound.
 SAMPLES: Final = 400
 
@@ -448,9 +450,31 @@ class Simulation:
         if begins_at <= self._clock.now:
             self._begin_piece(connection, host, action.index, size, left_at)
         else:
+            self._tell_progress(connection, host, action.index, begins_at)
             self._clock.at(
                 begins_at, self._begin_piece, connection, host, action.index, size, left_at
             )
+
+    def _tell_progress(
+        self, connection: _Connection, sender: Host, index: int, until: float
+    ) -> None:
+        """Have both sides told now and then of a piece that takes long.
+
+        Links take pieces one after the other, where TCP sends all at once and each of them slowly: bytes of
+        one that waits for its link count as arriving.
+        """
+        next_at = self._clock.now + PROGRESS_EVERY
+        if next_at < until and sender.fault is not FaultKind.STALLING:
+            self._clock.at(next_at, self._progress, connection, sender, index, until)
+
+    def _progress(self, connection: _Connection, sender: Host, index: int, until: float) -> None:
+        if connection.closed or sender.gone:
+            return
+        receiver = connection.other(sender)
+        if self._reaches_at(sender, receiver) <= self._clock.now and not receiver.gone:
+            self._dispatch(sender, ev.SendProgress(connection.number, index))
+            self._dispatch(receiver, ev.PieceProgress(connection.number, index))
+        self._tell_progress(connection, sender, index, until)
 
     def _begin_piece(
         self, connection: _Connection, sender: Host, index: int, size: int, left_at: float
@@ -475,6 +499,7 @@ class Simulation:
         arrives_at = receiver.link.receive(size, clock.now + delay, left_at + delay)
         rid_at = receiver.link.pressed_back(arrives_at - delay, self._options.buffer)
         clock.at(max(left_at, rid_at), self._dispatch, sender, sent)
+        self._tell_progress(connection, sender, index, arrives_at)
         clock.at(arrives_at, self._piece_arrived, connection, sender, receiver, index)
 
     def _piece_arrived(

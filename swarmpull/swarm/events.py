@@ -116,6 +116,18 @@ class MessageReceived:
 
 
 @attrs.frozen
+class PieceProgress:
+    """More bytes of a piece have arrived, and it goes on.
+
+    Reported about once a second for a piece that takes that long, and only when enough came to matter; of a
+    piece that arrives sooner never.
+    """
+
+    connection: int
+    index: int
+
+
+@attrs.frozen
 class PieceReceived:
     """The last byte of a piece has arrived; its hash is being checked."""
 
@@ -146,6 +158,14 @@ class PieceLost:
     """A piece arrived, but could not be stored for a reason of our own: a full disk."""
 
     digest: Digest
+    index: int
+
+
+@attrs.frozen
+class SendProgress:
+    """More bytes of a piece have left, and it goes on; as rare as `PieceProgress`."""
+
+    connection: int
     index: int
 
 
@@ -193,10 +213,12 @@ Event = (
     | DialFailed
     | PeerDisconnected
     | MessageReceived
+    | PieceProgress
     | PieceReceived
     | PieceStored
     | PieceRejected
     | PieceLost
+    | SendProgress
     | PieceSent
     | ReaderMoved
     | ReaderClosed

@@ -72,6 +72,10 @@ class Exchange(Protocol):
         """Claims of this torrent were taken back, or it got something to download."""
         ...
 
+    def progressed(self, connection: int, index: int, now: float) -> None:
+        """More bytes of a piece have left: its receiver is slow, but goes on taking them."""
+        ...
+
     def sent(self, connection: int, index: int, now: float) -> None:
         """The last byte of a piece has left."""
         ...

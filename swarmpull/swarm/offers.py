@@ -65,7 +65,7 @@ class OfferLimits:
             seeder whose uplink is faster than its peers' downlinks needs as many as fill it.
         ahead_min, ahead_max: bounds of the promises that run ahead of the uplink.
         inbound: claims outstanding.
-        send_timeout: seconds after which a piece that is still being sent marks its receiver as stalled.
+        send_timeout: seconds after which a piece of which no more bytes leave marks its receiver as stalled.
     """
 
     slots: int = attrs.field(default=3, validator=attrs.validators.ge(1))
@@ -80,6 +80,7 @@ class OfferLimits:
 
     def build(self, inbound: Inbound, outbox: Outbox, rng: random.Random) -> OfferExchange:
         """The exchange with these bounds."""
+        inbound.slow_max = self.inbound
         return OfferExchange(self, inbound, outbox, rng)
 
 
@@ -108,10 +109,16 @@ class _Line:
 
 @attrs.define
 class _Sending:
-    """A piece on its way; ``stuck`` when it takes so long that its slot is free for another."""
+    """A piece on its way.
+
+    Attributes:
+        moved_at: when bytes of it last left, as far as was told, or it began.
+        stuck: it takes so long that its slot is free for another.
+    """
 
     index: int
     began: float
+    moved_at: float
     stuck: bool = False
 
 
@@ -202,6 +209,11 @@ class OfferExchange:
     def freed(self, torrent: Torrent, now: float) -> None:  # noqa: ARG002
         self._consider_all(now)
 
+    def progressed(self, connection: int, index: int, now: float) -> None:
+        sending = self._sending.get(connection)
+        if sending is not None and sending.index == index:
+            sending.moved_at = now
+
     def sent(self, connection: int, index: int, now: float) -> None:
         sending = self._sending.get(connection)
         if sending is None or sending.index != index:
@@ -220,7 +232,7 @@ class OfferExchange:
         self._proceed(now)
         self._lose_patience(now)
         overdue = now - self._limits.send_timeout
-        stalled = [c for c, sending in self._sending.items() if sending.began <= overdue]
+        stalled = [c for c, sending in self._sending.items() if sending.moved_at <= overdue]
         return silent + stalled
 
     def is_busy(self, connection: int) -> bool:
@@ -281,8 +293,9 @@ class OfferExchange:
     def _claim_received(self, line: _Line, claim: Claim, now: float) -> None:
         index = claim.index
         offered = line.offered_until is not None
+        # Late or not, it answers: on a slow link an offer waits behind the bytes of a piece.
+        line.lapses = 0
         if offered:
-            line.lapses = 0
             self._end_offer(line, claimed=index)
         if not offered or self._draining or not (line.torrent.have >> index) & 1:
             self._outbox.send(line.peer.connection, Pass(index))
@@ -337,7 +350,7 @@ class OfferExchange:
                 return
             self._ready.remove(entry)
             connection, index = entry
-            self._sending[connection] = _Sending(index, now)
+            self._sending[connection] = _Sending(index, now, now)
             self._outbox.send_piece(connection, self._lines[connection].torrent.digest, index)
 
     def _slots_taken(self) -> int:

@@ -80,6 +80,9 @@ class PipelineExchange:
         for peer in sorted(torrent.peers.values(), key=lambda peer: peer.late_in_a_row):
             self._claim_from(torrent, peer, now)
 
+    def progressed(self, connection: int, index: int, now: float) -> None:
+        self._uploads.progressed(connection, index, now)
+
     def sent(self, connection: int, index: int, now: float) -> None:
         self._uploads.sent(connection, index)
         self._start_uploads(now)

@@ -8,6 +8,7 @@ A torrent is added either complete (to be seeded) or with pieces missing (to be 
 announces itself, dials the peers of the handout, claims pieces from each connection as the policy says,
 and tells all its peers of each piece that it stored.  A claim that is late is taken back and the piece is
 free for others; a peer that is late twice in a row without a piece in between is dropped and backed off.
+A piece is not late as long as its bytes keep arriving, however slowly: a link of 30 kB/s takes minutes.
 When the last piece is stored the shell checks the whole blob (`Finish`) and reports `BlobVerified`; only
 then does the host announce completion, again and again until a tracker acknowledges it.  A connection
 between two complete peers is closed by whoever notices first.
@@ -76,7 +77,8 @@ REANNOUNCE_SPREAD_MAX: Final = 60.0
 class SwarmLimits:
     """Every bound of the engine, each defined where it acts.
 
-    ``stall_timeout``: seconds without a new piece after which a download fails; what it has is kept.
+    ``stall_timeout``: seconds without a new piece, or bytes of one, after which a download fails; what it has
+    is kept.
     """
 
     connections: ConnectionLimits = attrs.field(factory=ConnectionLimits)
@@ -123,10 +125,12 @@ class Scheduler:
             ev.DialFailed: self._dial_failed,
             ev.PeerDisconnected: self._peer_disconnected,
             ev.MessageReceived: self._message_received,
+            ev.PieceProgress: self._piece_progress,
             ev.PieceReceived: self._piece_received,
             ev.PieceStored: self._piece_stored,
             ev.PieceRejected: self._piece_rejected,
             ev.PieceLost: self._piece_lost,
+            ev.SendProgress: self._send_progress,
             ev.PieceSent: self._piece_sent,
             ev.ReaderMoved: self._reader_moved,
             ev.ReaderClosed: self._reader_closed,
@@ -198,6 +202,10 @@ class Scheduler:
                     "work is outstanding and nothing will happen"
                 )
         assert connections == len(self._by_connection)
+        claims = [
+            c for t in self._torrents.values() for p in t.peers.values() for c in p.claims.values()
+        ]
+        assert self._inbound.slow == sum(claim.slow for claim in claims) <= self._inbound.slow_max
         pending = sum(t.connections.pending_count for t in self._torrents.values())
         assert self._places.taken == connections + pending <= self._places.limit
 
@@ -502,6 +510,12 @@ class Scheduler:
         if torrent.verified:
             self._close_if_done(torrent, peer, now)
 
+    def _send_progress(self, event: ev.SendProgress, now: float) -> None:
+        torrent = self._by_connection.get(event.connection)
+        if torrent is not None:
+            torrent.peers[event.connection].useful_at = now
+            self._exchange.progressed(event.connection, event.index, now)
+
     def _piece_sent(self, event: ev.PieceSent, now: float) -> None:
         self._exchange.sent(event.connection, event.index, now)
         torrent = self._by_connection.get(event.connection)
@@ -511,6 +525,11 @@ class Scheduler:
             self._close_if_done(torrent, peer, now)
 
     # --- pieces -------------------------------------------------------------------------------
+
+    def _piece_progress(self, event: ev.PieceProgress, now: float) -> None:
+        torrent = self._by_connection.get(event.connection)
+        if torrent is not None:
+            torrent.heard(torrent.peers[event.connection], event.index, now)
 
     def _piece_received(self, event: ev.PieceReceived, now: float) -> None:
         torrent = self._by_connection.get(event.connection)

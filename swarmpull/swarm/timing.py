@@ -14,6 +14,9 @@ TIMEOUT_INITIAL: Final = 4.0
 # Below this a hiccup of the host (a busy disk, a paused process) would look like a dead peer.
 TIMEOUT_MIN: Final = 0.5
 TIMEOUT_MAX: Final = 60.0
+# A piece whose bytes keep arriving is given this long from one report of progress to the next at the least:
+# the shell reports once a second or, on a link where 16 KiB take longer, each time so many have come.
+PROGRESS_TIMEOUT_MIN: Final = 10.0
 
 
 class PieceTiming:
@@ -66,3 +69,7 @@ class PieceTiming:
         else:
             expected = max(self._mean + DEVIATIONS * self._deviation, TIMEOUT_MIN)
         return min(expected * self._lateness, TIMEOUT_MAX)
+
+    def progress_timeout(self) -> float:
+        """Seconds without another byte after which a claim is late of which some have arrived."""
+        return max(self.timeout(), PROGRESS_TIMEOUT_MIN)

@@ -25,12 +25,22 @@ from swarmpull.swarm.timing import PieceTiming
 class ClaimRecord:
     """A claim of ours that is outstanding: when it was made, and when it is late.
 
-    ``overdue``: it takes longer than pieces do on this host, and may be claimed elsewhere as well.
+    Attributes:
+        heard_at: when bytes last arrived of it, or of what the same peer sends before it; None until then.
+        overdue: it takes longer than pieces do on this host, and may be claimed elsewhere as well.
+        slow: it is overdue and not late only because its bytes keep arriving.
     """
 
     claimed_at: float
     late_at: float
+    heard_at: float | None = None
     overdue: bool = False
+    slow: bool = False
+
+    def heard(self, now: float, timeout: float) -> None:
+        """Bytes arrive: it is late only ``timeout`` seconds from now."""
+        self.heard_at = now
+        self.late_at = now + timeout
 
 
 @attrs.define(eq=False)
@@ -40,10 +50,15 @@ class Inbound:
     Attributes:
         claims: that are outstanding and not overdue: a slow uploader must not use up the room for those
             that deliver.
+        slow: claims that are overdue while their bytes keep arriving.
+        slow_max: how many of those are waited for.  Each has a buffer, of which there are more, so that peers
+            which only trickle leave room for those that deliver.
         timing: of the pieces of all peers.
     """
 
     claims: int = 0
+    slow: int = 0
+    slow_max: int = 4
     timing: PieceTiming = attrs.field(factory=PieceTiming)
     _expected: dict[tuple[int, int], tuple[Torrent, ClaimRecord]] = attrs.field(factory=dict)
 
@@ -55,6 +70,14 @@ class Inbound:
         if not record.overdue:
             self.claims -= 1
             del self._expected[peer.connection, index]
+        self.slow -= record.slow
+
+    def waits_for(self, record: ClaimRecord) -> bool:
+        """Whether a claim whose bytes keep arriving may take as long as they do."""
+        if record.overdue and not record.slow and self.slow < self.slow_max:
+            record.slow = True
+            self.slow += 1
+        return record.slow or not record.overdue
 
     def find_overdue(self, now: float) -> bool:
         """Mark the claims that take too long; whether there were any that did not before.
@@ -130,7 +153,7 @@ class Torrent:
         claimed: pieces that somebody owes us.
         overdue: of those, the ones that a single peer owes us and takes too long over.
         verified: whether the whole blob has matched its digest and is in the store.
-        progress_at: when the last piece was stored, or the torrent added.
+        progress_at: when the torrent was added, a piece last stored, or bytes of a missing one last arrived.
         evicted_at: when a peer that was of use last had to go for a newcomer.
         ticked_at: when the scheduler last looked after what has a deadline; ``deadline``: when it is to do
             so next, inf for never.
@@ -281,9 +304,25 @@ class Torrent:
             if peer.claims:
                 learnt = now - peer.timing.timeout()
                 for index, record in peer.claims.items():
-                    if record.late_at <= now or record.claimed_at <= learnt:
+                    unheard = record.heard_at is None and record.claimed_at <= learnt
+                    if record.late_at <= now or unheard:
                         late.append((peer, index))
         return late
+
+    def heard(self, peer: Peer, index: int, now: float) -> None:
+        """More bytes of a piece have arrived.  O(claims at this peer).
+
+        Its claim is late so much later, and so are those behind it, for a peer sends one piece after the
+        other.  What was cancelled earns nothing but that the peer is not idle.
+        """
+        peer.useful_at = now
+        if self.expects(peer.connection, index):
+            self.progress_at = now
+        record = peer.claims.get(index)
+        if record is not None and self._inbound.waits_for(record):
+            timeout = peer.timing.progress_timeout()
+            for behind in peer.claims.values():
+                behind.heard(now, timeout)
 
     def other_claimants(self, index: int, connection: int) -> list[Peer]:
         """The peers besides ``connection`` that owe us this piece."""
@@ -366,7 +405,8 @@ class Torrent:
         for peer in self.peers.values():
             for index, record in peer.claims.items():
                 assert (peer.have >> index) & 1, "claimed where it is not"
-                assert record.late_at >= record.claimed_at
+                assert record.late_at >= (record.heard_at or record.claimed_at) >= record.claimed_at
+                assert record.slow <= record.overdue
                 claimants[index] = claimants.get(index, 0) + 1
         assert claimants == self._claimants
         assert not self.overdue & ~self.claimed

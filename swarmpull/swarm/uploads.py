@@ -19,7 +19,7 @@ class UploadLimits:
     Attributes:
         slots: pieces that are being sent at once, over all connections.
         claims_per_connection: claims that one peer may have waiting; more are passed.
-        send_timeout: seconds after which a piece that is still being sent marks its receiver as stalled.
+        send_timeout: seconds after which a piece of which no more bytes leave marks its receiver as stalled.
     """
 
     slots: int = attrs.field(default=4, validator=attrs.validators.ge(1))
@@ -72,6 +72,12 @@ class Uploads:
                 self._sending[connection] = _Sending(index, now + self._limits.send_timeout)
                 return connection, index
         return None
+
+    def progressed(self, connection: int, index: int, now: float) -> None:
+        """More bytes of a piece have left: it has as long again for the rest."""
+        sending = self._sending.get(connection)
+        if sending is not None and sending.index == index:
+            sending.until = now + self._limits.send_timeout
 
     def sent(self, connection: int, index: int) -> None:
         """A piece has left; its connection goes to the end of the line."""

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import socket
+from collections.abc import Callable
 from typing import Final
 
 import trio
@@ -32,6 +33,10 @@ _disk_limiter = trio.CapacityLimiter(4)
 _SKIP_BYTES: Final = 64 * 1024
 # Errors of sendfile that are about the file; all others are about the connection.
 _FILE_ERRORS: Final = (errno.EBADF, errno.EIO, errno.EINVAL, errno.EOVERFLOW, errno.ESTALE)
+
+
+def _ignore(_count: int) -> None:
+    pass
 
 
 class PeerStream:
@@ -71,10 +76,17 @@ class PeerStream:
             await self._stream.send_all(data)
             self._send_broken = False
 
-    async def send_chunk(self, chunk: PieceChunk, file: int, offset: int) -> None:
+    async def send_chunk(
+        self,
+        chunk: PieceChunk,
+        file: int,
+        offset: int,
+        on_sent: Callable[[int], None] = _ignore,
+    ) -> None:
         """Send ``chunk`` with the payload that file descriptor ``file`` has at ``offset``.
 
-        The caller keeps ``file`` open until this returns.
+        The caller keeps ``file`` open until this returns.  ``on_sent`` is called with the number of payload
+        bytes whenever the connection has taken some.
 
         Raises:
             StoreUnavailable: the file ended early or could not be read; the stream is broken then.
@@ -83,13 +95,14 @@ class PeerStream:
         header = peer.pack_chunk_header(chunk)
         if self._socket is None:
             await self._send_copy(header, chunk, file, offset)
+            on_sent(chunk.length)
             return
         if _must_wait_for_disk(file, offset, chunk.length):
             await _read_in_thread(file, chunk.length, offset)
         async with self._send_lock:
             await self._begin_frame()
             await self._send_header(self._socket, header)
-            await self._send_file(self._socket, chunk, file, offset)
+            await self._send_file(self._socket, chunk, file, offset, on_sent)
             self._send_broken = False
 
     async def _begin_frame(self) -> None:
@@ -118,7 +131,12 @@ class PeerStream:
             raise _lost(error) from error
 
     async def _send_file(
-        self, sock: trio.socket.SocketType, chunk: PieceChunk, file: int, offset: int
+        self,
+        sock: trio.socket.SocketType,
+        chunk: PieceChunk,
+        file: int,
+        offset: int,
+        on_sent: Callable[[int], None],
     ) -> None:
         left = chunk.length
         while left:
@@ -137,6 +155,7 @@ class PeerStream:
                 raise _truncated(chunk)
             offset += sent
             left -= sent
+            on_sent(sent)
 
     # --- receiving -------------------------------------------------------------------------
 
@@ -191,16 +210,24 @@ class PeerStream:
         self._check_receiving()
         await trio.lowlevel.checkpoint_if_cancelled()
         self._receive_broken = True
-        filled = min(size, len(self._buffer))
-        view[:filled] = self._buffer[:filled]
-        del self._buffer[:filled]
+        filled = 0
         while filled < size:
-            count = await self._receive_some_into(view[filled:])
-            if count == 0:
-                raise ProtocolError("the connection ended inside a PIECE")
-            filled += count
-        self._payload_left -= size
+            filled += await self._take_some(view[filled:])
         self._receive_broken = False
+
+    async def receive_some_into(self, view: memoryview) -> int:
+        """Put some bytes of the payload of the last PieceChunk into ``view``, at least one; returns how many.
+
+        Cancelling it loses nothing.
+
+        Raises:
+            ProtocolError: the connection ended inside the payload.
+            ValueError: ``view`` is empty, or longer than what is left of the payload.
+        """
+        if not 0 < len(view) <= self._payload_left:
+            raise ValueError(f"{len(view)} bytes wanted, {self._payload_left} are left")
+        self._check_receiving()
+        return await self._take_some(view)
 
     async def discard(self) -> None:
         """Read what is left of the payload of the last PieceChunk and throw it away."""
@@ -256,6 +283,19 @@ class PeerStream:
                     raise trio.EndOfChannel
                 raise ProtocolError("the connection ended inside a message")
             self._buffer += data
+
+    async def _take_some(self, view: memoryview) -> int:
+        if self._buffer:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            count = min(len(view), len(self._buffer))
+            view[:count] = self._buffer[:count]
+            del self._buffer[:count]
+        else:
+            count = await self._receive_some_into(view)
+            if count == 0:
+                raise ProtocolError("the connection ended inside a PIECE")
+        self._payload_left -= count
+        return count
 
     async def _receive_some_into(self, view: memoryview) -> int:
         if self._socket is None:

@@ -122,6 +122,11 @@ class Handler(BaseHTTPRequestHandler):
         if body is None:
             return
         reference = self.path.rpartition("/")[2]
+        if self.path in self.registry.documents:
+            document = json.loads(self.registry.documents[self.path]) | json.loads(body)
+            self.registry.documents[self.path] = json.dumps(document).encode()
+            self.answer(200, self.registry.documents[self.path])
+            return
         if "/manifests/" in self.path:
             stored = (self.headers["Content-Type"], body)
             self.registry.manifests[reference] = self.registry.manifests[digest_of(body)] = stored

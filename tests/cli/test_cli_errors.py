@@ -41,6 +41,9 @@ def no_environment(monkeypatch, tmp_path) -> None:
         (["pull", "app@sha256:1", "-o", "x"], 1, ["'sha256:1' is not a digest: .*"]),
         (["pull", "a", "-o", "x", "--registry", "ftp://h"], 1, ["ftp://h: is not the URL of .*"]),
         (["push", ".", "app:v1"], 1, [r"\.: is not an OCI image layout: .*"]),
+        (["rates", "--upload", "fast"], 2, ["Invalid value for '--upload': must be a rate .*"]),
+        (["rates", "--download", "0"], 2, ["Invalid value for '--download': must be .* above 0.*"]),
+        (["config", "check", "-o", "swarm.upload_rate=0"], 78, ["swarm.upload_rate: must be a .*"]),
         (["config", "check", "-o", "a=1"], 78, [r"a: unknown key  \(-o\)"]),
         (
             ["config", "check", "--role", "all", "--agents", "200", "-o", "log.level=x"],
@@ -76,7 +79,7 @@ def test_the_version_is_printed() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "config check", "config show", "push", "pull", "status"]
+    "command", ["run", "config check", "config show", "push", "pull", "status", "rates"]
 )
 def test_every_command_explains_itself(command: str) -> None:
     result = CliRunner().invoke(cli, [*command.split(), "--help"])

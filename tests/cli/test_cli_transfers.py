@@ -585,3 +585,64 @@ def test_the_slowest_role_delays_status_by_seconds_only(capsys) -> None:
         assert main(["status", f"127.0.0.1:{port}"]) == 69
         assert time.monotonic() - began < 10
     assert capsys.readouterr().err == f"swarmpull: 127.0.0.1:{port}: no answer within 3 seconds\n"
+
+
+# --- rates ----------------------------------------------------------------------------------------
+
+RATES = {"upload_rate": 100_000_000, "download_rate": None}
+
+
+def test_rates_are_shown_as_people_write_them(registry, capsys) -> None:
+    registry.documents["/rates"] = json.dumps(RATES).encode()
+    assert main(["rates", "--admin", registry.url]) == 0
+    head, row = capsys.readouterr().out.splitlines()
+    assert head.split() == ["ADDRESS", "UPLOAD", "DOWNLOAD"]
+    assert row.split() == [registry.url, "100MB/s", "unlimited"]
+    assert [method for method, _, _ in registry.requests] == ["GET"], "nothing was changed"
+
+
+def test_rates_are_changed_and_what_holds_then_is_shown(registry, capsys) -> None:
+    registry.documents["/rates"] = json.dumps(RATES).encode()
+    address = registry.url.removeprefix("http://")
+    command = ["rates", "--upload", "unlimited", "--download", "1MiB/s", "--admin", address]
+    assert main([*command, "--json"]) == 0
+    holds = {"upload_rate": None, "download_rate": float(1 << 20)}
+    assert json.loads(capsys.readouterr().out) == [{"address": address, **holds}]
+    assert json.loads(registry.documents["/rates"]) == holds
+
+
+def test_one_rate_is_changed_without_the_other(registry, capsys) -> None:
+    registry.documents["/rates"] = json.dumps({**RATES, "download_rate": 5}).encode()
+    assert main(["rates", "--upload", "30kB/s", "--admin", registry.url]) == 0
+    assert capsys.readouterr().out.split()[-2:] == ["30kB/s", "5B/s"]
+
+
+def test_a_role_without_rates_is_said_to_have_none_and_does_not_hide_the_others(
+    registry, unused_port, capsys
+) -> None:
+    registry.documents["/status"] = json.dumps(STATUS).encode()
+    address = registry.url.removeprefix("http://")
+    arguments = ["--admin", address, "--admin", f"127.0.0.1:{unused_port}"]
+    assert main(["rates", "--upload", "1MB/s", *arguments]) == 69
+    assert capsys.readouterr().err.splitlines() == [
+        f"swarmpull: {address}: has no rates: name the admin listener of an agent or origin",
+        f"swarmpull: 127.0.0.1:{unused_port}: Connection refused",
+    ]
+    assert [method for method, _, _ in registry.requests] == ["GET"], "nothing is put elsewhere"
+
+
+def test_what_a_role_refuses_is_said(registry, capsys) -> None:
+    registry.documents["/rates"] = b'{"upload_rate": null, "download_rate": "?"}'
+    registry.refusals += [(400, b'{"errors": [{"message": "upload_rate is too much"}]}')]
+    assert main(["rates", "--admin", registry.url]) == 69
+    assert "upload_rate is too much (HTTP 400)" in capsys.readouterr().err
+
+
+def test_without_addresses_the_usual_ports_are_asked(registry, capsys, monkeypatch) -> None:
+    port = int(registry.url.rpartition(":")[2])
+    monkeypatch.setattr("swarmpull.cli._ADMIN_PORTS", range(port, port + 1))
+    assert main(["rates", "--upload", "1MB/s"]) == 69
+    assert "no agent or origin answers on 127.0.0.1" in capsys.readouterr().err
+    registry.documents["/rates"] = json.dumps(RATES).encode()
+    assert main(["rates", "--upload", "1MB/s"]) == 0
+    assert capsys.readouterr().out.split()[-2:] == ["1MB/s", "unlimited"]

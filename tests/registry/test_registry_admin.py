@@ -16,12 +16,28 @@ from swarmpull.registry.server import serve_http
 
 
 @attrs.define
+class FakeRates:
+    """Takes any object."""
+
+    values: dict[str, float | None] = attrs.field(factory=lambda: {"upload_rate": None})
+
+    def document(self) -> dict[str, float | None]:
+        return self.values
+
+    def change(self, document: object) -> None:
+        if not isinstance(document, dict):
+            raise ValueError("must be an object")
+        self.values.update(document)
+
+
+@attrs.define
 class Admin:
     """A running admin listener, and what its role says."""
 
     client: httpx.AsyncClient
     reasons: list[str]
     counter: Counter
+    rates: FakeRates
 
 
 @pytest.fixture
@@ -29,17 +45,19 @@ async def admin() -> AsyncIterator[Admin]:
     registry = CollectorRegistry()
     counter = Counter("swarmpull_test_total", "A test.", registry=registry)
     reasons: list[str] = []
+    rates = FakeRates()
     app = create_admin_app(
         readiness=lambda: reasons,
         metrics=lambda: (generate_latest(registry), "text/plain; version=0.0.4; charset=utf-8"),
         status=lambda: {"role": "agent", "torrents": [{"digest": "sha256:x", "have": 0.5}]},
+        rates=rates,
     )
     drain = trio.Event()
     async with trio.open_nursery() as nursery:
         serve = partial(serve_http, app, "127.0.0.1", 0, drain=drain, grace=1.0)
         host, port = await nursery.start(serve)
         async with httpx.AsyncClient(base_url=f"http://{host}:{port}") as client:
-            yield Admin(client, reasons, counter)
+            yield Admin(client, reasons, counter, rates)
         drain.set()
 
 
@@ -74,3 +92,41 @@ async def test_status_is_the_document_of_the_role(admin: Admin) -> None:
 async def test_other_pages_are_404(admin: Admin) -> None:
     assert (await admin.client.get("/v2/")).status_code == 404
     assert (await admin.client.post("/health")).status_code == 405
+
+
+async def test_rates_are_shown_and_changed(admin: Admin) -> None:
+    reply = await admin.client.get("/rates")
+    assert (reply.status_code, reply.json()) == (200, {"upload_rate": None})
+    reply = await admin.client.put("/rates", json={"upload_rate": 5})
+    assert (reply.status_code, reply.json()) == (200, {"upload_rate": 5})
+    assert admin.rates.values == {"upload_rate": 5}
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"[1]", "must be an object"),
+        (b"", "the body is not JSON"),
+        (b"{", "the body is not JSON"),
+        (b"\xff\xfe\xfa", "the body is not JSON"),
+        (b"[" * 4000, "the body is not JSON"),
+    ],
+)
+async def test_rates_that_are_wrong_are_refused_with_a_reason(
+    admin: Admin, body: bytes, message: str
+) -> None:
+    reply = await admin.client.put("/rates", content=body)
+    assert (reply.status_code, reply.json()) == (400, {"errors": [{"message": message}]})
+    assert admin.rates.values == {"upload_rate": None}
+
+
+async def test_a_body_that_is_no_pair_of_rates_by_its_size_is_not_read(admin: Admin) -> None:
+    reply = await admin.client.put("/rates", content=b" " * 5000 + b"{}")
+    assert reply.status_code == 413
+
+
+async def test_a_role_without_rates_has_no_such_page() -> None:
+    app = create_admin_app(
+        readiness=list, metrics=lambda: (b"", "text/plain"), status=lambda: {"role": "tracker"}
+    )
+    assert (await app.test_client().get("/rates")).status_code == 404

@@ -11,6 +11,7 @@ import trio
 
 from swarmpull.digest import Digest
 from swarmpull.errors import BlobNotFound, StoreFull
+from swarmpull.registry.client import get_rates, put_rates
 from swarmpull.roles import agent as agent_module
 from swarmpull.roles.agent import BlobFinder, seed_cache
 from swarmpull.store.blobs import BlobStore
@@ -51,6 +52,43 @@ async def test_an_image_is_pulled_and_then_served_from_the_cache(cluster: Cluste
 
     status = await cluster.status("agent")
     assert status["bytes_received"]["origin"] == len(LAYER) + len(manifest)
+
+
+async def test_rates_that_are_changed_on_the_admin_listener_hold_for_a_pull_under_way(
+    cluster: Cluster,
+) -> None:
+    await cluster.push_image("origin", REPOSITORY, CONFIG, LAYER)
+    await cluster.start_agent()
+    admins = {role: cluster.roles[role].address("admin") for role in ("origin", "agent", "tracker")}
+    # A byte per second: the burst passes, and then nothing for hours.
+    [answer] = await put_rates([admins["origin"]], {"upload_rate": 1})
+    assert answer.document == {"upload_rate": 1, "download_rate": None}
+
+    async with trio.open_nursery() as nursery:
+        pulled: list[bytes] = []
+
+        async def pull() -> None:
+            pulled.append((await cluster.get("agent", blob_path(LAYER))).content)
+
+        nursery.start_soon(pull)
+        await until_passes_no_more(cluster)
+        assert pulled == []
+        await put_rates([admins["origin"]], {"upload_rate": None})
+
+    assert pulled == [LAYER]
+    answers = await get_rates(list(admins.values()))
+    unlimited = {"upload_rate": None, "download_rate": None}
+    assert [answer.document for answer in answers] == [unlimited, unlimited, None]
+    assert answers[2].failure.startswith("has no rates")
+
+
+async def until_passes_no_more(cluster: Cluster) -> None:
+    """The agent has begun to download the layer, and waits for its first piece."""
+    while True:
+        torrents = (await cluster.status("agent"))["torrents"]
+        if any(t["have"] == 0 and t["length"] == len(LAYER) and t["peers"] for t in torrents):
+            return
+        await trio.sleep(0.01)
 
 
 async def test_agents_get_pieces_from_each_other(cluster: Cluster) -> None:

@@ -178,3 +178,15 @@ def test_every_kind_of_fault_is_simulated_here() -> None:
     tried = " ".join(mark.args[1])
 
     assert all(f"{kind.value}=" in tried for kind in FaultKind)
+
+
+@pytest.mark.parametrize("origin_rate", [1e5, 1e9], ids=["slow origin", "fast origin"])
+def test_links_on_which_a_piece_takes_most_of_a_minute_carry_everything(origin_rate: float) -> None:
+    result = simulate(
+        hosts=5, origins=1, size=12 << 20, layers=1, rate=1e5, origin_rate=origin_rate, until=3600.0
+    )
+
+    assert result.completed == result.expected == 5
+    assert result.gave_up == 0
+    sent = result.bytes_from_origins + result.bytes_from_agents
+    assert sent <= 1.5 * 5 * (12 << 20), "little is sent twice"

@@ -33,7 +33,7 @@ from swarmpull.swarm.offers import (
 )
 from swarmpull.swarm.picker import PickerLimits
 from swarmpull.swarm.scheduler import LEECHING_TICK, SEEDING_TICK, SwarmLimits
-from swarmpull.swarm.timing import TIMEOUT_INITIAL, TIMEOUT_MIN
+from swarmpull.swarm.timing import PROGRESS_TIMEOUT_MIN, TIMEOUT_INITIAL, TIMEOUT_MIN
 
 from .playbook import (
     OWN,
@@ -59,7 +59,14 @@ from .playbook import (
 FIRST_TIMEOUT = 2 * TIMEOUT_INITIAL
 
 
-def host(have: str, *, seed: int = 0, window_share: float = 0.5, **limits: float) -> Play:
+def host(
+    have: str,
+    *,
+    seed: int = 0,
+    window_share: float = 0.5,
+    stall_timeout: float = 1e6,
+    **limits: float,
+) -> Play:
     """A host with one torrent, whose peers stay, however idle; it sends one piece and promises two more."""
     limits = {"slots": 1, "ahead_min": 2} | limits
     play = Play(
@@ -68,7 +75,7 @@ def host(have: str, *, seed: int = 0, window_share: float = 0.5, **limits: float
             connections=ConnectionLimits(idle_timeout=1e6),
             exchange=OfferLimits(**limits),
             picker=PickerLimits(window_share=window_share),
-            stall_timeout=1e6,
+            stall_timeout=stall_timeout,
         ),
         seed=seed,
     )
@@ -293,11 +300,19 @@ def test_a_suggestion_that_is_claimed_elsewhere_is_replaced():
     assert chosen(play, 0) == 1
 
 
-def test_what_a_reader_waits_for_comes_before_a_suggestion():
+def test_a_suggestion_comes_before_what_a_reader_waits_for():
+    # As long as nobody has a piece, every reader waits for it some time; the reader's own may come from others.
     play = host("." * 8, window_share=1.0)
     play >> ev.ReaderMoved(play.digest, 1, 5)
     play >> play.connected(1, "a", "#" * 8)
-    assert chosen(play, 2) == 5
+    assert chosen(play, 2) == 2
+
+
+def test_a_reader_comes_first_where_nothing_is_suggested():
+    play = host("." * 8, window_share=1.0)
+    play >> ev.ReaderMoved(play.digest, 1, 5)
+    play >> play.connected(1, "a", "#" * 8)
+    assert claims(play >> play.says(1, Offer())) == {1: [5]}
 
 
 # --- offering ---------------------------------------------------------------------------------
@@ -694,6 +709,154 @@ def test_claims_of_one_moment_of_weakness_count_once_even_if_they_are_late_in_di
     play >> play.says(1, Offer())
     play.wait_until(play.now + 2 * FIRST_TIMEOUT + LEECHING_TICK)
     assert 1 not in torrent.peers, "this one was claimed after the first warning"
+
+
+# --- slow links ---------------------------------------------------------------------------------
+
+
+def trickle(
+    play: Play, seconds: float, *arriving: tuple[int, int], every: float = 1.0
+) -> list[act.Action]:
+    """Bytes of these pieces, as connection and index, keep arriving."""
+    actions: list[act.Action] = []
+    until = play.now + seconds
+    while play.now < until:
+        actions += play.wait_until(play.now + every)
+        for connection, index in arriving:
+            actions += play >> ev.PieceProgress(connection, index)
+    return actions
+
+
+def test_a_piece_of_which_bytes_keep_arriving_is_not_late_however_long_it_takes():
+    play = host(".")
+    play >> play.connected(1, "a", "#")
+    play >> play.says(1, Offer())
+    assert trickle(play, 300.0, (1, 0)) == []
+    assert play >> ev.PieceReceived(1, 0) == []
+    assert play.scheduler.torrent(play.digest).peers[1].late_in_a_row == 0
+    play >> play.stored(1, 0)
+    assert play.progress == "#"
+
+
+def test_a_piece_that_stops_arriving_is_late_after_all():
+    play = host(".")
+    play >> play.connected(1, "a", "#")
+    play >> play.says(1, Offer())
+    trickle(play, 100.0, (1, 0))
+    stopped = play.now
+    assert play.wait() == [cancel(1, 0), want(1)]
+    assert is_due(play.now, stopped + PROGRESS_TIMEOUT_MIN)
+
+
+def test_a_link_that_was_fast_a_moment_ago_may_become_slow():
+    play = host("..")
+    play >> play.connected(1, "a", "##")
+    [index] = claims_in_order(play >> play.says(1, Offer()))
+    play.after(0.014) >> ev.PieceReceived(1, index)
+    play >> play.stored(1, index)
+    [index] = claims_in_order(play >> play.says(1, Offer()))
+    assert play.after(0.3) >> ev.PieceProgress(1, index) == []
+    assert trickle(play, 60.0, (1, index), every=5.0) == [], "16 KiB may take seconds, too"
+
+
+def test_what_waits_behind_a_piece_that_is_arriving_is_not_late_either():
+    play = host("...")
+    play >> play.connected(1, "a", "###")
+    proved(play, 1)
+    first, second = claims_in_order(say(play, 1, Offer(), Offer()))
+    play.after(0.3) >> ev.PieceProgress(1, first)
+    assert cancel(1, second) not in trickle(play, 100.0, (1, first))
+    assert play.scheduler.torrent(play.digest).peers[1].late_in_a_row == 0
+
+
+def test_a_slow_piece_is_overdue_all_the_same_and_takes_no_room():
+    play = host("..", inbound=1)
+    play >> play.connected(1, "a", "#.")
+    play >> play.says(1, Offer())
+    play >> play.connected(2, "b", "##")
+    assert want(2) in trickle(play, TIMEOUT_INITIAL + 1.0, (1, 0))
+    assert claims(play >> play.says(2, Offer())) == {2: [1]}
+    play >> ev.PieceReceived(2, 1)
+    assert claims(play >> play.says(2, Offer())) == {2: [0]}
+    assert play >> ev.PieceReceived(2, 0) == [cancel(1, 0)]
+
+
+def test_no_more_peers_may_trickle_than_half_of_the_buffers_are_for():
+    play = host("." * 8, inbound=2)
+    arriving = []
+    for connection, name in enumerate("abcd", start=1):
+        play >> play.connected(connection, name, "#" * 8)
+    while len(arriving) < 4:
+        for connection in {1, 2, 3, 4} - {c for c, _ in arriving}:
+            arriving += [(connection, i) for i in claims_in_order(say(play, connection, Offer()))]
+        trickle(play, 0.5, *arriving, every=0.5)
+    late = [a.connection for a in trickle(play, 40.0, *arriving) if is_cancel(a)]
+    assert sorted(set(late)) == [3, 4], "the first two are waited for"
+
+
+def is_cancel(action: act.Action) -> bool:
+    return isinstance(action, act.Send) and isinstance(action.message, Cancel)
+
+
+def test_progress_of_a_piece_that_was_taken_back_does_not_excuse_the_next():
+    play = host("..")
+    play >> play.connected(1, "a", "##")
+    [taken_back] = claims_in_order(play >> play.says(1, Offer()))
+    play.wait_until(play.now + FIRST_TIMEOUT + LEECHING_TICK)
+    assert claims(play >> play.says(1, Offer(1 - taken_back))) == {1: [1 - taken_back]}
+    actions = trickle(play, 2 * FIRST_TIMEOUT + LEECHING_TICK, (1, taken_back))
+    assert close(1, ByeReason.STALLED) in actions
+
+
+def test_a_download_does_not_stall_while_bytes_arrive_and_does_when_they_stop():
+    play = host(".", stall_timeout=30.0)
+    play >> play.connected(1, "a", "#")
+    play >> play.says(1, Offer())
+    assert trickle(play, 120.0, (1, 0)) == []
+    heard = play.now
+    actions = play.wait_until(heard + 30.0 + LEECHING_TICK)
+    assert isinstance(actions[-1], act.Fail)
+    assert "no piece for 30 s" in actions[-1].reason
+
+
+def test_a_peer_whose_piece_is_arriving_is_neither_idle_nor_evicted():
+    limits = SwarmLimits(connections=ConnectionLimits(idle_timeout=30.0, per_torrent=1, dialled=1))
+    play = Play(".", limits=limits)
+    play >> play.added()
+    play >> play.connected(1, "a", "#")
+    play >> play.says(1, Offer())
+    trickle(play, 60.0, (1, 0))
+    assert play >> play.connected(2, "b", "#") == [close(2, ByeReason.BUSY, "no room")]
+
+
+@pytest.mark.parametrize("event", [ev.PieceProgress, ev.SendProgress])
+def test_progress_that_is_told_too_late_is_ignored(event: type):
+    play = host(".")
+    assert play >> event(1, 0) == []
+    play >> play.connected(1, "a", "#")
+    assert play >> event(1, 0) == []
+
+
+def test_a_receiver_that_goes_on_taking_bytes_is_not_dropped():
+    play = seeder("a", send_timeout=20.0)
+    pull(play, 1, 0)
+    for _ in range(10):
+        assert play.wait_until(play.now + 15.0) == []
+        play >> ev.SendProgress(1, 0)
+    moved = play.now
+    assert play.wait() == [close(1, ByeReason.STALLED)]
+    assert is_due(play.now, moved + 20.0, SEEDING_TICK)
+
+
+def test_answers_that_come_late_because_the_link_is_slow_cost_no_connection():
+    play = seeder("a")
+    for index in range(2 * LAPSES_MAX):
+        play >> play.says(1, Want())
+        assert play.wait_until(play.now + OFFER_TIMEOUT + SEEDING_TICK) == []
+        assert play >> play.says(1, Claim(index % 4)) == [passes(1, index % 4)]
+
+
+# --- what is taken back ---------------------------------------------------------------------------
 
 
 def test_a_cancelled_claim_is_not_sent_and_the_promise_goes_to_another():

@@ -16,6 +16,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from swarmpull.swarm import events as ev
 from swarmpull.swarm.connections import ConnectionLimits
 from swarmpull.swarm.messages import (
     Bye,
@@ -112,6 +113,20 @@ class SwarmMachine(RuleBasedStateMachine):
             steps = self.network.steps()
             if steps:
                 steps[choice % len(steps)]()
+
+    @rule(choice=st.integers(0, 99), seconds=st.sampled_from([0.25, 5.0, 60.0]))
+    def a_piece_takes_its_time(self, choice: int, seconds: float) -> None:
+        ends = [
+            (host, end)
+            for host in self.network.hosts
+            for end in host.links.values()
+            if end.incoming is not None and end.number is not None
+        ]
+        if ends:
+            host, end = ends[choice % len(ends)]
+            assert end.incoming is not None
+            host.dispatch(ev.PieceProgress(end.number, end.incoming[0]))
+            self.network.advance(seconds)
 
     @rule(seconds=st.sampled_from([0.01, 0.5, 1.0, 4.0, 8.0, 31.0]))
     def time_passes(self, seconds: float) -> None:

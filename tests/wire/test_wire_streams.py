@@ -119,6 +119,53 @@ async def test_chunks_and_messages_mix_and_payloads_come_whole(pair, blob):
             offset += size
 
 
+async def test_a_payload_may_be_taken_as_it_comes(pair, blob):
+    left, right = pair
+    content, file = blob
+    told = []
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(left.send_chunk, PieceChunk(0, 0, CHUNK_BYTES_MAX), file, 0, told.append)
+        chunk = await right.receive()
+        payload = bytearray()
+        while len(payload) < chunk.length:
+            part = bytearray(chunk.length - len(payload))
+            count = await right.receive_some_into(memoryview(part))
+            assert count > 0
+            payload += part[:count]
+    assert payload == content[:CHUNK_BYTES_MAX]
+    assert sum(told) == CHUNK_BYTES_MAX
+    await left.send(Have(1))
+    assert await right.receive() == Have(1)
+
+
+async def test_waiting_for_some_of_a_payload_can_be_cancelled_and_loses_nothing(pair, blob):
+    left, right = pair
+    content, _ = blob
+    await left._stream.send_all(peer.pack_chunk_header(PieceChunk(0, 0, 1000)) + content[:300])
+    await right.receive()
+    part = memoryview(bytearray(1000))
+    filled = 0
+    with trio.move_on_after(0.1) as scope:
+        while True:
+            filled += await right.receive_some_into(part[filled:])
+    assert scope.cancelled_caught
+    assert filled == 300
+    await left._stream.send_all(content[300:1000])
+    while filled < 1000:
+        filled += await right.receive_some_into(part[filled:])
+    assert part == content[:1000]
+
+
+async def test_no_more_of_a_payload_can_be_taken_than_there_is(pair, blob):
+    left, right = pair
+    content, _ = blob
+    await left._stream.send_all(peer.pack_chunk_header(PieceChunk(0, 0, 10)) + content[:10])
+    await right.receive()
+    for size in (0, 11):
+        with pytest.raises(ValueError, match="10 are left"):
+            await right.receive_some_into(memoryview(bytearray(size)))
+
+
 async def test_a_chunk_larger_than_every_buffer_passes_a_slow_receiver(pair, blob):
     left, right = pair
     content, file = blob
