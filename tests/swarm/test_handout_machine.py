@@ -80,12 +80,21 @@ class PeerTableMachine(RuleBasedStateMachine):
         if is_new:
             self._check_told(digest, contact, (), waited)
 
-    @rule(digest=st.sampled_from(DIGESTS), data=st.data(), back=st.integers(-1, 4))
-    def watch(self, digest: Digest, data: st.DataObject, back: int) -> None:
+    @rule(digest=st.sampled_from(DIGESTS), hosts=st.sets(st.integers(0, 11), min_size=1))
+    def leechers_wait(self, digest: Digest, hosts: set[int]) -> None:
+        for host in hosts:
+            self.announce(digest, host, 0, AnnounceState.LEECHING)
+            self.watch(digest, f"{host:016x}{0:016x}", 0)
+
+    @rule(
+        digest=st.sampled_from(DIGESTS),
+        peer_id=st.builds("{:016x}{:016x}".format, st.integers(0, 11), st.integers(0, 2)),
+        back=st.integers(-1, 4),
+    )
+    def watch(self, digest: Digest, peer_id: str, back: int) -> None:
         self.table.expire(self.now)
         self._forget_the_late()
         known = self.model[digest]
-        peer_id = data.draw(st.sampled_from(["0" * 32, *known]))
         leeches = peer_id in known and known[peer_id].state is AnnounceState.LEECHING
         position = self.table._watches.position - back
         watch = self.table.watch(
@@ -170,7 +179,9 @@ class PeerTableMachine(RuleBasedStateMachine):
         """Of those who waited the first two are told, but not those that the newcomer dials."""
         dials = {peer.peer_id for peer in dialled}
         there = self.model[digest]
-        could = [w for w in before if w.digest == digest and w.peer_id in there]
+        # The newcomer itself may have waited until its time was up.
+        others = there.keys() - {contact.peer_id}
+        could = [w for w in before if w.digest == digest and w.peer_id in others]
         should = [watch for watch in could if watch.peer_id not in dials][:2]
         assert [watch for watch in could if watch.peers] == should
         assert all(watch.peers == (contact,) for watch in should)
@@ -207,4 +218,4 @@ def _group(known: Known) -> int:
 
 
 TestPeerTable = PeerTableMachine.TestCase
-TestPeerTable.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestPeerTable.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
