@@ -213,6 +213,7 @@ async def run_agent(
                 config.swarm,
                 metrics,
                 announce=cluster.tracker.announce,
+                watch=cluster.tracker.watch,
             ) as host,
             trio.open_nursery() as nursery,
         ):

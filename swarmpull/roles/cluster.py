@@ -28,6 +28,8 @@ from swarmpull.wire.api import (
     MetainfoReply,
     PutManifestReply,
     RecordManifestRequest,
+    WatchReply,
+    WatchRequest,
 )
 from swarmpull.wire.listen import parse_address
 from swarmpull.wire.rpc import Method, RpcPool
@@ -94,6 +96,23 @@ class RingClient:
                 return address, reply
         raise self._nobody_answered(method.name, failures)
 
+    async def call_first(
+        self, key: str, method: Method[Req, Rep], request: Req, *, timeout: float
+    ) -> Rep:
+        """Call only the member that is asked first for ``key``, whatever comes of it.
+
+        For calls that wait for long: many of them end at once when their connection does, which says no more
+        about the member than one failure, and that the next ordinary call will find out.
+
+        Raises:
+            RpcUnavailable: it did not answer within ``timeout`` seconds.
+            RpcFailed: it failed in a way that has no type, or does not know the method.
+            SwarmpullError: the errors of the method.
+        """
+        for address in self.members.order(key):
+            return await self._pool.call(address, method, request, timeout=timeout)
+        raise self._nobody_answered(method.name, {})
+
     def _nobody_answered(self, method: str, failures: dict[str, str]) -> RpcUnavailable:
         where = f"{self.name} ring ({', '.join(failures or self.members.entries)})"
         if not failures:
@@ -105,7 +124,7 @@ class RingClient:
 
 
 class TrackerClient:
-    """Announces to the trackers."""
+    """Announces to the trackers, and waits there for peers."""
 
     def __init__(self, ring: RingClient) -> None:
         self._ring = ring
@@ -126,6 +145,16 @@ class TrackerClient:
         if timeout is None:
             timeout = METAINFO_TIMEOUT if request.want_metainfo else LOOKUP_TIMEOUT
         return await self._ring.call(str(request.digest), api.ANNOUNCE, request, timeout=timeout)
+
+    async def watch(self, request: WatchRequest) -> WatchReply:
+        """Wait for peers to appear; without any the tracker answers when ``request.seconds`` are over.
+
+        Raises:
+            RpcUnavailable: the tracker of this blob does not answer, or went away meanwhile.
+            RpcFailed: it does not offer watches.
+        """
+        timeout = request.seconds + LOOKUP_TIMEOUT
+        return await self._ring.call_first(str(request.digest), api.WATCH, request, timeout=timeout)
 
 
 class OriginClient:

@@ -48,7 +48,7 @@ from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
 from swarmpull.swarm.scheduler import Scheduler, SwarmLimits
 from swarmpull.swarm.torrent import TorrentStatistics
 from swarmpull.telemetry import Metrics
-from swarmpull.wire.api import AnnounceReply, AnnounceRequest
+from swarmpull.wire.api import AnnounceReply, AnnounceRequest, WatchReply, WatchRequest
 from swarmpull.wire.listen import format_address, open_listeners
 
 log = structlog.get_logger()
@@ -58,11 +58,18 @@ ANNOUNCES_MAX: Final = 16
 # A first announce may wait for an origin that has to fetch the blob; the others wait for nobody.
 ANNOUNCE_TIMEOUT: Final = 10.0
 
+# Torrents that watch for peers at the same time, a quarter of the calls that one tracker takes from us; the
+# others hear of peers with their next announce.
+WATCHES_MAX: Final = 16
+# For which one watch waits, in seconds: seldom enough to cost nothing.
+WATCH_SECONDS: Final = 30.0
+
 # What a tracker may ask for, in seconds: it must neither be flooded nor forget us.
 INTERVAL_MIN: Final = 1.0
 INTERVAL_MAX: Final = 600.0
 
 Announce = Callable[[AnnounceRequest], Awaitable[AnnounceReply]]
+Watch = Callable[[WatchRequest], Awaitable[WatchReply]]
 FindPeers = Callable[[AnnounceRequest], Awaitable[AnnounceReply]]
 
 
@@ -86,6 +93,7 @@ class SwarmHost:
         buffers: PieceBuffers,
         rates: Rates,
         announce: Announce | None,
+        watch: Watch | None,
         metrics: SwarmMetrics,
     ) -> None:
         self.contact = contact
@@ -99,6 +107,8 @@ class SwarmHost:
         self._announce = announce
         self._announces = trio.CapacityLimiter(ANNOUNCES_MAX)
         self._announcing = 0
+        self._watch = watch
+        self._watches: dict[Digest, trio.CancelScope] = {}
         self._connections = PeerConnections(self, scheduler, nursery, buffers, rates, metrics)
         self._starting: SharedWork[Download] = SharedWork(nursery)
         self._downloads: dict[Digest, Download] = {}
@@ -235,6 +245,8 @@ class SwarmHost:
                 # Counted from here on, so that a drain waits for the last words to the trackers.
                 self._announcing += 1
                 self._nursery.start_soon(self._tell_trackers, digest, namespace, state)
+            case act.Watch(digest, position):
+                self._begin_watch(digest, position)
             case act.Finish(digest):
                 self._nursery.start_soon(self._finish, digest)
             case act.Fail(digest, reason):
@@ -256,7 +268,7 @@ class SwarmHost:
         except SwarmpullError as error:
             log.info("download_not_started", digest=str(digest), reason=str(error))
             raise
-        self.dispatch(ev.AnnounceReplied(digest, _sane(reply.interval), reply.peers))
+        self.dispatch(_replied(digest, reply))
         return download
 
     async def _begin(
@@ -365,10 +377,38 @@ class SwarmHost:
                 self.dispatch(ev.AnnounceFailed(digest))
         else:
             if state is not AnnounceState.STOPPED:
-                self.dispatch(ev.AnnounceReplied(digest, _sane(reply.interval), reply.peers))
+                self.dispatch(_replied(digest, reply))
         finally:
             self._announcing -= 1
             self._something_ended.set()
+
+    def _begin_watch(self, digest: Digest, position: int) -> None:
+        former = self._watches.pop(digest, None)
+        if former is not None:
+            former.cancel()
+        if self._watch is None or len(self._watches) >= WATCHES_MAX:
+            self.dispatch(ev.WatchEnded(digest))
+            return
+        scope = self._watches[digest] = trio.CancelScope()
+        request = WatchRequest(digest, self.contact.peer_id, position, WATCH_SECONDS)
+        self._nursery.start_soon(self._wait_for_peers, self._watch, request, scope)
+
+    async def _wait_for_peers(
+        self, watch: Watch, request: WatchRequest, scope: trio.CancelScope
+    ) -> None:
+        digest = request.digest
+        ended = ev.WatchEnded(digest)
+        with scope:
+            try:
+                reply = await watch(request)
+            except SwarmpullError as error:
+                # The next announce finds another tracker, or says that there is none.
+                log.info("watch_failed", digest=str(digest), reason=str(error))
+            else:
+                ended = ev.WatchEnded(digest, reply.peers, reply.position)
+        if self._watches.get(digest) is scope:
+            del self._watches[digest]
+            self.dispatch(ended)
 
     # --- for the connections ------------------------------------------------------------------
 
@@ -441,6 +481,10 @@ def _shutting_down(digest: Digest) -> DownloadFailed:
     return DownloadFailed(str(digest), "this host shuts down")
 
 
+def _replied(digest: Digest, reply: AnnounceReply) -> ev.AnnounceReplied:
+    return ev.AnnounceReplied(digest, _sane(reply.interval), reply.peers, reply.position)
+
+
 def _sane(interval: float) -> float:
     # Written so that NaN becomes the least.
     return min(interval, INTERVAL_MAX) if interval >= INTERVAL_MIN else INTERVAL_MIN
@@ -461,10 +505,12 @@ async def open_swarm_host(
     metrics: Metrics,
     *,
     announce: Announce | None = None,
+    watch: Watch | None = None,
 ) -> AsyncIterator[SwarmHost]:
     """Listen for peers and run the swarm of a store for the length of the block.
 
-    ``announce`` tells a tracker; None for a host that peers find without one.
+    ``announce`` tells a tracker and ``watch`` waits there for peers; None for a host that peers find without
+    one.
 
     Raises:
         StartupError: the peer port cannot be had.
@@ -488,7 +534,7 @@ async def open_swarm_host(
     failure: Exception | None = None
     async with trio.open_nursery() as nursery:
         host = SwarmHost(
-            scheduler, store, contact, address, nursery, buffers, rates, announce, counters
+            scheduler, store, contact, address, nursery, buffers, rates, announce, watch, counters
         )
         try:
             await nursery.start(host.serve, listeners, config.max_total_connections)

@@ -39,6 +39,7 @@ ORIGIN_LIFETIME: Final = 15.0
 EXPIRY_PAUSE_MIN: Final = 1.0
 EXPIRY_PAUSE_MAX: Final = 30.0
 _HANDOUT_BUCKETS: Final = (0, 1, 2, 5, 10, 20, 49)
+_WATCH_BUCKETS: Final = (0.001, 0.01, 0.1, 0.5, 2.0, 10.0, 29.9)
 
 _PEER_ID: Final = re.compile(r"[0-9a-f]{32}", re.ASCII)
 # A host name has at most 253 characters (RFC 1035, section 2.3.4), an address fewer.
@@ -53,6 +54,9 @@ class Tracker:
     def __init__(self, table: PeerTable, metainfo: MetainfoSource, metrics: Metrics) -> None:
         self._table = table
         self._metainfo = metainfo
+        self._seconds = metrics.histogram(
+            "tracker_watch_seconds", "Time for which one leecher waited for peers.", _WATCH_BUCKETS
+        )
         self._announces = metrics.counter(
             "tracker_announces_total", "Announces, by state of the announcer.", ["state"]
         )
@@ -78,7 +82,28 @@ class Tracker:
             self._handouts.observe(len(handout.peers))
             if not self._table.has_origin(digest):
                 self._metainfo.seek_origin(digest, request.namespace)
-        return api.AnnounceReply(handout.peers, handout.interval, metainfo)
+        return api.AnnounceReply(handout.peers, handout.interval, metainfo, handout.position)
+
+    async def watch(self, request: api.WatchRequest, _: RpcContext) -> api.WatchReply:
+        """Answer when somebody has appeared, or when there is no more waiting."""
+        begun_at = trio.current_time()
+        ended = trio.Event()
+        watch = self._table.watch(
+            request.digest,
+            request.peer_id,
+            request.position,
+            request.seconds,
+            begun_at,
+            ended.set,
+        )
+        if watch.is_open:
+            try:
+                with trio.move_on_at(watch.until):
+                    await ended.wait()
+            finally:
+                self._table.close_watch(watch)
+            self._seconds.observe(trio.current_time() - begun_at)
+        return api.WatchReply(watch.peers, watch.position)
 
 
 def _contact(request: api.AnnounceRequest, context: RpcContext) -> PeerContact:
@@ -123,8 +148,11 @@ async def run_tracker(
             metrics=metrics,
         )
         background.start_soon(_expire, table)
+        background.start_soon(_end_watches, table, drain)
+        tracker = Tracker(table, metainfo, metrics)
         service = RpcService()
-        service.register(api.ANNOUNCE, Tracker(table, metainfo, metrics).announce)
+        service.register(api.ANNOUNCE, tracker.announce)
+        service.register(api.WATCH, tracker.watch)
         await serve_role(
             "tracker",
             settings,
@@ -148,6 +176,12 @@ async def _expire(table: PeerTable) -> None:
         pause = table.next_deadline() - trio.current_time()
         await trio.sleep(min(max(pause, EXPIRY_PAUSE_MIN), EXPIRY_PAUSE_MAX))
         table.expire(trio.current_time())
+
+
+async def _end_watches(table: PeerTable, drain: trio.Event) -> None:
+    """They would hold up the drain; who waits announces itself to another tracker soon."""
+    await drain.wait()
+    table.end_watches()
 
 
 def _readiness(members: Membership) -> list[str]:
@@ -179,6 +213,15 @@ def _show_table(metrics: Metrics, table: PeerTable) -> None:
         "peers_expired": ("Peers forgotten because they fell silent.", lambda now: now.expired),
         "peers_replaced": ("Peers whose process was restarted.", lambda now: now.replaced),
         "peers_dropped": ("Peers dropped because a table was full.", lambda now: now.dropped),
+        "watches": ("Leechers that wait for peers to appear.", lambda now: now.watching),
+        "watches_refused": (
+            "Watches refused: there were too many, or of no leecher.",
+            lambda now: now.watches_refused,
+        ),
+        "newcomers_told": (
+            "Peers that appeared, each for every watch that told of it.",
+            lambda now: now.told,
+        ),
     }
     for name, (meaning, value) in shown.items():
         gauge = metrics.gauge(f"tracker_{name}", meaning)

@@ -36,6 +36,7 @@ def results_table(results: Sequence[SimulationResult]) -> Table:
     row("copies from the origins", *(f"{each.copies_from_origins:.2f}" for each in results))
     row("messages per piece", *(f"{each.messages_per_piece:.1f}" for each in results))
     row("announces", *(f"{each.announces:,}" for each in results))
+    row("watches", *(f"{each.watches:,}" for each in results))
     row("connections made", *(f"{each.connections:,}" for each in results))
     row("connections dropped", *(f"{each.dropped:,}" for each in results))
     row("dials refused", *(f"{each.refused:,}" for each in results))

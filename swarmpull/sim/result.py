@@ -31,7 +31,7 @@ class SimulationResult:
         bytes_from_origins, bytes_from_agents: payload that left them.
         pieces: that were stored.
         messages: control messages of the peer protocol.
-        announces: that reached a tracker.
+        announces, watches: that reached a tracker.
         connections: that came up; ``dropped``: of those, that ended before the end of the run.
         refused: dials that did not become a connection.
         agent_uplinks, origin_uplinks: which share of the time they did what, by `Idleness`.
@@ -54,6 +54,7 @@ class SimulationResult:
     pieces: int
     messages: int
     announces: int
+    watches: int
     connections: int
     dropped: int
     refused: int
@@ -106,6 +107,7 @@ class SimulationResult:
             "bytes_from_agents": self.bytes_from_agents,
             "messages_per_piece": self.messages_per_piece,
             "announces": self.announces,
+            "watches": self.watches,
             "connections": {
                 "made": self.connections,
                 "dropped": self.dropped,

@@ -31,6 +31,7 @@ from swarmpull.swarm.messages import Hello, Message
 from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
 from swarmpull.swarm.pipeline import PipelineLimits
 from swarmpull.swarm.scheduler import Scheduler, SwarmLimits, contact_of
+from swarmpull.swarm.watches import Watch
 
 __all__ = ["Policy", "Simulation", "SimulationOptions", "SimulationResult", "lower_bound"]
 
@@ -39,6 +40,7 @@ HASH_RATE: Final = 5e9
 # What the roles allow for a handshake and for an announce, and for how long a tracker keeps an origin.
 HANDSHAKE_TIMEOUT: Final = 10.0
 ANNOUNCE_TIMEOUT: Final = 10.0
+WATCH_SECONDS: Final = 30.0
 ORIGIN_LIFETIME: Final = 15.0
 # As the roles report on a piece that takes longer than that, in seconds.
 PROGRESS_EVERY: Final = 1.0
@@ -115,6 +117,8 @@ class Simulation:
         self._dropped = 0
         self._messages = 0
         self._announces = 0
+        self._watches = 0
+        self._watching: dict[Watch, tuple[Host, PeerTable]] = {}
         self._stored = 0
         self._copied = 0
         self._unfinished = 0
@@ -139,6 +143,7 @@ class Simulation:
             act.Dial: self._dial,
             act.Close: self._close,
             act.Announce: self._announce,
+            act.Watch: self._watch,
             act.Finish: self._finish_soon,
             act.Fail: self._fail,
         }
@@ -247,6 +252,10 @@ class Simulation:
         if silently:
             return
         host.dead = True
+        for watch, (watcher, tracker) in list(self._watching.items()):
+            if watcher is host:
+                tracker.close_watch(watch)
+                del self._watching[watch]
         for connection in list(self._connections.values()):
             if host in (connection.dialler, connection.acceptor):
                 self._clock.at(self._clock.now, self._disconnect, connection, host)
@@ -259,7 +268,12 @@ class Simulation:
         host.side = 0
 
     def _replace_tracker(self, number: int) -> None:
-        self._trackers[number] = self._new_tracker()
+        former, self._trackers[number] = self._trackers[number], self._new_tracker()
+        for watch, (host, tracker) in list(self._watching.items()):
+            if tracker is former:
+                del self._watching[watch]
+                failed = ev.WatchEnded(watch.digest)
+                self._clock.at(self._clock.now + host.delay, self._dispatch, host, failed)
 
     def _reaches_at(self, one: Host, other: Host) -> float:
         """From when on the two can reach each other."""
@@ -370,15 +384,55 @@ class Simulation:
     def _announced(self, host: Host, digest: Digest, state: AnnounceState) -> None:
         now = self._clock.now
         self._announces += 1
-        tracker = self._trackers[self._blob_of[digest].index % len(self._trackers)]
+        tracker = self._tracker_of(digest)
         if state is AnnounceState.LEECHING and not tracker.has_origin(digest):
             for origin in self._origins:
                 if not origin.gone:
                     tracker.add_seeder(digest, origin.contact, now, lifetime=ORIGIN_LIFETIME)
         handout = tracker.announce(digest, host.contact, state, now)
         if state is not AnnounceState.STOPPED:
-            reply = ev.AnnounceReplied(digest, handout.interval, handout.peers)
+            reply = ev.AnnounceReplied(digest, handout.interval, handout.peers, handout.position)
             self._clock.at(now + host.delay, self._dispatch, host, reply)
+
+    def _tracker_of(self, digest: Digest) -> PeerTable:
+        return self._trackers[self._blob_of[digest].index % len(self._trackers)]
+
+    def _watch(self, host: Host, action: act.Watch) -> None:
+        reaches_at = host.cut_until if host.side else self._clock.now
+        when = reaches_at + host.delay
+        self._clock.at(when, self._watched, host, action.digest, action.position)
+
+    def _watched(self, host: Host, digest: Digest, position: int) -> None:
+        if host.dead:
+            return
+        self._watches += 1
+        now = self._clock.now
+        tracker = self._tracker_of(digest)
+        watch = tracker.watch(
+            digest,
+            host.contact.peer_id,
+            position,
+            WATCH_SECONDS,
+            now,
+            lambda: self._watch_ended(watch),
+        )
+        self._watching[watch] = (host, tracker)
+        if watch.is_open:
+            self._clock.at(watch.until, self._close_watch, watch)
+        else:
+            self._watch_ended(watch)
+
+    def _close_watch(self, watch: Watch) -> None:
+        if watch.is_open:
+            _, tracker = self._watching[watch]
+            tracker.close_watch(watch)
+            self._watch_ended(watch)
+
+    def _watch_ended(self, watch: Watch) -> None:
+        host, _ = self._watching.pop(watch)
+        reaches_at = host.cut_until if host.side else self._clock.now
+        ended = ev.WatchEnded(watch.digest, watch.peers, watch.position)
+        self._clock.at(reaches_at + host.delay, self._dispatch, host, ended)
 
     # --- connections --------------------------------------------------------------------------
 
@@ -620,6 +674,7 @@ class Simulation:
             pieces=self._stored,
             messages=self._messages,
             announces=self._announces,
+            watches=self._watches,
             connections=self._established,
             dropped=self._dropped,
             refused=self._connection_count - self._established,

@@ -63,6 +63,17 @@ class Announce:
 
 
 @attrs.frozen
+class Watch:
+    """Wait at the tracker for peers that appear after ``position``, then report `WatchEnded`.
+
+    One at a time for a torrent; it takes the place of one that an earlier life of the torrent began.
+    """
+
+    digest: Digest
+    position: int
+
+
+@attrs.frozen
 class Finish:
     """Every piece is stored: check the whole blob and put it into the store."""
 
@@ -77,4 +88,4 @@ class Fail:
     reason: str
 
 
-Action = Dial | Send | SendAll | SendPiece | Close | Announce | Finish | Fail
+Action = Dial | Send | SendAll | SendPiece | Close | Announce | Watch | Finish | Fail

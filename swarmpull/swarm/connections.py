@@ -100,6 +100,11 @@ class ConnectionTable:
     def active_count(self) -> int:
         return len(self._active)
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether no connection is up, nor on its way."""
+        return not self._pending and not self._active
+
     def learn(self, contacts: tuple[PeerContact, ...]) -> None:
         """Remember peers, the earlier in the handout the sooner they are dialled."""
         for contact in contacts:
@@ -118,8 +123,7 @@ class ConnectionTable:
         tried come first, then those whose turn is longest ago: a few peers that accept and then give
         nothing must not keep us from the others for ever.
         """
-        places = min(wanted, self._limits.dialled, self._limits.per_torrent)
-        places = min(places - self.active_count - self.pending_count, self._host.free)
+        places = self._free_places(wanted)
         if places <= 0:
             return []
         candidates = [c for peer_id, c in self._known.items() if self._may_dial(peer_id, now)]
@@ -129,6 +133,10 @@ class ConnectionTable:
             self._pending[contact.peer_id] = now + DIAL_TIMEOUT
         self._host.taken += len(chosen)
         return chosen
+
+    def is_short(self, wanted: int) -> bool:
+        """Whether `dials` would choose more peers, up to ``wanted`` connections in all, if it knew any."""
+        return self._free_places(wanted) > 0
 
     def admit(self, peer_id: str) -> Admission:
         """Decide about a peer that dialled us.
@@ -229,6 +237,10 @@ class ConnectionTable:
         assert len(self._known) <= KNOWN_PEERS_MAX
         assert len(self._backoffs) <= BACKOFFS_MAX
         assert self.active_count + self.pending_count <= self._limits.per_torrent
+
+    def _free_places(self, wanted: int) -> int:
+        places = min(wanted, self._limits.dialled, self._limits.per_torrent)
+        return min(places - self.active_count - self.pending_count, self._host.free)
 
     def _back_off(self, peer_id: str, now: float, *, unreachable: bool) -> None:
         if self.is_banned(peer_id, now):

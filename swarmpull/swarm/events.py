@@ -61,12 +61,14 @@ class PeersFound:
 class AnnounceReplied:
     """A tracker acknowledged the last announce of this torrent and handed out peers.
 
-    ``interval`` is in seconds.
+    ``interval`` is in seconds; ``position`` is where a watch would go on from there, None when that tracker
+    does not offer any.
     """
 
     digest: Digest
     interval: float
     peers: tuple[PeerContact, ...]
+    position: int | None = None
 
 
 @attrs.frozen
@@ -74,6 +76,18 @@ class AnnounceFailed:
     """No tracker answered the last announce of this torrent."""
 
     digest: Digest
+
+
+@attrs.frozen
+class WatchEnded:
+    """A watch has brought peers, or its time is up, or it failed.
+
+    ``position`` is where the next one goes on, None when there is to be none before the next announce.
+    """
+
+    digest: Digest
+    peers: tuple[PeerContact, ...] = ()
+    position: int | None = None
 
 
 @attrs.frozen
@@ -209,6 +223,7 @@ Event = (
     | PeersFound
     | AnnounceReplied
     | AnnounceFailed
+    | WatchEnded
     | PeerConnected
     | DialFailed
     | PeerDisconnected

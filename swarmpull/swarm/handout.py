@@ -7,6 +7,8 @@ graph.
 Every announce costs the same however large the swarm is: the peers of one class stand in an array
 without order, of which a sample costs no more than its own size, and the order of staleness is that
 of dictionaries, which an announce leaves and enters again at the end.
+
+Those who are short of connections are told of newcomers without asking again: `swarmpull.swarm.watches`.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ from __future__ import annotations
 import heapq
 import math
 import random
+from collections.abc import Callable
 from typing import Final
 
 import attrs
 
 from swarmpull.digest import Digest
 from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
+from swarmpull.swarm.watches import Watch, Watches, WatchLimits
 
 
 @attrs.frozen(kw_only=True)
@@ -43,6 +47,7 @@ class HandoutLimits:
         torrents: above it the torrent that was announced least recently is dropped.
         peers: in all torrents together, about 600 bytes each; above it the stalest peer of the
             stalest torrent is dropped.  A dropped peer comes back with its next announce.
+        watch: of those who wait for newcomers.
     """
 
     peers_per_handout: int = attrs.field(default=50, validator=attrs.validators.gt(0))
@@ -56,14 +61,19 @@ class HandoutLimits:
     peers_per_torrent: int = attrs.field(default=20_000, validator=attrs.validators.gt(0))
     torrents: int = attrs.field(default=100_000, validator=attrs.validators.gt(0))
     peers: int = attrs.field(default=1_000_000, validator=attrs.validators.gt(0))
+    watch: WatchLimits = attrs.field(factory=WatchLimits)
 
 
 @attrs.frozen
 class Handout:
-    """The answer to an announce; ``interval`` is in seconds until the next one is due."""
+    """The answer to an announce.
+
+    ``interval`` is in seconds until the next one is due; ``position`` is where a watch goes on from here.
+    """
 
     peers: tuple[PeerContact, ...]
     interval: float
+    position: int = 0
 
 
 @attrs.frozen(kw_only=True)
@@ -80,6 +90,9 @@ class HandoutStatistics:
     expired: int
     replaced: int
     dropped: int
+    watching: int
+    told: int
+    watches_refused: int
 
     @property
     def peers(self) -> int:
@@ -166,6 +179,7 @@ class PeerTable:
         self._torrents: dict[Digest, _Torrent] = {}
         self._queue: list[_Item] = []
         self._queued = 0
+        self._watches = Watches(limits.watch)
         self._sizes = [0, 0, 0]
         self._announces = 0
         self._handed_out = 0
@@ -185,14 +199,41 @@ class PeerTable:
         self._announces += 1
         if state is AnnounceState.STOPPED:
             self._leave(digest, contact)
-            return Handout((), self._limits.seed_interval)
+            return Handout((), self._limits.seed_interval, self._watches.position)
         complete = state is AnnounceState.COMPLETE
         chosen = self._choose(digest, contact, complete=complete)
         interval = self._interval(len(chosen), complete=complete)
         self._handed_out += len(chosen)
         expires_at = now + self._limits.intervals_missed * interval
-        self._enter(digest, contact, complete=complete, expires_at=expires_at)
-        return Handout(chosen, interval)
+        self._enter(digest, contact, chosen, complete=complete, expires_at=expires_at)
+        return Handout(chosen, interval, self._watches.position)
+
+    def watch(
+        self,
+        digest: Digest,
+        peer_id: str,
+        position: int,
+        seconds: float,
+        now: float,
+        on_end: Callable[[], None],
+    ) -> Watch:
+        """A leecher waits for others to appear; see `Watches.open`.
+
+        One that is not in the table is not waited with: it has to announce itself first.
+        """
+        self.expire(now)
+        peer = self._find(digest, peer_id)
+        if peer is None or peer.complete:
+            return self._watches.refuse(digest, peer_id, now)
+        return self._watches.open(digest, peer_id, position, seconds, now, on_end)
+
+    def close_watch(self, watch: Watch) -> None:
+        """The time of a watch is up, or nobody waits for it any more; no matter if it has ended."""
+        self._watches.close(watch)
+
+    def end_watches(self) -> None:
+        """End every watch, and refuse others from now on: the tracker shuts down."""
+        self._watches.end_all()
 
     def add_seeder(
         self, digest: Digest, contact: PeerContact, now: float, *, lifetime: float
@@ -206,7 +247,7 @@ class PeerTable:
         expires_at = now + lifetime
         if known is not None and known.complete:
             expires_at = max(expires_at, known.expires_at)
-        self._enter(digest, contact, complete=True, expires_at=expires_at)
+        self._enter(digest, contact, (), complete=True, expires_at=expires_at)
 
     def seeders(self, digest: Digest) -> int:
         """How many peers of this torrent have the whole blob, as far as they said."""
@@ -240,6 +281,7 @@ class PeerTable:
         return self._queue[0][0] if self._queue else math.inf
 
     def statistics(self) -> HandoutStatistics:
+        watches = self._watches.statistics()
         return HandoutStatistics(
             torrents=len(self._torrents),
             seeders=self._sizes[_SEEDERS],
@@ -251,6 +293,9 @@ class PeerTable:
             expired=self._expired,
             replaced=self._replaced,
             dropped=self._dropped,
+            watching=watches.watching,
+            told=watches.told,
+            watches_refused=watches.refused,
         )
 
     # --- the handout --------------------------------------------------------------------------
@@ -298,11 +343,18 @@ class PeerTable:
         return None if torrent is None else torrent.peers.get(peer_id)
 
     def _enter(
-        self, digest: Digest, contact: PeerContact, *, complete: bool, expires_at: float
+        self,
+        digest: Digest,
+        contact: PeerContact,
+        handed_out: tuple[PeerContact, ...],
+        *,
+        complete: bool,
+        expires_at: float,
     ) -> None:
         torrent = self._torrents.pop(digest, None) or _Torrent(digest)
         self._forget_former(torrent, contact)
         peer = torrent.peers.get(contact.peer_id)
+        is_new = peer is None
         if peer is None:
             peer = _Peer(contact, _group_of(contact, complete=complete), complete, expires_at)
         else:
@@ -314,6 +366,12 @@ class PeerTable:
         self._torrents[digest] = torrent  # the end of the order of staleness
         if expires_at < peer.queued_at:
             self._schedule(torrent, peer)
+        if complete:
+            self._watches.end(digest, contact.peer_id)
+        if is_new:
+            # Who is complete waits to be dialled.
+            dials = () if complete else tuple(other.peer_id for other in handed_out)
+            self._watches.appeared(digest, contact, dials)
         self._keep_limits(torrent)
 
     def _forget_former(self, torrent: _Torrent, contact: PeerContact) -> None:
@@ -333,9 +391,11 @@ class PeerTable:
         self._retire(torrent, peer)
         if not torrent.peers:
             del self._torrents[torrent.digest]
+            self._watches.forget(torrent.digest)
 
     def _retire(self, torrent: _Torrent, peer: _Peer) -> None:
         self._detach(torrent, peer)
+        self._watches.departed(torrent.digest, peer.contact.peer_id)
         peer.queued_at = math.inf
         self._compact()
 
@@ -390,6 +450,12 @@ class PeerTable:
                 assert peer.queued_at <= peer.expires_at, "a peer would be forgotten too late"
                 assert (id(peer), peer.queued_at) in queued, "a peer would never be forgotten"
         assert sizes == self._sizes
+        self._watches.check_invariants(
+            {
+                digest: {peer_id: peer.complete for peer_id, peer in torrent.peers.items()}
+                for digest, torrent in self._torrents.items()
+            }
+        )
         assert len(self._queue) <= 2 * sum(sizes) + QUEUE_SLACK + 2
 
 

@@ -9,6 +9,9 @@ announces itself, dials the peers of the handout, claims pieces from each connec
 and tells all its peers of each piece that it stored.  A claim that is late is taken back and the piece is
 free for others; a peer that is late twice in a row without a piece in between is dropped and backed off.
 A piece is not late as long as its bytes keep arriving, however slowly: a link of 30 kB/s takes minutes.
+A leecher that cannot make all the connections that it could use watches: the tracker tells it of peers that
+appear before the next announce.
+
 When the last piece is stored the shell checks the whole blob (`Finish`) and reports `BlobVerified`; only
 then does the host announce completion, again and again until a tracker acknowledges it.  A connection
 between two complete peers is closed by whoever notices first.
@@ -121,6 +124,7 @@ class Scheduler:
             ev.PeersFound: self._peers_found,
             ev.AnnounceReplied: self._announce_replied,
             ev.AnnounceFailed: self._announce_failed,
+            ev.WatchEnded: self._watch_ended,
             ev.PeerConnected: self._peer_connected,
             ev.DialFailed: self._dial_failed,
             ev.PeerDisconnected: self._peer_disconnected,
@@ -304,8 +308,11 @@ class Scheduler:
         if event.digest in self._announcing:
             unheard = torrent.verified and announced is not AnnounceState.COMPLETE
             torrent.announce.due_at = now if unheard else now + event.interval
+        torrent.announce.position = event.position
         torrent.connections.learn(event.peers)
         self._dial(torrent, now)
+        if torrent.connections.is_alone:
+            self._watch_if_short(torrent)
         self._reschedule(torrent)
 
     def _announce_failed(self, event: ev.AnnounceFailed, now: float) -> None:
@@ -317,6 +324,32 @@ class Scheduler:
         clock.failures += 1
         pause = min(0.5 * 2 ** min(clock.failures, 10), ANNOUNCE_RETRY_MAX)
         clock.due_at = now + pause * self._rng.uniform(0.5, 1.0)
+        self._reschedule(torrent)
+
+    def _watch_if_short(self, torrent: Torrent) -> None:
+        """Wait for peers to appear while there are fewer connections than the missing pieces can use.
+
+        No spare is waited for: a small blob that has a source is no reason to ask more of the tracker.
+        """
+        clock = torrent.announce
+        if clock.position is None or clock.is_watching or torrent.digest not in self._announcing:
+            return
+        if not torrent.is_complete and torrent.connections.is_short(torrent.missing_count):
+            clock.is_watching = True
+            self._outbox.actions.append(act.Watch(torrent.digest, clock.position))
+
+    def _watch_ended(self, event: ev.WatchEnded, now: float) -> None:
+        """Dial those who appeared; the next tick, and not this moment, decides whether to go on.
+
+        So the rate of watches is bounded, and in a burst each of them tells of several.
+        """
+        torrent = self._torrents.get(event.digest)
+        if torrent is None:
+            return
+        torrent.announce.is_watching = False
+        torrent.announce.position = event.position
+        torrent.connections.learn(event.peers)
+        self._dial(torrent, now)
         self._reschedule(torrent)
 
     def _announce_if_due(self, torrent: Torrent, now: float) -> None:
@@ -615,6 +648,7 @@ class Scheduler:
         self._close_useless(torrent, now)
         self._announce_if_due(torrent, now)
         self._recover(torrent, now)
+        self._watch_if_short(torrent)
 
     def _fail_if_stalled(self, torrent: Torrent, now: float) -> bool:
         if torrent.is_complete or self._draining:

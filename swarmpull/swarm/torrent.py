@@ -136,11 +136,21 @@ class Peer:
 
 @attrs.define
 class AnnounceClock:
-    """When the tracker hears from us next, and what it has not answered yet."""
+    """When the tracker hears from us next, and what it has not answered yet.
+
+    Attributes:
+        due_at: of the next announce.
+        outstanding: what the announce says that is not answered yet.
+        failures: in a row.
+        position: from where a watch may go on; None when there is to be none before the next announce.
+        is_watching: whether one is open.
+    """
 
     due_at: float = float("inf")
     outstanding: AnnounceState | None = None
     failures: int = 0
+    position: int | None = None
+    is_watching: bool = False
 
 
 class Torrent:

@@ -51,15 +51,47 @@ class AnnounceReply:
         peers: at most 50: completed agents, then origins, then agents in progress; never the announcer.
         interval: seconds until the next announce is due.
         metainfo: when it was wanted.
+        position: where a watch goes on from this handout; None from a tracker that offers none.
     """
 
     peers: tuple[PeerContact, ...]
     interval: float
     metainfo: Metainfo | None = None
+    position: int | None = None
+
+
+@attrs.frozen
+class WatchRequest:
+    """A leecher that is short of connections waits until peers appear in the swarm of a blob.
+
+    Attributes:
+        digest: the blob.
+        peer_id: the caller, as it has announced itself; a former watch of the two ends.
+        position: after which arrival to begin: that of the last handout, or of the last watch.
+        seconds: for which to wait at most; the tracker may answer sooner.
+    """
+
+    digest: Digest
+    peer_id: str
+    position: int
+    seconds: float
+
+
+@attrs.frozen
+class WatchReply:
+    """Who has appeared: at most 8, the last one first; nobody when the time is up.
+
+    ``position`` is where the next watch goes on; None when there is to be none before the next announce:
+    the tracker has too many, or shuts down, or the caller is not a leecher of that blob.
+    """
+
+    peers: tuple[PeerContact, ...]
+    position: int | None = None
 
 
 # Raises BlobNotFound when metainfo is wanted and no origin can get the blob.
 ANNOUNCE: Final = Method("tracker.announce", AnnounceRequest, AnnounceReply)
+WATCH: Final = Method("tracker.watch", WatchRequest, WatchReply)
 
 
 # --- origin -----------------------------------------------------------------------------------

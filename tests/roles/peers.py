@@ -24,7 +24,7 @@ from swarmpull.swarm.messages import Bye, Claim, Hello, Message, Offer, PieceChu
 from swarmpull.swarm.metainfo import Metainfo, piece_length_for
 from swarmpull.swarm.peers import PeerContact, PeerKind
 from swarmpull.telemetry import Metrics
-from swarmpull.wire.api import AnnounceReply, AnnounceRequest
+from swarmpull.wire.api import AnnounceReply, AnnounceRequest, WatchReply, WatchRequest
 from swarmpull.wire.peer import pack_chunk_header
 from swarmpull.wire.streams import CHUNK_BYTES_MAX, PeerStream
 
@@ -122,12 +122,19 @@ async def running_node(
     kind: PeerKind = PeerKind.AGENT,
     config: SwarmConfig | None = None,
     announce: Callable[[AnnounceRequest], Awaitable[AnnounceReply]] | None = None,
+    watch: Callable[[WatchRequest], Awaitable[WatchReply]] | None = None,
 ) -> AsyncIterator[Node]:
     with trio.fail_after(DEADLINE):
         async with (
             open_store(root, name=root.name) as store,
             open_swarm_host(
-                store, kind, LOOPBACK, config or SwarmConfig(), Metrics(), announce=announce
+                store,
+                kind,
+                LOOPBACK,
+                config or SwarmConfig(),
+                Metrics(),
+                announce=announce,
+                watch=watch,
             ) as host,
         ):
             yield Node(host, store)

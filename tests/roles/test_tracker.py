@@ -95,6 +95,22 @@ class Running:
         rpc = self.addresses.listeners["rpc"]
         return await self.pool.call(rpc, api.ANNOUNCE, request, timeout=20.0)
 
+    async def watch(
+        self, peer: PeerContact, position: int, *, seconds: float = 20.0
+    ) -> api.WatchReply:
+        request = api.WatchRequest(BLOB, peer.peer_id, position, seconds)
+        rpc = self.addresses.listeners["rpc"]
+        return await self.pool.call(rpc, api.WATCH, request, timeout=25.0)
+
+    async def value(self, metric: str) -> float:
+        lines = (await self.get("/metrics")).text.splitlines()
+        [value] = [line.split()[1] for line in lines if line.startswith(f"swarmpull_{metric} ")]
+        return float(value)
+
+    async def until(self, metric: str, value: float) -> None:
+        while await self.value(metric) != value:  # noqa: ASYNC110
+            await trio.sleep(0.01)
+
     async def get(self, path: str) -> httpx.Response:
         async with httpx.AsyncClient() as client:
             return await client.get(f"http://{self.addresses.listeners['admin']}{path}")
@@ -133,7 +149,7 @@ async def test_agents_find_each_other():
         assert (await tracker.announce(agent(1, "host-1"))).peers == ()
         reply = await tracker.announce(agent(2, "host-2"))
 
-    assert reply == api.AnnounceReply((agent(1, "host-1"),), 3.0, None)
+    assert reply == api.AnnounceReply((agent(1, "host-1"),), 3.0, None, position=2)
 
 
 async def test_a_peer_without_a_host_is_dialled_where_it_called_from():
@@ -311,6 +327,116 @@ async def test_the_admin_pages_tell_what_goes_on(origin):
     assert "swarmpull_tracker_seeders 1.0" in metrics
     assert "swarmpull_tracker_origins 1.0" in metrics
     assert 'swarmpull_tracker_metainfo_requests_total{source="fetch"} 1.0' in metrics
+
+
+# --- watches ----------------------------------------------------------------------------------
+
+
+@attrs.define
+class Waiting:
+    """A watch that is open, and its reply once it has ended."""
+
+    replies: list[api.WatchReply] = attrs.Factory(list)
+    ended: trio.Event = attrs.Factory(trio.Event)
+
+    async def run(self, tracker: Running, peer: PeerContact, position: int) -> None:
+        self.replies.append(await tracker.watch(peer, position))
+        self.ended.set()
+
+
+@asynccontextmanager
+async def waiting_at(tracker: Running) -> AsyncIterator[Waiting]:
+    """Agent 1 has announced itself and waits for others."""
+    reply = await tracker.announce(agent(1))
+    assert reply.position is not None
+    waiting = Waiting()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(waiting.run, tracker, agent(1), reply.position)
+        await tracker.until("tracker_watches", 1.0)
+        yield waiting
+        nursery.cancel_scope.cancel()
+
+
+async def test_one_who_waits_is_told_of_a_seeder_at_once():
+    async with running_tracker("127.0.0.1:9") as tracker, waiting_at(tracker) as waiting:
+        announced = await tracker.announce(agent(2), COMPLETE)
+        with trio.fail_after(2):
+            await waiting.ended.wait()
+
+        assert waiting.replies == [
+            api.WatchReply((agent(2, "127.0.0.1"),), announced.position),
+        ]
+        assert await tracker.value("tracker_watches") == 0.0
+        assert await tracker.value("tracker_newcomers_told") == 1.0
+
+
+async def test_one_who_waits_is_told_of_the_origin_that_another_agent_asked_for(origin):
+    async with running_tracker(origin.address) as tracker:
+        origin.gate = trio.Event()
+        async with waiting_at(tracker) as waiting:
+            origin.gate.set()
+            await tracker.announce(agent(2), want_metainfo=True)
+            with trio.fail_after(2):
+                await waiting.ended.wait()
+
+    [reply] = waiting.replies
+    assert reply.peers == (attrs.evolve(origin.seeder, host="127.0.0.1"),)
+
+
+async def test_who_came_between_the_handout_and_the_watch_is_not_missed():
+    async with running_tracker("127.0.0.1:9") as tracker:
+        handout = await tracker.announce(agent(1))
+        await tracker.announce(agent(2), COMPLETE)
+        with trio.fail_after(2):
+            reply = await tracker.watch(agent(1), handout.position)
+
+    assert reply.peers == (agent(2, "127.0.0.1"),)
+
+
+async def test_a_watch_ends_when_its_time_is_up_and_may_go_on():
+    async with running_tracker("127.0.0.1:9") as tracker:
+        handout = await tracker.announce(agent(1))
+        reply = await tracker.watch(agent(1), handout.position, seconds=0.05)
+
+    assert reply == api.WatchReply((), handout.position)
+
+
+async def test_a_watch_of_one_who_never_announced_itself_ends_at_once():
+    async with running_tracker("127.0.0.1:9") as tracker:
+        with trio.fail_after(2):
+            assert await tracker.watch(agent(1), 0) == api.WatchReply((), None)
+
+
+async def test_a_watch_of_one_who_completes_ends():
+    async with running_tracker("127.0.0.1:9") as tracker, waiting_at(tracker) as waiting:
+        await tracker.announce(agent(1), COMPLETE)
+        with trio.fail_after(2):
+            await waiting.ended.wait()
+
+    assert waiting.replies == [api.WatchReply((), None)]
+
+
+async def test_one_who_hangs_up_waits_no_more():
+    async with running_tracker("127.0.0.1:9") as tracker:
+        async with waiting_at(tracker):
+            pass
+        await tracker.until("tracker_watches", 0.0)
+        # Nobody is told, and nothing comes of it.
+        await tracker.announce(agent(2), COMPLETE)
+        assert await tracker.value("tracker_newcomers_told") == 0.0
+
+
+async def test_a_drain_ends_watches_at_once():
+    async with (
+        running_tracker("127.0.0.1:9", drain_timeout=30.0) as tracker,
+        waiting_at(tracker) as waiting,
+    ):
+        tracker.drain.set()
+        with trio.fail_after(5):
+            await waiting.ended.wait()
+            await tracker.ended.wait()
+
+    assert waiting.replies == [api.WatchReply((), None)]
 
 
 async def test_a_tracker_that_knows_no_origin_is_not_ready():

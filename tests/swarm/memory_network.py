@@ -196,6 +196,8 @@ class Host:
             case act.Announce(_, _, state):
                 if state is not AnnounceState.STOPPED:
                     self._later(self._announce)
+            case act.Watch():
+                self._later(self._watch)
             case act.Finish():
                 self._later(self._finish)
             case act.Fail(_, reason):
@@ -234,9 +236,17 @@ class Host:
     def _announce(self) -> None:
         if self._network.tracker_is_up:
             others = tuple(c for c in self._network.contacts if c != self.contact)
-            self.dispatch(ev.AnnounceReplied(self._digest, 10.0, others))
+            self.dispatch(ev.AnnounceReplied(self._digest, 10.0, others, position=1))
         else:
             self.dispatch(ev.AnnounceFailed(self._digest))
+
+    def _watch(self) -> None:
+        """The tracker, if it is up, tells of the last who came."""
+        last = self._network.contacts[-1:]
+        ended = ev.WatchEnded(self._digest)
+        if self._network.tracker_is_up:
+            ended = ev.WatchEnded(self._digest, tuple(c for c in last if c != self.contact), 2)
+        self.dispatch(ended)
 
     def _finish(self) -> None:
         full = bitfield.full(self._network.metainfo.piece_count)

@@ -115,6 +115,7 @@ class Contract:
         self._open: set[int] = set()
         self._sending: dict[int, int] = {}
         self._announcing: dict[Digest, bool] = {}
+        self._watching: set[Digest] = set()
 
     def check(self, event: ev.Event, actions: list[act.Action]) -> None:
         self._take_in(event)
@@ -132,6 +133,8 @@ class Contract:
                     del self._sending[connection]
             case ev.AnnounceReplied(digest=digest) | ev.AnnounceFailed(digest=digest):
                 self._announcing[digest] = False
+            case ev.WatchEnded(digest=digest) | ev.TorrentRemoved(digest):
+                self._watching.discard(digest)
 
     def _check(self, action: act.Action) -> None:
         match action:
@@ -153,6 +156,9 @@ class Contract:
             case act.Announce(digest):
                 assert not self._announcing.get(digest), "one announce of a torrent at a time"
                 self._announcing[digest] = True
+            case act.Watch(digest):
+                assert digest not in self._watching, "one watch of a torrent at a time"
+                self._watching.add(digest)
 
     def _end(self, connection: int) -> None:
         self._open.discard(connection)
@@ -234,8 +240,14 @@ class Play:
     def found(self, names: str) -> ev.PeersFound:
         return ev.PeersFound(self.digest, tuple(contact(name) for name in names))
 
-    def replied(self, names: str = "", interval: float = 10.0) -> ev.AnnounceReplied:
-        return ev.AnnounceReplied(self.digest, interval, tuple(contact(name) for name in names))
+    def replied(
+        self, names: str = "", interval: float = 10.0, position: int | None = None
+    ) -> ev.AnnounceReplied:
+        peers = tuple(contact(name) for name in names)
+        return ev.AnnounceReplied(self.digest, interval, peers, position)
+
+    def watched(self, names: str = "", position: int | None = None) -> ev.WatchEnded:
+        return ev.WatchEnded(self.digest, tuple(contact(name) for name in names), position)
 
     def says(self, connection: int, message: Message) -> ev.MessageReceived:
         return ev.MessageReceived(connection, message)
@@ -258,6 +270,9 @@ class Play:
 
     def announce(self, state: AnnounceState) -> act.Announce:
         return act.Announce(self.digest, "", state)
+
+    def watch(self, position: int) -> act.Watch:
+        return act.Watch(self.digest, position)
 
     @property
     def progress(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 
 import attrs
 from hypothesis import settings
@@ -13,11 +14,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from swarmpull.digest import Digest
 from swarmpull.swarm.handout import HandoutLimits, PeerTable
 from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
+from swarmpull.swarm.watches import Watch, WatchLimits
 
 DIGESTS = [Digest.of(bytes([n])) for n in range(3)]
 KINDS = [PeerKind.AGENT, PeerKind.AGENT, PeerKind.AGENT, PeerKind.ORIGIN]
-# No limit is reached here: what a limit drops has tests of its own.
-LIMITS = HandoutLimits(peers_per_handout=5, peers_wanted=3, leechers_for_seeder=1)
+# No limit of peers is reached here: what a limit drops has tests of its own.
+WATCHES = WatchLimits(told=2, dialled=1, batch=2, per_torrent=3, watches=5)
+LIMITS = HandoutLimits(peers_per_handout=5, peers_wanted=3, leechers_for_seeder=1, watch=WATCHES)
 
 
 @attrs.define
@@ -33,6 +36,8 @@ class PeerTableMachine(RuleBasedStateMachine):
         self.table = PeerTable(LIMITS, random.Random(seed))
         self.now = 1000.0
         self.model: dict[Digest, dict[str, Known]] = {digest: {} for digest in DIGESTS}
+        self.open: list[Watch] = []  # in the order of waiting
+        self.told: Counter[tuple[Digest, str]] = Counter()
 
     @rule(
         digest=st.sampled_from(DIGESTS),
@@ -42,6 +47,8 @@ class PeerTableMachine(RuleBasedStateMachine):
     )
     def announce(self, digest: Digest, host: int, life: int, state: AnnounceState) -> None:
         contact = PeerContact(f"{host:016x}{life:016x}", f"h{host}", 7100, KINDS[host % 4])
+        is_new = self._appears(digest, contact) and state is not AnnounceState.STOPPED
+        before = list(self.open)
         handout = self.table.announce(digest, contact, state, self.now)
         self._forget_the_late()
         known = self.model[digest]
@@ -49,21 +56,68 @@ class PeerTableMachine(RuleBasedStateMachine):
         self._check(handout.peers, others, state)
         known_before = known.pop(contact.peer_id, None)
         if state is AnnounceState.STOPPED:
+            del self.told[digest, contact.peer_id]
             return
         if known_before is None:
             for peer_id in [k for k, v in known.items() if v.contact.host == contact.host]:
-                del known[peer_id]
+                self._forget(digest, peer_id)
         known[contact.peer_id] = Known(contact, state, self.now + 3 * handout.interval)
         assert handout.interval >= 3.0
+        if is_new:
+            dialled = handout.peers[:1] if state is AnnounceState.LEECHING else ()
+            self._check_told(digest, contact, dialled, before)
 
     @rule(digest=st.sampled_from(DIGESTS), lifetime=st.floats(1, 50))
     def add_seeder(self, digest: Digest, lifetime: float) -> None:
         contact = PeerContact(f"{7:032x}", "dedicated", 7201, PeerKind.ORIGIN)
+        is_new = self._appears(digest, contact)
+        waited = list(self.open)
         self.table.add_seeder(digest, contact, self.now, lifetime=lifetime)
         self._forget_the_late()
         before = self.model[digest].get(contact.peer_id)
         expires_at = max(self.now + lifetime, before.expires_at if before else 0.0)
         self.model[digest][contact.peer_id] = Known(contact, AnnounceState.COMPLETE, expires_at)
+        if is_new:
+            self._check_told(digest, contact, (), waited)
+
+    @rule(digest=st.sampled_from(DIGESTS), hosts=st.sets(st.integers(0, 11), min_size=1))
+    def leechers_wait(self, digest: Digest, hosts: set[int]) -> None:
+        for host in hosts:
+            self.announce(digest, host, 0, AnnounceState.LEECHING)
+            self.watch(digest, f"{host:016x}{0:016x}", 0)
+
+    @rule(
+        digest=st.sampled_from(DIGESTS),
+        peer_id=st.builds("{:016x}{:016x}".format, st.integers(0, 11), st.integers(0, 2)),
+        back=st.integers(-1, 4),
+    )
+    def watch(self, digest: Digest, peer_id: str, back: int) -> None:
+        self.table.expire(self.now)
+        self._forget_the_late()
+        known = self.model[digest]
+        leeches = peer_id in known and known[peer_id].state is AnnounceState.LEECHING
+        position = self.table._watches.position - back
+        watch = self.table.watch(
+            digest, peer_id, position, 30.0, self.now, lambda: self._ended(watch)
+        )
+        if watch.is_open:
+            assert leeches
+            self.open.append(watch)
+        elif watch.peers:
+            self._count_told(watch)
+            assert watch.position == self.table._watches.position
+        else:
+            full = len(self.open) >= 5 or sum(w.digest == digest for w in self.open) >= 3
+            assert full or not leeches
+            assert watch.position is None
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.open)
+    def nobody_waits_any_more(self, data: st.DataObject) -> None:
+        watch = data.draw(st.sampled_from(self.open))
+        self.open.remove(watch)
+        self.table.close_watch(watch)
+        assert not watch.is_open
 
     @rule(seconds=st.floats(0.0, 80.0))
     def time_passes(self, seconds: float) -> None:
@@ -92,13 +146,55 @@ class PeerTableMachine(RuleBasedStateMachine):
     def the_table_agrees_with_itself(self) -> None:
         if hasattr(self, "table"):
             self.table.check_invariants()
+            assert all(watch.is_open for watch in self.open)
+            assert self.table.statistics().watching == len(self.open)
+            assert max(self.told.values(), default=0) <= 2
             expiries = [peer.expires_at for known in self.model.values() for peer in known.values()]
             assert self.table.next_deadline() <= min(expiries, default=math.inf)
 
+    def _appears(self, digest: Digest, contact: PeerContact) -> bool:
+        known = self.model[digest].get(contact.peer_id)
+        return known is None or known.expires_at <= self.now
+
+    def _ended(self, watch: Watch) -> None:
+        """Called by the table, once, for each watch that was open."""
+        assert not watch.is_open
+        self.open.remove(watch)
+        if watch.peers:
+            self._count_told(watch)
+
+    def _count_told(self, watch: Watch) -> None:
+        assert len(set(watch.peers)) == len(watch.peers) <= 2
+        for contact in watch.peers:
+            assert contact.peer_id != watch.peer_id
+            self.told[watch.digest, contact.peer_id] += 1
+
+    def _check_told(
+        self,
+        digest: Digest,
+        contact: PeerContact,
+        dialled: tuple[PeerContact, ...],
+        before: list[Watch],
+    ) -> None:
+        """Of those who waited the first two are told, but not those that the newcomer dials."""
+        dials = {peer.peer_id for peer in dialled}
+        there = self.model[digest]
+        # The newcomer itself may have waited until its time was up.
+        others = there.keys() - {contact.peer_id}
+        could = [w for w in before if w.digest == digest and w.peer_id in others]
+        should = [watch for watch in could if watch.peer_id not in dials][:2]
+        assert [watch for watch in could if watch.peers] == should
+        assert all(watch.peers == (contact,) for watch in should)
+
     def _forget_the_late(self) -> None:
-        for known in self.model.values():
+        for digest, known in self.model.items():
             for peer_id in [k for k, v in known.items() if v.expires_at <= self.now]:
-                del known[peer_id]
+                self._forget(digest, peer_id)
+
+    def _forget(self, digest: Digest, peer_id: str) -> None:
+        # Who comes back is news again.
+        del self.model[digest][peer_id]
+        del self.told[digest, peer_id]
 
     def _check(
         self, peers: tuple[PeerContact, ...], others: list[Known], state: AnnounceState
@@ -122,4 +218,4 @@ def _group(known: Known) -> int:
 
 
 TestPeerTable = PeerTableMachine.TestCase
-TestPeerTable.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestPeerTable.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)

@@ -9,11 +9,13 @@ import pytest
 
 from swarmpull.swarm import actions as act
 from swarmpull.swarm import events as ev
+from swarmpull.swarm.connections import ConnectionLimits
 from swarmpull.swarm.messages import ByeReason, Cancel, Claim, Have
 from swarmpull.swarm.peers import AnnounceState
 from swarmpull.swarm.pipeline import PipelineLimits
 from swarmpull.swarm.scheduler import (
     ANNOUNCE_RETRY_MAX,
+    LEECHING_TICK,
     REANNOUNCE_SPACING,
     SEEDING_TICK,
     SwarmLimits,
@@ -122,6 +124,125 @@ def test_after_a_restart_the_cached_blobs_are_announced_spread_over_time():
 def test_a_torrent_that_is_removed_is_stopped_at_the_trackers():
     play = announcing()
     assert play >> ev.TorrentRemoved(play.digest) == [play.announce(STOPPED)]
+
+
+# --- watches ----------------------------------------------------------------------------------
+
+LONG = attrs.evolve(CLASSIC, connections=ConnectionLimits(dialled=3))
+
+
+def short(names: str = "", *, have: str = "....", position: int | None = 7) -> Play:
+    """A leecher that would have three connections, after its first announce; those dials are pending."""
+    play = Play(have, limits=LONG)
+    play >> play.added(announce=True)
+    play.wait()
+    play.actions = play >> play.replied(names, 600.0, position)
+    return play
+
+
+def watches(actions: list[act.Action]) -> list[int]:
+    return [action.position for action in actions if isinstance(action, act.Watch)]
+
+
+def test_a_leecher_without_any_peer_watches_at_once():
+    play = short()
+
+    assert play.actions == [play.watch(7)]
+
+
+def test_a_leecher_with_too_few_peers_watches_soon():
+    play = short("ab")
+    assert play.actions == [play.dial("a"), play.dial("b")]
+
+    assert play.wait() == [play.watch(7)]
+    assert play.now <= 100.0 + 2 * LEECHING_TICK
+
+
+def test_a_leecher_with_enough_peers_does_not_watch():
+    play = short("abc")
+
+    assert watches(play.wait_until(play.now + 5.0)) == []
+
+
+def test_a_leecher_watches_for_no_more_peers_than_it_lacks_pieces():
+    play = short("a", have="##.#")
+
+    assert watches(play.wait_until(play.now + 5.0)) == []
+
+
+def test_a_leecher_that_loses_its_peers_watches_from_its_last_announce_on():
+    play = short("abc")
+    for name in "abc":
+        play >> ev.DialFailed(play.digest, name * 32)
+
+    assert watches(play.wait_until(play.now + LEECHING_TICK)) == [7]
+
+
+def test_peers_that_appear_are_dialled_at_once():
+    play = short()
+    play.now += 20.0
+
+    assert play >> play.watched("b", 9) == [play.dial("b")]
+    assert play.wait() == [play.watch(9)], "one is not enough"
+
+
+def test_one_watch_is_open_at_a_time():
+    play = short()
+    assert play >> play.replied("", 600.0, 8) == []
+    assert play.wait_until(play.now + 5.0) == []
+
+
+def test_a_watch_that_failed_is_not_tried_again_before_the_next_announce():
+    play = short()
+    play >> play.watched()
+    assert watches(play.wait_until(play.now + 500.0)) == []
+
+    assert play >> play.replied("", 600.0, 12) == [play.watch(12)]
+
+
+def test_watches_that_end_at_once_come_no_more_often_than_ticks():
+    play = short()
+    seen = 0
+    until = play.now + 10.0
+    while play.now < until:
+        play >> play.watched("", 7)
+        seen += len(watches(play.wait_until(play.now + 0.01)))
+
+    assert 10 < seen <= 10.0 / LEECHING_TICK + 1
+
+
+def test_no_tracker_is_watched_that_does_not_offer_it():
+    play = short(position=None)
+
+    assert play.actions == []
+    assert watches(play.wait_until(play.now + 5.0)) == []
+
+
+def test_who_has_everything_watches_no_more():
+    play = short()
+    play >> play.connected(1, "a", "####")
+    for index in range(4):
+        play.piece(1, index)
+    play >> play.watched("b", 9)
+    assert watches(play.wait_until(play.now + 5.0)) == []
+    play >> ev.BlobVerified(play.digest)
+    play >> play.replied("", 600.0, 12)
+    assert watches(play.wait_until(play.now + 5.0)) == []
+
+
+def test_a_draining_host_does_not_watch():
+    play = short()
+    play >> ev.DrainStarted()
+
+    assert play >> play.watched("b", 9) == []
+    assert play.scheduler.next_deadline() == math.inf
+
+
+def test_the_end_of_a_watch_of_a_torrent_that_is_gone_means_nothing():
+    play = short()
+    play >> ev.TorrentRemoved(play.digest)
+
+    assert play >> play.watched("b", 9) == []
 
 
 # --- draining ---------------------------------------------------------------------------------
