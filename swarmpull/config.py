@@ -186,7 +186,8 @@ class BackendConfig:
     url: str = attrs.field(
         validator=_backend_url,
         metadata=_meaning(
-            "The backend: file:///absolute/directory.", default="file://<data_dir>/backend"
+            "The backend: file:///absolute/directory or s3://bucket/prefix?endpoint=host:port.",
+            default="file://<data_dir>/backend",
         ),
     )
 

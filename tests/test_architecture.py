@@ -19,9 +19,9 @@ FUNCTION_LINES_MAX: Final = 70
 
 # Who may import whom: cli > roles > registry > (wire, store, ring) > swarm > (digest, errors).
 # `base` is digest and errors.  Beside that order stand `telemetry`, below everything that reports
-# through it (the pure core does not report), the configuration (`config`, `layers`, `units`), which
-# only roles and what starts them read, and `runtime` and `status`, which are parts of the command
-# line that would make cli.py long.
+# through it (the pure core does not report), `units`, below what reads sizes and times that people
+# write, the configuration (`config`, `layers`), which only roles and what starts them read, and
+# `runtime` and `status`, which are parts of the command line that would make cli.py long.
 BASE: Final = frozenset({"base"})
 CORE: Final = BASE | {"swarm"}
 SHELL: Final = CORE | {"telemetry"}
@@ -35,7 +35,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "layers": BASE | {"units", "config"},
     "telemetry": BASE | {"config"},
     "ring": SHELL,
-    "store": SHELL,
+    "store": SHELL | {"units"},
     "wire": SHELL,
     "registry": FACE,
     "roles": FACE | {"registry", "config", "units"},
@@ -57,6 +57,8 @@ IMPORTER: Final[dict[str, str]] = {
     "hypercorn": "swarmpull/registry/server.py",
     "httpx": "swarmpull/registry/client.py",
     "blake3": "swarmpull/store/hashing.py",
+    "minio": "swarmpull/store/backends/s3_client.py",
+    "urllib3": "swarmpull/store/backends/s3_client.py",
     "quart": "swarmpull/registry/",
     "quart_trio": "swarmpull/registry/",
 }

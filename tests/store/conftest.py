@@ -16,6 +16,8 @@ from swarmpull.store.blobs import BlobStore, open_store
 from swarmpull.store.hashing import hash_piece
 from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN, Metainfo, piece_length_for
 
+from .s3_server import S3Server, credentials, running_server
+
 SMALL_DISK_BYTES = 24 << 20
 
 
@@ -105,3 +107,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield mount_point
     finally:
         subprocess.run(["umount", mount_point], check=True)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """One S3 server for all tests, with its credentials in the environment."""
+    with credentials(), running_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server

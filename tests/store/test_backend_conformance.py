@@ -22,6 +22,9 @@ from swarmpull.errors import BackendUnavailable, InvalidRange, ObjectNotFound, S
 from swarmpull.store.backends import Backend, ObjectStat, blob_key, check_key, open_backend
 from swarmpull.store.backends.base import CHUNK_BYTES_MAX, KEY_BYTES_MAX, SEGMENT_BYTES_MAX
 
+from .s3_proxy import Relay
+from .s3_server import BUCKET, S3Server
+
 MIB = 1 << 20
 KEY = "blobs/sha256/ab/abcd"
 
@@ -41,7 +44,8 @@ class Harness:
     leftovers: Callable[[], list[str]]
 
 
-def directory_harness(tmp_path: Path) -> Harness:
+def directory_harness(request: pytest.FixtureRequest) -> Harness:
+    tmp_path = request.getfixturevalue("tmp_path")
     root = tmp_path / "backend"
 
     @contextmanager
@@ -60,12 +64,34 @@ def directory_harness(tmp_path: Path) -> Harness:
     return Harness(lambda: open_backend(root.as_uri()), failing, leftovers)
 
 
-HARNESSES = {"directory": directory_harness}
+def s3_harness(request: pytest.FixtureRequest) -> Harness:
+    server = request.getfixturevalue("s3_server")
+    relay = request.getfixturevalue("s3_relay")
+    options = f"endpoint=127.0.0.1:{relay.port}&secure=false&attempts=2&part_size=5MiB"
+
+    @contextmanager
+    def failing() -> Iterator[None]:
+        relay.cut()
+        try:
+            yield
+        finally:
+            relay.refusing = False
+
+    return Harness(lambda: open_backend(f"s3://{BUCKET}?{options}"), failing, server.uploads)
+
+
+@pytest.fixture
+def s3_relay(s3_server: S3Server) -> Iterator[Relay]:
+    with Relay(s3_server.port) as relay:
+        yield relay
+
+
+HARNESSES = {"directory": directory_harness, "s3": s3_harness}
 
 
 @pytest.fixture(params=sorted(HARNESSES))
-def harness(request, tmp_path: Path) -> Harness:
-    return HARNESSES[request.param](tmp_path)
+def harness(request) -> Harness:
+    return HARNESSES[request.param](request)
 
 
 @pytest.fixture

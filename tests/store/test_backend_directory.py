@@ -155,4 +155,4 @@ async def test_other_schemes_come_from_installed_packages(monkeypatch) -> None:
     assert backend.root == Path("/somewhere")
     with pytest.raises(StartupError) as caught:
         await open_backend("other://x")
-    assert caught.value.remedy == "installed are: fake, file"
+    assert caught.value.remedy == "installed are: fake, file, s3"

@@ -16,6 +16,7 @@ from swarmpull.store.backends.base import (
     check_key,
 )
 from swarmpull.store.backends.directory import DirectoryBackend, open_directory
+from swarmpull.store.backends.s3 import S3Backend, open_s3
 
 __all__ = [
     "ENTRY_POINT_GROUP",
@@ -23,6 +24,7 @@ __all__ = [
     "DirectoryBackend",
     "ObjectPage",
     "ObjectStat",
+    "S3Backend",
     "blob_key",
     "check_key",
     "open_backend",
@@ -33,7 +35,10 @@ ENTRY_POINT_GROUP: Final = "swarmpull.backends"
 
 
 async def open_backend(url: str) -> Backend:
-    """Open the backend of a URL: ``file:///absolute/directory``, or a scheme of an installed package.
+    """Open the backend of a URL.
+
+    That is ``file:///absolute/directory``, ``s3://bucket/prefix?endpoint=host:port``, or a scheme of an
+    installed package.
 
     Raises:
         StartupError: no such scheme, or the backend cannot be used; says what is allowed.
@@ -41,10 +46,12 @@ async def open_backend(url: str) -> Backend:
     scheme = urlsplit(url).scheme
     if scheme == "file":
         return await open_directory(_directory_of(url))
+    if scheme == "s3":
+        return await open_s3(url)
     installed = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
     if scheme not in installed:
         # Not the URL itself: it may hold a secret.
-        allowed = ", ".join(sorted({"file", *installed}))
+        allowed = ", ".join(sorted({"file", "s3", *installed}))
         raise StartupError(f"no backend for URLs of scheme {scheme!r}", f"installed are: {allowed}")
     return await _open_installed(installed[scheme], url)
 

