@@ -187,13 +187,8 @@ class BlobStore:
 
     async def load(self) -> None:
         """Take up what an earlier process has left; once, by `open_store`."""
-        await self._disk.run(self._scan)
+        await self._disk.run(count_files, self.root, self._tree, True)
         await self.uploads.load()
-
-    def _scan(self) -> None:
-        self._tree.scan()
-        for files in list_partials(self.root / "partials"):
-            files.count(self._tree)
 
     def stat(self, digest: Digest) -> BlobStat:
         """Look up a blob.  Raises BlobNotFound, StoreUnavailable."""
@@ -376,7 +371,7 @@ async def open_store(
         StartupError: another process has it open, or the directory cannot be used.
     """
     disk = Disk(name, trio.CapacityLimiter(threads), trio.CapacityLimiter(max(1, threads // 2)))
-    lock = await trio.to_thread.run_sync(_prepare, root, limiter=disk.foreground)
+    lock = await trio.to_thread.run_sync(prepare, root, limiter=disk.foreground)
     failure: Exception | None = None
     try:
         async with trio.open_nursery() as nursery:
@@ -405,8 +400,18 @@ async def open_store(
         raise failure
 
 
-def _prepare(root: Path) -> int:
-    """Make the directories, take the lock, remove leftovers; returns the descriptor of the lock."""
+def count_files(root: Path, tree: ContentTree, tidy: bool) -> None:
+    """Enter all blobs and partials under ``root`` into the ledger; for ``tidy`` see `ContentTree.scan`."""
+    tree.scan(tidy=tidy)
+    for files in list_partials(root / "partials"):
+        files.count(tree)
+
+
+def prepare(root: Path) -> int:
+    """Make the directories, take the lock, remove leftovers; returns the descriptor of the lock.
+
+    The lock is held until that is closed.  Raises StartupError.
+    """
     try:
         make_directory(root)
         lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

@@ -157,8 +157,12 @@ class ContentTree:
         remove(self.sidecar_path(digest))
         return found
 
-    def scan(self) -> None:
-        """Enter all blobs into the ledger, and remove sidecars whose blob is gone; once, at the start."""
+    def scan(self, *, tidy: bool) -> None:
+        """Enter all blobs into the ledger.
+
+        Args:
+            tidy: also remove sidecars whose blob is gone; only for the process that has the lock.
+        """
         now = self.ledger.clock()
         for algorithm in _names(self.blobs):
             for shard in _names(self.blobs / algorithm):
@@ -168,14 +172,17 @@ class ContentTree:
                 for name in names:
                     self._scan(algorithm, shard, name, now)
                     blob, dot, _ = name.rpartition(SIDECAR_SUFFIX)
-                    if dot and blob not in blobs:
+                    if tidy and dot and blob not in blobs:
                         remove(directory / name)
 
     def _scan(self, algorithm: str, shard: str, name: str, now: float) -> None:
         found = self._listed(algorithm, shard, name)
         if found is None:
             return
-        set_at = used_at = os.stat(self.blob_path(found.digest)).st_mtime
+        try:
+            set_at = used_at = os.stat(self.blob_path(found.digest)).st_mtime
+        except FileNotFoundError:
+            return
         with suppress(FileNotFoundError):
             used_at = os.stat(self.sidecar_path(found.digest)).st_mtime
         set_at, used_at = min(set_at, now), min(max(set_at, used_at), now)

@@ -18,7 +18,7 @@ import structlog
 import trio
 
 from swarmpull.digest import Digest
-from swarmpull.errors import BlobNotFound, StoreFull, StoreUnavailable
+from swarmpull.errors import StoreFull, StoreUnavailable
 from swarmpull.store.content import ContentTree
 from swarmpull.store.disk import Disk
 from swarmpull.store.durable import remove
@@ -153,21 +153,6 @@ class Janitor:
         for _, forget in self._users:
             forget(entry.digest)
         return taken
-
-    async def remove(self, digest: Digest) -> list[Entry]:
-        """Remove a blob and its partial whether they are used or not; returns what there was.
-
-        Raises:
-            BlobNotFound: there was neither.
-            StoreUnavailable: the disk failed.
-        """
-        found = [entry for entry in self.entries() if entry.digest == digest]
-        if not found:
-            raise BlobNotFound(str(digest), self._disk.name)
-        with self._disk.translating():
-            files = [path for entry in found for path in self.take_out(entry)]
-        await self._remove(files)
-        return found
 
     async def save_uses(self) -> None:
         """Write down the times at which blobs were used last.  Raises StoreUnavailable."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -39,6 +39,7 @@ PIECES_SUFFIX: Final = ".pieces"
 # What st_blocks counts, whatever the file system's own blocks are.
 BLOCK_BYTES: Final = 512
 _STORED: Final = b"\x01"
+_MISSING: Final = b"\x00"
 # What a file system answers that cannot reserve space, or has nothing to reserve.
 _CANNOT_RESERVE: Final = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
 
@@ -91,15 +92,37 @@ class PartialFiles:
 
     def claimed(self, metainfo: Metainfo) -> int:
         """The bitfield of pieces that the files claim to hold; 0 when they are of another shape."""
+        stored, have, _ = self.load() or (None, 0, 0)
+        if stored is None:
+            return 0
+        shape = (stored.length, stored.piece_length)
+        return have if shape == (metainfo.length, metainfo.piece_length) else 0
+
+    def load(self) -> tuple[Metainfo, int, int] | None:
+        """The metainfo, the bitfield of claimed pieces, and where the bytes of the latter begin.
+
+        None when there is no such file, or it is damaged.
+        """
         try:
             content = self.pieces.read_bytes()
-            stored, header_length = sidecars.decode(content)
+            metainfo, header_length = sidecars.decode(content)
         except (FileNotFoundError, sidecars.DamagedSidecar):
-            return 0
-        if (stored.length, stored.piece_length) != (metainfo.length, metainfo.piece_length):
-            return 0
+            return None
         marks = content[header_length : header_length + metainfo.piece_count]
-        return sum(1 << index for index, mark in enumerate(marks) if mark == _STORED[0])
+        have = sum(1 << index for index, mark in enumerate(marks) if mark == _STORED[0])
+        return metainfo, have, header_length
+
+    def unclaim(self, indices: Iterable[int]) -> None:
+        """Have pieces count as missing."""
+        loaded = self.load()
+        if loaded is None:
+            return
+        descriptor = os.open(self.pieces, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            for index in indices:
+                write_all(descriptor, _MISSING, loaded[2] + index)
+        finally:
+            os.close(descriptor)
 
     def open(self, tree: ContentTree, metainfo: Metainfo) -> OpenPartial:
         """Open or create the files, with room for the whole blob."""
@@ -364,7 +387,7 @@ class PartialBlob:
         actual = hash_stored_piece(content, start, start + self.metainfo.piece_size(index))
         if actual == self.metainfo.piece_hash(index):
             return True
-        write_all(record, b"\x00", self._marks_offset + index)
+        write_all(record, _MISSING, self._marks_offset + index)
         return False
 
     def _check_stored(self, offset: int, size: int) -> None:
