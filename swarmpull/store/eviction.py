@@ -109,23 +109,25 @@ def plan(
             for them, nothing is removed on their account.
         free: bytes that are free on the disk.
     """
-    known = list(entries)
-    candidates = sorted(
-        (entry for entry in known if not entry.pinned),
-        key=lambda entry: (-entry.idle(now), -entry.age(now), str(entry.digest)),
-    )
-    removals = [
-        Removal(entry, reason)
-        for entry in candidates
-        if (reason := _expiry(entry, limits, now)) is not None
-    ]
-    expired = {removal.entry for removal in removals}
-    freed = sum(entry.size for entry in expired)
-    left = [entry for entry in candidates if entry not in expired]
-    total = others + needed + sum(entry.size for entry in known) - freed
-    goal = _goal(total, limits, sum(entry.size for entry in left), needed, free + freed)
-    removals += (Removal(entry, Reason.ROOM) for entry in _until(left, goal))
-    return removals
+    expired: list[Removal] = []
+    left: list[Entry] = []
+    total, freed, evictable = others + needed, 0, 0
+    for entry in entries:
+        reason = None if entry.pinned else _expiry(entry, limits, now)
+        if reason is not None:
+            expired.append(Removal(entry, reason))
+            freed += entry.size
+            continue
+        total += entry.size
+        if not entry.pinned:
+            left.append(entry)
+            evictable += entry.size
+    expired.sort(key=lambda removal: removal.entry.used_at)
+    goal = _goal(total, limits, evictable, needed, free + freed)
+    # The order of thousands is for those rounds only in which it matters.
+    if goal > 0:
+        left.sort(key=lambda entry: (-entry.idle(now), -entry.age(now)))
+    return [*expired, *(Removal(entry, Reason.ROOM) for entry in _until(left, goal))]
 
 
 def _expiry(entry: Entry, limits: Limits, now: float) -> Reason | None:
