@@ -18,6 +18,8 @@ from swarmpull import __version__
 from swarmpull.errors import ConfigError, SwarmpullError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from swarmpull.layers import Loaded
     from swarmpull.registry.client import AdminAnswer, Progress, RegistryClient
     from swarmpull.registry.layouts import ImageName, ProgressOf
@@ -543,6 +545,139 @@ def _print_rates(answers: Sequence[AdminAnswer], *, as_json: bool) -> None:
         from swarmpull.status import rate_table
 
         Console().print(rate_table(answers))
+
+
+# --- store ----------------------------------------------------------------------------------------
+
+
+@cli.group()
+def store() -> None:
+    """Look into the data directory of an agent or origin, clean it, check it."""
+
+
+_store_option = click.option(
+    "--data-dir",
+    "directory",
+    metavar="DIR",
+    required=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Of one agent or origin, such as swarmpull-data/agent.",
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@store.command("ls")
+@_store_option
+@_json_option
+def store_ls(directory: Path, as_json: bool) -> None:
+    """List blobs, and partials with the pieces that they have."""
+    from swarmpull.storage import stored_document, stored_table
+    from swarmpull.store.offline import find_store, list_store
+
+    found = list_store(find_store(directory))
+    if as_json:
+        click.echo(json.dumps([stored_document(stored) for stored in found], indent=2))
+    else:
+        _print_table(stored_table(found))
+
+
+@store.command("rm")
+@click.argument("name", metavar="DIGEST")
+@_store_option
+@_json_option
+def store_rm(name: str, directory: Path, as_json: bool) -> None:
+    """Remove a blob and what there is of a download of it; not while a process has the directory."""
+    from swarmpull.digest import Digest
+    from swarmpull.storage import stored_document, stored_table
+    from swarmpull.store.offline import delete, find_store
+
+    removed = delete(find_store(directory), Digest.parse(name))
+    if as_json:
+        click.echo(json.dumps([stored_document(stored) for stored in removed], indent=2))
+    else:
+        _print_table(stored_table(removed))
+
+
+@store.command("gc")
+@_store_option
+@click.option(
+    "--role",
+    type=click.Choice(["agent", "origin"]),
+    default="agent",
+    show_default=True,
+    help="Whose limits: the keys under agent.store or origin.store.",
+)
+@click.option("--dry-run", is_flag=True, help="Only print what would be removed.")
+@click.option(
+    "--config",
+    "file",
+    envvar="SWARMPULL_CONFIG",
+    type=click.Path(path_type=Path),
+    help="TOML file; else the one that SWARMPULL_CONFIG names, else none.",
+)
+@click.option("-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Set one key.")
+@_json_option
+def store_gc(
+    directory: Path,
+    role: str,
+    dry_run: bool,
+    file: Path | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Remove what the limits say, as a running process does once a minute.
+
+    Not while a process has the directory; --dry-run is possible even then.
+    """
+    loaded = _load((), file, None, None, overrides)
+    from swarmpull.roles.role_store import limits_of
+    from swarmpull.storage import removal_document, removal_table
+    from swarmpull.store.offline import collect, find_store, plan_removals
+
+    root = find_store(directory)
+    limits = limits_of(role, root, getattr(loaded.config, role).store)
+    removals = plan_removals(root, limits) if dry_run else collect(root, limits)
+    if as_json:
+        click.echo(json.dumps([removal_document(removal) for removal in removals], indent=2))
+    elif removals:
+        _print_table(removal_table(removals))
+    else:
+        click.echo("Nothing is to be removed.")
+
+
+@store.command("verify")
+@_store_option
+@click.option(
+    "--delete", is_flag=True, help="Remove what is wrong; not while a process runs there."
+)
+@_json_option
+def store_verify(directory: Path, delete: bool, as_json: bool) -> int:
+    """Hash every blob and every stored piece; the exit status is 1 if one is wrong."""
+    from swarmpull.storage import checked_document, checked_line
+    from swarmpull.store.offline import find_store, verify, verify_and_repair
+
+    root = find_store(directory)
+    found = []
+    for checked in verify_and_repair(root) if delete else verify(root):
+        found.append(checked)
+        if checked.problem and not as_json:
+            click.echo(checked_line(checked))
+    wrong = sum(bool(checked.problem) for checked in found)
+    if as_json:
+        click.echo(json.dumps([checked_document(checked) for checked in found], indent=2))
+    else:
+        click.echo(
+            f"{len(found) - wrong} right, {wrong} wrong{' and removed' * (delete and wrong > 0)}."
+        )
+    return EXIT_FAILED if wrong else 0
+
+
+def _print_table(table: Table) -> None:
+    from rich.console import Console
+
+    # In a pipe a digest must stay in one piece.
+    console = Console()
+    (console if console.is_terminal else Console(width=250)).print(table)
 
 
 # --- simulate -------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 
 import attrs
 
+from swarmpull.units import resolve_capacity
+
 ROLES: Final = ("tracker", "index", "origin", "agent")
 AGENTS_MAX: Final = 100
 
@@ -26,6 +28,10 @@ Duration = NewType("Duration", float)
 Size = NewType("Size", int)
 Rate = NewType("Rate", float)
 UNLIMITED: Final = Rate(math.inf)
+Lifetime = NewType("Lifetime", float)
+NEVER: Final = Lifetime(math.inf)
+# As `swarmpull.units.parse_capacity` gives it: what it comes to depends on the disk.
+Capacity = NewType("Capacity", str)
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["console", "json"]
@@ -200,6 +206,44 @@ def _peer_listener(port: int) -> PeerListenerConfig:
     return PeerListenerConfig(listen=Address("0.0.0.0", port))
 
 
+@attrs.frozen(kw_only=True)
+class StoreConfig:
+    """How long and how much a role keeps on its disk."""
+
+    max_bytes: Capacity = attrs.field(
+        default=Capacity("85%"),
+        metadata=_meaning(
+            "High watermark: what the store's own files may take up, as a size or a percentage of the "
+            "file system. Above it, or when the disk is full, the least recently used blobs are removed."
+        ),
+    )
+    low_watermark: Capacity = attrs.field(
+        default=Capacity("80%"),
+        metadata=_meaning(
+            "Down to what the store is then cleaned, as a size or a percentage of max_bytes."
+        ),
+    )
+    ttl: Lifetime = attrs.field(
+        default=NEVER,
+        metadata=_meaning("How long a blob is kept, however much it is used; or never: no end."),
+    )
+    idle_timeout: Lifetime = attrs.field(
+        default=Lifetime(7 * 86400.0),
+        metadata=_meaning("How long a blob is kept that nobody reads; or never: no end."),
+    )
+    partial_ttl: Lifetime = attrs.field(
+        default=Lifetime(86400.0),
+        metadata=_meaning(
+            "How long an abandoned download is kept after its last piece; or never: no end."
+        ),
+    )
+
+    def watermarks(self, whole: float) -> tuple[float, float]:
+        """The high and the low watermark in bytes on a file system of ``whole`` bytes."""
+        high = resolve_capacity(self.max_bytes, whole)
+        return high, min(high, resolve_capacity(self.low_watermark, high))
+
+
 # --- roles ----------------------------------------------------------------------------------------
 
 
@@ -221,6 +265,10 @@ class AgentConfig:
     data_dir: Path = attrs.field(
         default=Path("swarmpull-data/agent"),
         metadata=_meaning("Directory of the agent's cache.", default="<data_dir>/agent"),
+    )
+    store: StoreConfig = attrs.field(
+        factory=StoreConfig,
+        metadata=_meaning("How long and how much the agent keeps on its disk."),
     )
 
 
@@ -249,6 +297,10 @@ class OriginConfig:
     data_dir: Path = attrs.field(
         default=Path("swarmpull-data/origin"),
         metadata=_meaning("Directory of the origin's cache.", default="<data_dir>/origin"),
+    )
+    store: StoreConfig = attrs.field(
+        factory=StoreConfig,
+        metadata=_meaning("How long and how much the origin keeps on its disk."),
     )
 
 

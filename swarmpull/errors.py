@@ -199,13 +199,17 @@ class PushRefused(SwarmpullError):
 
 @attrs.define(slots=False)
 class StoreFull(SwarmpullError):
-    """The local disk has no room for this one request; everything else goes on."""
+    """The local disk, or what a store may use of it, has no room for this one request.
+
+    Everything else goes on.
+    """
 
     store: str
     needed: int
+    remedy: str = "free disk space"
 
     def __str__(self) -> str:
-        return f"store {self.store} has no room for {self.needed} bytes: free disk space"
+        return f"store {self.store} has no room for {self.needed} bytes: {self.remedy}"
 
 
 @attrs.define(slots=False)

@@ -23,21 +23,26 @@ import attrs
 
 from swarmpull.config import (
     AGENTS_MAX,
+    NEVER,
     ROLES,
     UNLIMITED,
     Address,
     AgentConfig,
+    Capacity,
     Config,
     Duration,
+    Lifetime,
     Rate,
     Size,
 )
 from swarmpull.errors import ConfigError, Problem
 from swarmpull.units import (
+    CAPACITY_FORMS,
     DURATION_FORMS,
     RATE_FORMS,
     SIZE_FORMS,
     format_duration,
+    parse_capacity,
     parse_duration,
     parse_rate,
     parse_size,
@@ -232,6 +237,30 @@ def _strict_duration(value: object) -> float:
     raise ValueError(f"must be {DURATION_FORMS}, in quotes: {_shown(value)}")
 
 
+def _strict_lifetime(value: object) -> float:
+    return _text_lifetime(value) if type(value) is str else _strict_duration(value)
+
+
+def _text_lifetime(text: str) -> float:
+    if text == "never":
+        return NEVER
+    try:
+        lifetime = parse_duration(text)
+    except ValueError:
+        raise ValueError(f"must be {DURATION_FORMS}, or never: {text!r}") from None
+    if not lifetime:
+        raise ValueError(f"must be above 0, or never: {text!r}")
+    return lifetime
+
+
+def _strict_capacity(value: object) -> str:
+    if type(value) is int and value > 0:
+        return str(value)
+    if type(value) is str:
+        return parse_capacity(value)
+    raise ValueError(f"must be {CAPACITY_FORMS}: {_shown(value)}")
+
+
 def _path(text: str) -> Path:
     if not text.strip() or "\0" in text:
         raise ValueError(f"must be a path: {text!r}")
@@ -265,6 +294,8 @@ _DECODERS: Final[dict[Any, tuple[Callable[[Any], Any], Callable[[str], Any]]]] =
     Size: (_strict_size, parse_size),
     Rate: (_strict_rate, parse_rate),
     Duration: (_strict_duration, parse_duration),
+    Lifetime: (_strict_lifetime, _text_lifetime),
+    Capacity: (_strict_capacity, parse_capacity),
     Path: (lambda value: _path(_plain_text(value)), _path),
     Address: (lambda value: Address.parse(_plain_text(value)), Address.parse),
     tuple[str, ...]: (_strict_list, _text_list),
@@ -302,6 +333,8 @@ def plain(kind: Any, value: Any) -> str:  # noqa: ANN401 - any leaf
     """A leaf as TOML would write it, without the quotes of a text."""
     if kind is Duration:
         return format_duration(value)
+    if kind is Lifetime:
+        return "never" if value == NEVER else format_duration(value)
     if kind is Rate:
         return "unlimited" if value == UNLIMITED else str(int(value))
     if isinstance(value, bool):
@@ -475,6 +508,18 @@ def _check_members(layers: _Layers, roles: frozenset[str]) -> None:
             )
 
 
+def _check_watermarks(layers: _Layers, config: Config) -> None:
+    """A low watermark above the high one, as far as that can be said without looking at a disk."""
+    for role, store in (("agent", config.agent.store), ("origin", config.origin.store)):
+        low, high = store.low_watermark, store.max_bytes
+        if low == "unlimited" != high or (
+            low.isdecimal() and high.isdecimal() and int(low) > int(high)
+        ):
+            key = f"{role}.store.low_watermark"
+            message = f"must not be above {role}.store.max_bytes, which is {high}: {low}"
+            layers.complain(key, layers.where(key), message)
+
+
 # --- several agents, and listeners that collide ---------------------------------------------------
 
 
@@ -603,6 +648,7 @@ def load(
         agents = None
     agent_settings = _agents(config, agents) if "agent" in roles else ()
     _check_listeners(layers, _listeners(config, roles, agent_settings))
+    _check_watermarks(layers, config)
     if layers.problems:
         raise ConfigError(tuple(layers.problems))
     return Loaded(config, agent_settings, {key: layers.where(key) for key in settings()})

@@ -13,6 +13,8 @@ RATE_FORMS: Final = (
 )
 DURATION_FORMS: Final = "a duration with its unit, such as 500ms, 30s, 5m, 2h or 1d"
 
+CAPACITY_FORMS: Final = "a size such as 100GiB, a percentage such as 85%, or unlimited"
+
 # IEC 80000-13: binary prefixes have an i; those without it are decimal, as disk vendors use them.
 _SIZE_UNITS: Final = {
     "": 1,
@@ -93,6 +95,39 @@ def parse_duration(text: str) -> float:
     if match is None or unit is None:
         raise ValueError(f"must be {DURATION_FORMS}: {text!r}")
     return float(Decimal(match[1]) * unit)
+
+
+def parse_capacity(text: str) -> str:
+    """A share of some whole, in its one form: ``unlimited``, ``85%``, or a number of bytes.
+
+    Raises:
+        ValueError: for anything else, for nothing at all, and for more than the whole.
+    """
+    stripped = text.strip()
+    if stripped.lower() == "unlimited":
+        return "unlimited"
+    number, percent, rest = stripped.partition("%")
+    if percent:
+        match = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,3})?)\s*", number, re.ASCII)
+        if rest or match is None or not 0 < Decimal(match[1]) <= 100:
+            raise ValueError(f"must be above 0% and at most 100%: {text!r}")
+        return f"{match[1]}%"
+    try:
+        size = parse_size(stripped)
+    except ValueError:
+        raise ValueError(f"must be {CAPACITY_FORMS}: {text!r}") from None
+    if not size:
+        raise ValueError(f"must be above 0: {text!r}")
+    return str(size)
+
+
+def resolve_capacity(text: str, whole: float) -> float:
+    """Bytes that `parse_capacity` means of ``whole``, which may be infinite; infinite for unlimited."""
+    if text == "unlimited":
+        return math.inf
+    if text.endswith("%"):
+        return whole * float(text[:-1]) / 100
+    return float(text)
 
 
 def format_size(size: int) -> str:

@@ -21,7 +21,7 @@ FUNCTION_LINES_MAX: Final = 70
 # `base` is digest and errors.  Beside that order stand `telemetry`, below everything that reports
 # through it (the pure core does not report), `units`, below what reads sizes and times that people
 # write, the configuration (`config`, `layers`), which only roles and what starts them read, and
-# `runtime` and `status`, which are parts of the command line that would make cli.py long.
+# `runtime`, `status` and `storage`, which are parts of the command line that would make cli.py long.
 BASE: Final = frozenset({"base"})
 CORE: Final = BASE | {"swarm"}
 SHELL: Final = CORE | {"telemetry"}
@@ -40,9 +40,11 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "registry": FACE,
     "roles": FACE | {"registry", "config", "units"},
     "status": BASE | {"registry", "units"},
+    "storage": BASE | {"store", "units"},
     "runtime": BASE | {"telemetry", "config", "layers", "roles"},
     "cli": BASE
-    | {"telemetry", "config", "layers", "units", "runtime", "status", "registry", "roles", "sim"},
+    | {"telemetry", "config", "layers", "units", "runtime", "status", "storage"}
+    | {"store", "registry", "roles", "sim"},
 }
 ROLES: Final = frozenset({"agent", "origin", "tracker", "index"})
 

@@ -19,10 +19,12 @@ from swarmpull.registry.service import BlobReader, StoredManifest
 from swarmpull.roles.addresses import RoleAddresses
 from swarmpull.roles.cluster import Cluster, IndexClient, OriginClient, TrackerClient
 from swarmpull.roles.repositories import Repositories
+from swarmpull.roles.role_store import open_role_store
 from swarmpull.roles.serving import serve_role
 from swarmpull.roles.swarm_host import SwarmHost, open_swarm_host
 from swarmpull.roles.swarm_status import swarm_status, unreachable
-from swarmpull.store.blobs import BlobStore, open_store
+from swarmpull.store.blobs import BlobStore
+from swarmpull.store.holds import Pin
 from swarmpull.store.uploads import UploadStore
 from swarmpull.swarm.peers import PeerKind
 from swarmpull.telemetry import Metrics
@@ -133,10 +135,15 @@ class AgentRegistry(Repositories):
             yield reader
 
     async def accept_blob(self, repository: str | None, digest: Digest) -> None:
-        """Seed a blob that was pushed here, and have an origin fetch it and make it durable."""
-        metainfo = await self._store.metainfo(digest)
-        self._host.seed(metainfo, repository or "")
-        await self._origins.adopt_blob(metainfo, repository or "", self._host.contact)
+        """Seed a blob that was pushed here, and have an origin fetch it and make it durable.
+
+        Until then nobody else has it, so it must stay.  Every other blob of an agent came through an
+        origin, and an origin's word means that the backend has it.
+        """
+        with self._store.hold(digest, Pin.NOT_WRITTEN_BACK):
+            metainfo = await self._store.metainfo(digest)
+            self._host.seed(metainfo, repository or "")
+            await self._origins.adopt_blob(metainfo, repository or "", self._host.contact)
 
     async def put_manifest(self, repository: str, reference: str, manifest: Manifest) -> None:
         await self._origins.put_manifest(
@@ -180,12 +187,13 @@ async def seed_cache(store: BlobStore, host: SwarmHost) -> None:
 
 
 async def _seed(digest: Digest, store: BlobStore, host: SwarmHost) -> bool:
-    try:
-        metainfo = await store.metainfo(digest)
-    except (BlobNotFound, StoreFull, StoreUnavailable) as error:
-        log.warning("blob_not_seeded", digest=str(digest), reason=str(error))
-        return False
-    host.seed(metainfo, "")
+    with store.hold(digest, Pin.READING):
+        try:
+            metainfo = await store.metainfo(digest)
+        except (BlobNotFound, StoreFull, StoreUnavailable) as error:
+            log.warning("blob_not_seeded", digest=str(digest), reason=str(error))
+            return False
+        host.seed(metainfo, "")
     return True
 
 
@@ -205,7 +213,7 @@ async def run_agent(
     async with open_rpc_pool() as pool:
         cluster = Cluster(pool, config.cluster)
         async with (
-            open_store(settings.data_dir, name="agent") as store,
+            open_role_store("agent", settings.data_dir, settings.store, metrics) as store,
             open_swarm_host(
                 store,
                 PeerKind.AGENT,
@@ -218,6 +226,7 @@ async def run_agent(
             trio.open_nursery() as nursery,
         ):
             await nursery.start(cluster.run)
+            nursery.start_soon(store.janitor.run)
             nursery.start_soon(seed_cache, store, host)
             registry = AgentRegistry(
                 store,

@@ -22,11 +22,12 @@ from swarmpull.roles.addresses import RoleAddresses
 from swarmpull.roles.cluster import IndexClient, RingClient
 from swarmpull.roles.origin_content import OriginContent
 from swarmpull.roles.repositories import Repositories
+from swarmpull.roles.role_store import open_role_store
 from swarmpull.roles.serving import serve_role
 from swarmpull.roles.swarm_host import SwarmHost, open_swarm_host
 from swarmpull.roles.swarm_status import swarm_status, unreachable
 from swarmpull.store.backends import open_backend
-from swarmpull.store.blobs import open_store
+from swarmpull.store.holds import Pin
 from swarmpull.store.uploads import UploadStore
 from swarmpull.swarm.peers import PeerKind
 from swarmpull.telemetry import Metrics
@@ -51,9 +52,10 @@ class OriginRegistry(Repositories):
         self, repository: str, reference: str, *, upstream: str | None
     ) -> StoredManifest:
         descriptor = await self.resolve(repository, reference, upstream=upstream)
-        await self._content.ensure_local(descriptor.digest)
-        with self._content.store.open(descriptor.digest) as handle:
-            content = await handle.read_at(0, handle.length)
+        with self._content.store.hold(descriptor.digest, Pin.READING):
+            await self._content.ensure_local(descriptor.digest)
+            with self._content.store.open(descriptor.digest) as handle:
+                content = await handle.read_at(0, handle.length)
         return StoredManifest(descriptor, content)
 
     async def stat_blob(
@@ -75,12 +77,15 @@ class OriginRegistry(Repositories):
         upstream: str | None,  # noqa: ARG002
     ) -> AsyncIterator[BlobReader]:
         await self.check_membership(repository, digest)
-        await self._content.ensure_local(digest)
-        with self._content.store.open(digest) as handle:
-            yield handle
+        # Held from before it comes, so that it cannot go before it is opened.
+        with self._content.store.hold(digest, Pin.READING):
+            await self._content.ensure_local(digest)
+            with self._content.store.open(digest) as handle:
+                yield handle
 
     async def accept_blob(self, repository: str | None, digest: Digest) -> None:
-        await self._content.make_durable(digest)
+        with self._content.store.hold(digest, Pin.NOT_WRITTEN_BACK):
+            await self._content.make_durable(digest)
         if repository is not None:
             await self._index.link_blob(repository, digest)
 
@@ -89,10 +94,11 @@ class OriginRegistry(Repositories):
         await self._index.check_references(
             repository, blobs=manifest.blobs, manifests=manifest.manifests
         )
-        async with self._content.store.create() as writer:
-            await writer.write(manifest.content)
-            await writer.commit(manifest.digest)
-        await self._content.make_durable(manifest.digest)
+        with self._content.store.hold(manifest.digest, Pin.NOT_WRITTEN_BACK):
+            async with self._content.store.create() as writer:
+                await writer.write(manifest.content)
+                await writer.commit(manifest.digest)
+            await self._content.make_durable(manifest.digest)
         is_tag = (
             ":" not in reference
         )  # the grammar of tags has no colon, that of digests requires one
@@ -148,8 +154,9 @@ class OriginCalls:
     ) -> api.MetainfoReply:
         """Get the blob to the disk, seed it, and say so."""
         _check_namespace(request.namespace)
-        metainfo = await self._content.metainfo(request.digest)
-        self._host.seed(metainfo, request.namespace)
+        with self._content.store.hold(request.digest, Pin.SENDING):
+            metainfo = await self._content.metainfo(request.digest)
+            self._host.seed(metainfo, request.namespace)
         contact = self._host.contact
         if not contact.host:
             contact = attrs.evolve(contact, host=context.local_host)
@@ -162,13 +169,14 @@ class OriginCalls:
         source = request.source
         if not source.host:
             source = attrs.evolve(source, host=context.remote_host)
-        try:
-            await self._content.ensure_local(digest)
-        except (BlobNotFound, BackendUnavailable) as error:
-            if isinstance(error, BackendUnavailable) and not self._content.is_corrupt(digest):
-                raise
-            await self._host.adopt(request.metainfo, request.namespace, source)
-        await self._registry.accept_blob(request.namespace or None, digest)
+        with self._content.store.hold(digest, Pin.NOT_WRITTEN_BACK):
+            try:
+                await self._content.ensure_local(digest)
+            except (BlobNotFound, BackendUnavailable) as error:
+                if isinstance(error, BackendUnavailable) and not self._content.is_corrupt(digest):
+                    raise
+                await self._host.adopt(request.metainfo, request.namespace, source)
+            await self._registry.accept_blob(request.namespace or None, digest)
         return api.Empty()
 
     async def put_manifest(
@@ -205,12 +213,13 @@ async def run_origin(
     indexes = Membership(config.cluster.indexes, name="index")
     backend = await open_backend(settings.backend.url)
     async with (
-        open_store(settings.data_dir, name="origin") as store,
+        open_role_store("origin", settings.data_dir, settings.store, metrics) as store,
         open_rpc_pool() as pool,
         open_swarm_host(store, PeerKind.ORIGIN, settings.peer, config.swarm, metrics) as host,
         trio.open_nursery() as nursery,
     ):
         nursery.start_soon(indexes.run)
+        nursery.start_soon(store.janitor.run)
         index = IndexClient(RingClient(pool, indexes, "index"))
         content = OriginContent(store, backend, nursery, metrics)
         registry = OriginRegistry(content, index)

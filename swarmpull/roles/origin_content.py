@@ -22,6 +22,7 @@ from swarmpull.errors import (
 from swarmpull.roles.shared_work import SharedWork
 from swarmpull.store.backends.base import Backend, blob_key
 from swarmpull.store.blobs import BlobStore
+from swarmpull.store.holds import Pin
 from swarmpull.swarm.metainfo import Metainfo
 from swarmpull.telemetry import Metrics
 
@@ -124,13 +125,18 @@ class OriginContent:
             return (await writer.commit(digest)).length
 
     async def _write(self, digest: Digest) -> None:
-        async with self._writes:
-            key = blob_key(digest)
-            length = self.store.stat(digest).length
-            if await self._is_in_backend(digest, key, length):
-                return
-            await self._copy_to_backend(digest, key)
-            self._corrupt.discard(digest)
+        # Held by this task too: it goes on when the one that asked for it has given up.
+        with self.store.hold(digest, Pin.NOT_WRITTEN_BACK):
+            async with self._writes:
+                await self._write_now(digest)
+
+    async def _write_now(self, digest: Digest) -> None:
+        key = blob_key(digest)
+        length = self.store.stat(digest).length
+        if await self._is_in_backend(digest, key, length):
+            return
+        await self._copy_to_backend(digest, key)
+        self._corrupt.discard(digest)
         self._written.inc(length)
         log.info("blob_durable", digest=str(digest), length=length)
 

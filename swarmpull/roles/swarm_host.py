@@ -38,6 +38,7 @@ from swarmpull.roles.rates import Rates, TokenBucket
 from swarmpull.roles.shared_work import SharedWork
 from swarmpull.roles.swarm_metrics import SwarmMetrics
 from swarmpull.store.blobs import BlobStore
+from swarmpull.store.holds import Pin
 from swarmpull.swarm import actions as act
 from swarmpull.swarm import bitfield
 from swarmpull.swarm import events as ev
@@ -183,6 +184,14 @@ class SwarmHost:
         while len(self._connections) or self._announcing:
             self._something_ended = trio.Event()
             await self._something_ended.wait()
+
+    def pins(self) -> dict[Digest, Pin]:
+        """The blobs that must not be evicted now: those of downloads, and those that peers fetch.
+
+        No two complete peers stay connected, so whoever is connected to a seeder is fetching.
+        """
+        pins = {t.digest: Pin.SENDING for t in self.torrents() if t.agents + t.origins}
+        return pins | {d.metainfo.digest: Pin.DOWNLOADING for d in self._open}
 
     def torrents(self) -> list[TorrentStatistics]:
         """A snapshot of every torrent."""
@@ -417,11 +426,12 @@ class SwarmHost:
         torrent = self._scheduler.torrent(hello.digest)
         if torrent is not None:
             return torrent.metainfo
-        try:
-            metainfo = await self._store.metainfo(hello.digest)
-        except BlobNotFound:
-            return None
-        self.seed(metainfo, hello.namespace)
+        with self._store.hold(hello.digest, Pin.SENDING):
+            try:
+                metainfo = await self._store.metainfo(hello.digest)
+            except BlobNotFound:
+                return None
+            self.seed(metainfo, hello.namespace)
         return metainfo
 
     def open_for_sending(self, digest: Digest) -> int:
@@ -538,7 +548,8 @@ async def open_swarm_host(
         )
         try:
             await nursery.start(host.serve, listeners, config.max_total_connections)
-            yield host
+            with store.janitor.attached(host.pins, host.forget):
+                yield host
         except Exception as error:
             # Raised again outside: the nursery would hand it to the caller inside a group.
             failure = error

@@ -16,8 +16,9 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -25,15 +26,27 @@ from typing import Final, Self
 import trio
 
 from swarmpull.digest import Digest
-from swarmpull.errors import BlobNotFound, InvalidMetainfo, StartupError
+from swarmpull.errors import BlobNotFound, InvalidMetainfo, StartupError, StoreUnavailable
 from swarmpull.store.content import BlobStat, ContentTree
 from swarmpull.store.disk import Disk, OpenFile
 from swarmpull.store.durable import Data, make_directory, read_exactly
-from swarmpull.store.partials import PartialBlob, open_partial, remove_halves
+from swarmpull.store.eviction import Kind, Limits
+from swarmpull.store.holds import Hold, Holds, Pin
+from swarmpull.store.janitor import Janitor
+from swarmpull.store.ledger import TEMPORARY, Ledger, Record
+from swarmpull.store.partials import (
+    PartialBlob,
+    PartialFiles,
+    list_partials,
+    open_partial,
+    remove_halves,
+)
+from swarmpull.store.room import Room
 from swarmpull.store.scanning import compute_metainfo
 from swarmpull.store.spool import Spool
 from swarmpull.store.uploads import UploadLimits, UploadStore
 from swarmpull.swarm.metainfo import Metainfo
+from swarmpull.telemetry import Metrics
 
 __all__ = ["BlobHandle", "BlobStat", "BlobStore", "BlobWriter", "open_store"]
 
@@ -41,18 +54,21 @@ ALGORITHMS: Final = ("sha256", "sha512")
 
 
 class BlobHandle:
-    """An open blob; it stays readable when the blob is deleted.  A context manager.
+    """An open blob; it is not evicted until it is closed, and stays readable even when it is deleted.
+
+    A context manager.
 
     Attributes:
         digest: of the blob.
         length: in bytes.
     """
 
-    def __init__(self, digest: Digest, length: int, file: OpenFile, disk: Disk) -> None:
+    def __init__(self, digest: Digest, length: int, file: OpenFile, disk: Disk, hold: Hold) -> None:
         self.digest = digest
         self.length = length
         self._file = file
         self._disk = disk
+        self._hold = hold
 
     def fileno(self) -> int:
         """The descriptor, valid until `close`.  Raises ValueError when closed."""
@@ -74,6 +90,7 @@ class BlobHandle:
     def close(self) -> None:
         """Close it; a read that is under way still ends.  Closing twice is allowed."""
         self._file.close()
+        self._hold.release()
 
     def __enter__(self) -> Self:
         return self
@@ -112,7 +129,11 @@ class BlobWriter:
         self._check_open()
         metainfo = await self._spool.verify(digest, length=length)
         stat = await self._disk.run(
-            self._tree.install, self._spool.path, metainfo, needed=metainfo.length
+            self._tree.install,
+            self._spool.path,
+            metainfo,
+            self._spool.room.leave,
+            needed=metainfo.length,
         )
         self._committed = True
         return stat
@@ -129,19 +150,45 @@ class BlobStore:
         name: stamped on every error.
         root: the directory.
         uploads: the upload sessions.
+        janitor: keeps the store within its limits; the role runs it.
     """
 
     def __init__(
-        self, root: Path, disk: Disk, nursery: trio.Nursery, upload_limits: UploadLimits
+        self,
+        root: Path,
+        disk: Disk,
+        nursery: trio.Nursery,
+        ledger: Ledger,
+        limits: Limits,
+        upload_limits: UploadLimits,
+        metrics: Metrics,
     ) -> None:
         self.name = disk.name
         self.root = root
         self._disk = disk
         self._nursery = nursery
-        self._tree = ContentTree(root / "blobs", root / "temporary")
+        self._ledger = ledger
+        self._tree = ContentTree(root / "blobs", root / "temporary", ledger)
         self._open_partials: dict[Digest, PartialBlob | None] = {}
         self._computing = trio.Lock()
-        self.uploads = UploadStore(root / "uploads", self._tree, disk, upload_limits)
+        self._holds = Holds()
+        self.janitor = Janitor(
+            root, self._tree, disk, self._holds, self._open_partials.keys(), limits, metrics
+        )
+        self.uploads = UploadStore(
+            root / "uploads",
+            self._tree,
+            disk,
+            upload_limits,
+            self.janitor.admit,
+            self._holds,
+        )
+        self.janitor.add_chore(self.uploads.remove_idle)
+
+    async def load(self) -> None:
+        """Take up what an earlier process has left; once, by `open_store`."""
+        await self._disk.run(count_files, self.root, self._tree, True)
+        await self.uploads.load()
 
     def stat(self, digest: Digest) -> BlobStat:
         """Look up a blob.  Raises BlobNotFound, StoreUnavailable."""
@@ -162,14 +209,24 @@ class BlobStore:
         return self._tree.blob_path(digest)
 
     def open(self, digest: Digest) -> BlobHandle:
-        """Open a blob for reading.  Raises BlobNotFound, StoreUnavailable."""
+        """Open a blob for reading, which counts as use.  Raises BlobNotFound, StoreUnavailable."""
+        handle = self._open(digest)
+        self._ledger.touch(digest)
+        return handle
+
+    def _open(self, digest: Digest) -> BlobHandle:
         with self._disk.translating():
             try:
                 descriptor = os.open(self._tree.blob_path(digest), os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
                 raise BlobNotFound(str(digest), self.name) from None
             length = os.fstat(descriptor).st_size
-        return BlobHandle(digest, length, OpenFile(descriptor), self._disk)
+        hold = self.hold(digest, Pin.READING)
+        return BlobHandle(digest, length, OpenFile(descriptor), self._disk, hold)
+
+    def hold(self, digest: Digest, pin: Pin) -> Hold:
+        """Keep a blob from being evicted, also one that is still to come; for a ``with``."""
+        return self._holds.take(digest, pin)
 
     def create(self) -> AbstractAsyncContextManager[BlobWriter]:
         """Write a blob whose content is at hand; left without `BlobWriter.commit`, nothing remains."""
@@ -177,7 +234,8 @@ class BlobStore:
 
     @asynccontextmanager
     async def _create(self) -> AsyncIterator[BlobWriter]:
-        spool = Spool(self._disk, self._tree.temporary_path())
+        room = Room(self.janitor.admit, self._ledger, TEMPORARY)
+        spool = Spool(self._disk, self._tree.temporary_path(), room)
         try:
             await self._disk.run(spool.path.touch)
             yield BlobWriter(spool, self._tree, self._disk)
@@ -189,7 +247,7 @@ class BlobStore:
 
         Raises:
             RuntimeError: the partial of this blob is open already; share that one.
-            StoreFull: no room for the whole blob.
+            StoreFull: no room for the whole blob, even with what can be evicted gone.
             StoreUnavailable: the disk failed.
         """
         digest = metainfo.digest
@@ -201,8 +259,12 @@ class BlobStore:
 
         def release() -> None:
             self._open_partials.pop(digest, None)
+            # A disk that fails now is counted right at the next start.
+            with suppress(OSError):
+                PartialFiles(self.root / "partials", digest).count(self._tree)
 
         try:
+            await self._reserve(digest, metainfo.length)
             partial = await open_partial(
                 self.root / "partials", metainfo, self._tree, self._disk, release
             )
@@ -213,14 +275,25 @@ class BlobStore:
         self._nursery.start_soon(partial.hash_ahead)
         return partial
 
+    async def _reserve(self, digest: Digest, length: int) -> None:
+        """Enter a partial with all that it will take up, of which it may have some already."""
+        former = self._ledger.get(Kind.PARTIAL, digest)
+        now = self._ledger.clock()
+        await self.janitor.admit(
+            max(0, length - (former.size if former else 0)),
+            lambda: self._ledger.put(Kind.PARTIAL, digest, Record(length, now, now)),
+        )
+
     async def metainfo(self, digest: Digest) -> Metainfo:
         """The metainfo of a blob; computed when it was never saved or its file is damaged.
+
+        This is no use of the blob: whoever offers the whole store to peers asks for all.
 
         Raises:
             BlobNotFound: not here.
             StoreUnavailable: the disk failed.
         """
-        with self.open(digest) as handle:
+        with self._open(digest) as handle:
             known = await self._disk.run(self._tree.load_metainfo, digest, handle.length)
             return known or await self._compute_metainfo(digest, handle)
 
@@ -262,16 +335,26 @@ class BlobStore:
         with self._disk.translating():
             yield from self._tree.list()
 
-    async def close_partials(self) -> None:
-        """Close what is still open; by `open_store`."""
+    async def close(self) -> None:
+        """Close what is still open, and write down the last uses; by `open_store`."""
         for partial in list(self._open_partials.values()):
             if partial is not None:
                 await partial.aclose()
+        # Only the order of a later eviction depends on it: no reason to fail at the end.
+        with suppress(StoreUnavailable):
+            await self.janitor.save_uses()
 
 
 @asynccontextmanager
 async def open_store(
-    root: Path, *, name: str, threads: int = 4, upload_limits: UploadLimits | None = None
+    root: Path,
+    *,
+    name: str,
+    threads: int = 4,
+    limits: Limits | None = None,
+    upload_limits: UploadLimits | None = None,
+    metrics: Metrics | None = None,
+    clock: Callable[[], float] = time.time,
 ) -> AsyncIterator[BlobStore]:
     """Open the store under ``root``, which is made if need be; only one process can have it open.
 
@@ -280,18 +363,29 @@ async def open_store(
     Args:
         name: for errors and logs.
         threads: the number of reads and writes at once; half as many hash ahead beside them.
+        limits: what the janitor keeps to; none by default.
+        metrics: where the store counts.
+        clock: gives seconds since the epoch.
 
     Raises:
         StartupError: another process has it open, or the directory cannot be used.
     """
     disk = Disk(name, trio.CapacityLimiter(threads), trio.CapacityLimiter(max(1, threads // 2)))
-    lock = await trio.to_thread.run_sync(_prepare, root, limiter=disk.foreground)
+    lock = await trio.to_thread.run_sync(prepare, root, limiter=disk.foreground)
     failure: Exception | None = None
     try:
         async with trio.open_nursery() as nursery:
-            store = BlobStore(root, disk, nursery, upload_limits or UploadLimits())
+            store = BlobStore(
+                root,
+                disk,
+                nursery,
+                Ledger(clock),
+                limits or Limits(),
+                upload_limits or UploadLimits(),
+                metrics or Metrics(),
+            )
             try:
-                await store.uploads.load()
+                await store.load()
                 yield store
             except Exception as error:
                 # Raised again outside: the nursery would hand it to the caller inside a group.
@@ -299,15 +393,25 @@ async def open_store(
             finally:
                 nursery.cancel_scope.cancel()
                 with trio.CancelScope(shield=True):
-                    await store.close_partials()
+                    await store.close()
     finally:
         os.close(lock)
     if failure is not None:
         raise failure
 
 
-def _prepare(root: Path) -> int:
-    """Make the directories, take the lock, remove leftovers; returns the descriptor of the lock."""
+def count_files(root: Path, tree: ContentTree, tidy: bool) -> None:
+    """Enter all blobs and partials under ``root`` into the ledger; for ``tidy`` see `ContentTree.scan`."""
+    tree.scan(tidy=tidy)
+    for files in list_partials(root / "partials"):
+        files.count(tree)
+
+
+def prepare(root: Path) -> int:
+    """Make the directories, take the lock, remove leftovers; returns the descriptor of the lock.
+
+    The lock is held until that is closed.  Raises StartupError.
+    """
     try:
         make_directory(root)
         lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

@@ -1,6 +1,7 @@
 """The tree of complete blobs, ``blobs/<algorithm>/ab/<hex>``; blocking, call it in a thread.
 
-Nothing gets in here but through `ContentTree.install`, whose callers have hashed the file before.
+Nothing gets in here but through `ContentTree.install`, whose callers have hashed the file before.  The ledger
+is changed together with the names of the files, so that it knows exactly what is here.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import os
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -17,7 +19,9 @@ import attrs
 from swarmpull.digest import Digest
 from swarmpull.errors import InvalidDigest
 from swarmpull.store import sidecars
-from swarmpull.store.durable import make_directory, publish, remove
+from swarmpull.store.durable import make_directory, remove, sync_directory, sync_file
+from swarmpull.store.eviction import Kind
+from swarmpull.store.ledger import Ledger, Record
 from swarmpull.swarm.metainfo import Metainfo
 
 SIDECAR_SUFFIX: Final = ".metainfo"
@@ -38,10 +42,12 @@ class ContentTree:
     Attributes:
         blobs: the directory of the tree.
         temporary: for files that have no name yet, on the same file system; emptied at every start.
+        ledger: the books.
     """
 
     blobs: Path
     temporary: Path
+    ledger: Ledger = attrs.field(factory=Ledger)
 
     def blob_path(self, digest: Digest) -> Path:
         """Where a blob is, or would be."""
@@ -63,16 +69,29 @@ class ContentTree:
         except FileNotFoundError:
             return None
 
-    def install(self, source: Path, metainfo: Metainfo) -> BlobStat:
+    def install(
+        self, source: Path, metainfo: Metainfo, left: Callable[[], object] = lambda: None
+    ) -> BlobStat:
         """Make a verified file visible as a blob; durable on return, and ``source`` is gone.
 
         A blob that is here already is replaced: this one was verified just now, and that one may have
         been damaged since.  Open handles to it go on.
+
+        Args:
+            left: takes ``source`` out of the books at the moment at which it becomes a blob.
         """
         digest = metainfo.digest
+        target = self.blob_path(digest)
         # Before the blob, so that whoever sees the blob finds its metainfo.
         self.save_metainfo(metainfo)
-        publish(source, self.blob_path(digest))
+        now = self.ledger.clock()
+        os.utime(source, (now, now))
+        sync_file(source)
+        with self.ledger.lock:
+            source.rename(target)
+            self.ledger.put(Kind.BLOB, digest, Record(metainfo.length, now, now))
+            left()
+        sync_directory(target.parent)
         return BlobStat(digest, metainfo.length)
 
     def save_metainfo(self, metainfo: Metainfo) -> None:
@@ -80,6 +99,16 @@ class ContentTree:
         target = self.sidecar_path(metainfo.digest)
         make_directory(target.parent)
         self.replace_small_file(target, sidecars.encode(metainfo))
+        record = self.ledger.get(Kind.BLOB, metainfo.digest)
+        if record is not None:
+            self.save_use(metainfo.digest, record)
+
+    def save_use(self, digest: Digest, record: Record) -> None:
+        """Write down when a blob was used last; lost when it has no sidecar."""
+        used_at = record.used_at
+        with suppress(FileNotFoundError):
+            os.utime(self.sidecar_path(digest), (used_at, used_at))
+        record.saved_at = used_at
 
     def replace_small_file(self, target: Path, content: bytes) -> None:
         """Write a whole file so that a reader sees either the old or the new content."""
@@ -105,12 +134,59 @@ class ContentTree:
 
         Not flushed: a blob that is back after a crash is still a right one.
         """
-        try:
-            self.blob_path(digest).unlink()
-        except FileNotFoundError:
-            return False
+        taken = self.take_out(digest)
+        for path in taken:
+            remove(path)
+        return bool(taken)
+
+    def take_out(self, digest: Digest) -> list[Path]:
+        """Make a blob invisible, without the time that freeing its blocks takes.
+
+        Returns the files, which are now temporary, for the caller to remove; none when there was no blob.
+        """
+        target = self.temporary_path()
+        with self.ledger.lock:
+            try:
+                self.blob_path(digest).rename(target)
+                found = [target]
+            except FileNotFoundError:
+                found = []
+            # Also when somebody had removed it by hand.
+            self.ledger.put(Kind.BLOB, digest, None)
+        # A crash in between leaves a sidecar alone, which `scan` removes.
         remove(self.sidecar_path(digest))
-        return True
+        return found
+
+    def scan(self, *, tidy: bool) -> None:
+        """Enter all blobs into the ledger.
+
+        Args:
+            tidy: also remove sidecars whose blob is gone; only for the process that has the lock.
+        """
+        now = self.ledger.clock()
+        for algorithm in _names(self.blobs):
+            for shard in _names(self.blobs / algorithm):
+                directory = self.blobs / algorithm / shard
+                names = _names(directory)
+                blobs = frozenset(names)
+                for name in names:
+                    self._scan(algorithm, shard, name, now)
+                    blob, dot, _ = name.rpartition(SIDECAR_SUFFIX)
+                    if tidy and dot and blob not in blobs:
+                        remove(directory / name)
+
+    def _scan(self, algorithm: str, shard: str, name: str, now: float) -> None:
+        found = self._listed(algorithm, shard, name)
+        if found is None:
+            return
+        try:
+            set_at = used_at = os.stat(self.blob_path(found.digest)).st_mtime
+        except FileNotFoundError:
+            return
+        with suppress(FileNotFoundError):
+            used_at = os.stat(self.sidecar_path(found.digest)).st_mtime
+        set_at, used_at = min(set_at, now), min(max(set_at, used_at), now)
+        self.ledger.put(Kind.BLOB, found.digest, Record(found.length, set_at, used_at))
 
     def list(self) -> Iterator[BlobStat]:
         """All blobs in the order of their digests; one deleted meanwhile may be missing."""

@@ -31,6 +31,19 @@ def hash_stored_piece(descriptor: int, start: int, stop: int) -> bytes:
     return hasher.digest()
 
 
+def hash_blob(
+    descriptor: int, algorithm: str, length: int, piece_length: int
+) -> tuple[Digest, bytes]:
+    """The digest and the piece hashes of a whole file, read once."""
+    whole = hashlib.new(algorithm)
+    hashes = bytearray()
+    for start in range(0, length, piece_length):
+        piece = blake3()
+        hash_range(descriptor, start, min(length, start + piece_length), whole, piece)
+        hashes += piece.digest()
+    return Digest(algorithm, whole.hexdigest()), bytes(hashes)
+
+
 class PieceHasher:
     """Hashes the pieces of a blob that is written from beginning to end, whose length is not known yet.
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -21,19 +22,24 @@ import attrs
 import trio
 
 from swarmpull.digest import Digest
-from swarmpull.errors import DigestMismatch, StoreFull, StoreUnavailable
+from swarmpull.errors import DigestMismatch, InvalidDigest, StoreFull, StoreUnavailable
 from swarmpull.store import sidecars
 from swarmpull.store.content import BlobStat, ContentTree
 from swarmpull.store.disk import Disk, OpenFile
 from swarmpull.store.durable import Data, read_exactly, remove, write_all
+from swarmpull.store.eviction import Kind
 from swarmpull.store.hashing import FileHasher, hash_piece, hash_stored_piece
+from swarmpull.store.ledger import Record
 from swarmpull.store.scanning import STEP_BYTES
 from swarmpull.swarm import bitfield
 from swarmpull.swarm.metainfo import Metainfo
 
 DATA_SUFFIX: Final = ".data"
 PIECES_SUFFIX: Final = ".pieces"
+# What st_blocks counts, whatever the file system's own blocks are.
+BLOCK_BYTES: Final = 512
 _STORED: Final = b"\x01"
+_MISSING: Final = b"\x00"
 # What a file system answers that cannot reserve space, or has nothing to reserve.
 _CANNOT_RESERVE: Final = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
 
@@ -60,17 +66,63 @@ class PartialFiles:
         remove(self.pieces)
         remove(self.data)
 
+    def take_out(self, tree: ContentTree) -> list[Path]:
+        """Make them no partial any more; returns the temporary files, for the caller to remove."""
+        taken = []
+        for path in (self.pieces, self.data):
+            target = tree.temporary_path()
+            with suppress(FileNotFoundError):
+                path.rename(target)
+                taken.append(target)
+        tree.ledger.put(Kind.PARTIAL, self.digest, None)
+        return taken
+
+    def count(self, tree: ContentTree) -> None:
+        """Bring the ledger to what is on the disk."""
+        now = tree.ledger.clock()
+        try:
+            data, pieces = os.stat(self.data), os.stat(self.pieces)
+        except FileNotFoundError:
+            record = None
+        else:
+            # Nothing but this store writes to them: the first write made them, the last was a piece.
+            used_at = min(now, max(data.st_mtime, pieces.st_mtime))
+            record = Record(data.st_blocks * BLOCK_BYTES, used_at, used_at)
+        tree.ledger.put(Kind.PARTIAL, self.digest, record)
+
     def claimed(self, metainfo: Metainfo) -> int:
         """The bitfield of pieces that the files claim to hold; 0 when they are of another shape."""
+        stored, have, _ = self.load() or (None, 0, 0)
+        if stored is None:
+            return 0
+        shape = (stored.length, stored.piece_length)
+        return have if shape == (metainfo.length, metainfo.piece_length) else 0
+
+    def load(self) -> tuple[Metainfo, int, int] | None:
+        """The metainfo, the bitfield of claimed pieces, and where the bytes of the latter begin.
+
+        None when there is no such file, or it is damaged.
+        """
         try:
             content = self.pieces.read_bytes()
-            stored, header_length = sidecars.decode(content)
+            metainfo, header_length = sidecars.decode(content)
         except (FileNotFoundError, sidecars.DamagedSidecar):
-            return 0
-        if (stored.length, stored.piece_length) != (metainfo.length, metainfo.piece_length):
-            return 0
+            return None
         marks = content[header_length : header_length + metainfo.piece_count]
-        return sum(1 << index for index, mark in enumerate(marks) if mark == _STORED[0])
+        have = sum(1 << index for index, mark in enumerate(marks) if mark == _STORED[0])
+        return metainfo, have, header_length
+
+    def unclaim(self, indices: Iterable[int]) -> None:
+        """Have pieces count as missing."""
+        loaded = self.load()
+        if loaded is None:
+            return
+        descriptor = os.open(self.pieces, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            for index in indices:
+                write_all(descriptor, _MISSING, loaded[2] + index)
+        finally:
+            os.close(descriptor)
 
     def open(self, tree: ContentTree, metainfo: Metainfo) -> OpenPartial:
         """Open or create the files, with room for the whole blob."""
@@ -315,9 +367,12 @@ class PartialBlob:
             self._release()
 
     def _install(self) -> BlobStat:
-        stat = self._tree.install(self._files.data, self.metainfo)
+        stat = self._tree.install(self._files.data, self.metainfo, self._leave)
         self._files.remove()
         return stat
+
+    def _leave(self) -> None:
+        self._tree.ledger.put(Kind.PARTIAL, self.metainfo.digest, None)
 
     def _verify_and_write(self, content: int, record: int, index: int, data: Data) -> bool:
         if hash_piece(data) != self.metainfo.piece_hash(index):
@@ -332,7 +387,7 @@ class PartialBlob:
         actual = hash_stored_piece(content, start, start + self.metainfo.piece_size(index))
         if actual == self.metainfo.piece_hash(index):
             return True
-        write_all(record, b"\x00", self._marks_offset + index)
+        write_all(record, _MISSING, self._marks_offset + index)
         return False
 
     def _check_stored(self, offset: int, size: int) -> None:
@@ -381,6 +436,14 @@ async def open_partial(
         partial.close_files()
         raise
     return partial
+
+
+def list_partials(directory: Path) -> Iterator[PartialFiles]:
+    """The partials on the disk, in the order of their digests."""
+    for path in sorted(directory.glob(f"*{PIECES_SUFFIX}")):
+        with suppress(InvalidDigest):
+            digest = Digest.parse(path.stem.replace("-", ":", 1))
+            yield PartialFiles(directory, digest)
 
 
 def remove_halves(directory: Path) -> None:

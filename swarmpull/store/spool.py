@@ -13,6 +13,7 @@ from swarmpull.errors import DigestMismatch, LengthMismatch, StoreFull, StoreUna
 from swarmpull.store.disk import Disk
 from swarmpull.store.durable import Data, remove, write_all
 from swarmpull.store.hashing import FileHasher, PieceHasher, hash_range
+from swarmpull.store.room import Room
 from swarmpull.store.scanning import STEP_BYTES, compute_digest, compute_metainfo
 from swarmpull.swarm.metainfo import Metainfo
 
@@ -29,12 +30,14 @@ class Spool:
 
     Attributes:
         path: of the file, which exists.
+        room: what it takes up; left by whoever removes or moves the file.
         written: bytes in the file.
     """
 
-    def __init__(self, disk: Disk, path: Path, *, written: int = 0) -> None:
+    def __init__(self, disk: Disk, path: Path, room: Room, *, written: int = 0) -> None:
         self._disk = disk
         self.path = path
+        self.room = room
         self.written = written
         self._buffer = bytearray()
         self._whole = FileHasher(ALGORITHM)
@@ -65,10 +68,12 @@ class Spool:
             return
         needed = len(self._buffer)
         try:
+            await self.room.grow(self.written + needed)
             # A cancelled wait for a thread keeps the buffer, for a flush on the way out.
             self.written = await self._disk.run(self._append, self._buffer, needed=needed)
         except (StoreFull, StoreUnavailable):
             self._buffer = bytearray()
+            self.room.shrink(self.written)
             raise
         self._buffer = bytearray()
 
@@ -97,6 +102,7 @@ class Spool:
         self._buffer.clear()
         with trio.CancelScope(shield=True):
             await self._disk.run(remove, self.path)
+        self.room.leave()
 
     async def _digest(self, descriptor: int, algorithm: str) -> Digest:
         if algorithm == ALGORITHM:

@@ -30,6 +30,9 @@ from swarmpull.errors import (
 from swarmpull.store.content import BlobStat, ContentTree
 from swarmpull.store.disk import Disk
 from swarmpull.store.durable import Data, remove
+from swarmpull.store.holds import Hold, Holds, Pin
+from swarmpull.store.ledger import UPLOADS
+from swarmpull.store.room import Admit, Room
 from swarmpull.store.spool import Spool
 from swarmpull.swarm.metainfo import Metainfo
 
@@ -101,6 +104,7 @@ class Upload:
         files: _Files,
         tree: ContentTree,
         disk: Disk,
+        holds: Holds,
         *,
         used_at: float,
         on_close: Callable[[str], object],
@@ -111,6 +115,8 @@ class Upload:
         self._files = files
         self._tree = tree
         self._disk = disk
+        self._holds = holds
+        self._hold: Hold | None = None
         self._lock = trio.Lock()
         self._busy = False
         self._open = True
@@ -151,6 +157,8 @@ class Upload:
             await self.flush()
         finally:
             self._busy = False
+            if self._hold is not None:
+                self._hold.release()
 
     async def append(self, data: Data) -> None:
         """Take the next bytes of the content.
@@ -174,6 +182,9 @@ class Upload:
     async def finish(self, digest: Digest) -> BlobStat:
         """Verify the content and make it a blob of the store; the session ends.
 
+        The blob is held until `writing` is left, so that the caller can go on to hold it before it could
+        be evicted.
+
         Raises:
             UploadNotFound: the session was finished or cancelled meanwhile.
             DigestMismatch: the content is another; the session and its content are removed.
@@ -188,6 +199,8 @@ class Upload:
                 with trio.CancelScope(shield=True):
                     await self._remove()
                 raise
+            if self._busy:
+                self._hold = self._holds.take(digest, Pin.NOT_WRITTEN_BACK)
             stat = await self._disk.run(self._install, metainfo)
             self._close()
             return stat
@@ -203,12 +216,13 @@ class Upload:
         self._close()
 
     def _install(self, metainfo: Metainfo) -> BlobStat:
-        stat = self._tree.install(self._files.data, metainfo)
+        stat = self._tree.install(self._files.data, metainfo, self._spool.room.leave)
         self._files.remove()
         return stat
 
     def _close(self) -> None:
         self._open = False
+        self._spool.room.leave()
         self._on_close(self.id)
 
     def _check_open(self) -> None:
@@ -220,12 +234,20 @@ class UploadStore:
     """The upload sessions of one store, by id."""
 
     def __init__(
-        self, directory: Path, tree: ContentTree, disk: Disk, limits: UploadLimits
+        self,
+        directory: Path,
+        tree: ContentTree,
+        disk: Disk,
+        limits: UploadLimits,
+        admit: Admit,
+        holds: Holds,
     ) -> None:
         self._directory = directory
         self._tree = tree
         self._disk = disk
         self._limits = limits
+        self._admit = admit
+        self._holds = holds
         self._sessions: dict[str, Upload] = {}
         self._creating = 0
 
@@ -236,7 +258,7 @@ class UploadStore:
             PushRefused: too many are open.
             StoreFull, StoreUnavailable: it cannot be kept.
         """
-        await self._remove_idle(self._limits.idle_timeout)
+        await self.remove_idle()
         if self._is_full():
             await self._remove_idle(self._limits.crowded_timeout)
         if self._is_full():
@@ -263,6 +285,10 @@ class UploadStore:
             raise UploadNotFound(upload_id)
         return upload
 
+    async def remove_idle(self) -> None:
+        """Remove the sessions that have been given up.  Raises StoreUnavailable."""
+        await self._remove_idle(self._limits.idle_timeout)
+
     async def load(self) -> None:
         """Take up the sessions that an earlier process has left; once, by `open_store`."""
         for upload_id, repository, length, used_at in await self._disk.run(self._scan):
@@ -274,13 +300,15 @@ class UploadStore:
         return len(self._sessions)
 
     def _add(self, files: _Files, repository: str, length: int, used_at: float) -> Upload:
-        spool = Spool(self._disk, files.data, written=length)
+        room = Room(self._admit, self._tree.ledger, UPLOADS, length)
+        spool = Spool(self._disk, files.data, room, written=length)
         upload = Upload(
             repository,
             spool,
             files,
             self._tree,
             self._disk,
+            self._holds,
             used_at=used_at,
             on_close=self._sessions.pop,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import attrs
@@ -10,6 +11,7 @@ import pytest
 from swarmpull.config import ROLES, Address, Config
 from swarmpull.errors import ConfigError
 from swarmpull.layers import Loaded, Setting, Sources, decode, load, settings, toml_values
+from swarmpull.units import CAPACITY_FORMS, DURATION_FORMS
 
 ALL = frozenset(ROLES)
 MEMBERS = {
@@ -132,6 +134,11 @@ def test_the_line_of_a_value_is_found_in_every_form_of_toml(write, text: str, li
         ("cluster.trackers=", ()),
         ("data_dir=/var/lib/x y", Path("/var/lib/x y")),
         ("origin.peer.advertise=10.0.0.1", "10.0.0.1"),
+        ("agent.store.ttl=never", math.inf),
+        ("agent.store.ttl=2h", 7200.0),
+        ("origin.store.max_bytes=1.5GiB", str(3 << 29)),
+        ("origin.store.max_bytes=unlimited", "unlimited"),
+        ("origin.store.low_watermark= 70.5 %", "70.5%"),
         ("index.backend.url=s3://bucket/prefix?endpoint=http://h:1", None),
     ],
 )
@@ -200,6 +207,22 @@ def test_texts_are_read_by_the_type_of_their_key(option: str, value: object) -> 
             "must be an absolute directory after file://, such as "
             "file:///var/lib/swarmpull/backend: 'file://data'",
         ),
+        (
+            "agent.store.max_bytes = 0",
+            f"must be {CAPACITY_FORMS}: 0",
+        ),
+        ('agent.store.max_bytes = "0"', "must be above 0: '0'"),
+        ('agent.store.max_bytes = "101%"', "must be above 0% and at most 100%: '101%'"),
+        ('agent.store.max_bytes = "0%"', "must be above 0% and at most 100%: '0%'"),
+        (
+            'agent.store.max_bytes = "much"',
+            f"must be {CAPACITY_FORMS}: 'much'",
+        ),
+        ('agent.store.ttl = "0s"', "must be above 0, or never: '0s'"),
+        (
+            'agent.store.ttl = "soon"',
+            f"must be {DURATION_FORMS}, or never: 'soon'",
+        ),
         ("agent.registry = 8", "is a section, not a value: set one of the keys in it"),
         ("log.level.x = 8", "must be one of debug, info, warning, error: {'x': 8}"),
     ],
@@ -228,6 +251,28 @@ def test_a_bad_value_in_the_file_is_refused_with_what_is_allowed(
 )  # fmt: skip
 def test_a_bad_option_is_refused_with_what_is_allowed(option: str, problem: str) -> None:
     assert problems(Sources(overrides=options(option))) == [f"{problem}  (-o)"]
+
+
+@pytest.mark.parametrize(
+    ("high", "low", "wrong"),
+    [
+        ("10GB", "11GB", True),
+        ("10GB", "10GB", False),
+        ("10GB", "unlimited", True),
+        ("85%", "unlimited", True),
+        ("unlimited", "10GB", False),
+        ("unlimited", "unlimited", False),
+        ("85%", "100%", False),
+        ("85%", "10GB", False),
+    ],
+)
+def test_a_low_watermark_above_the_high_one_is_refused(high: str, low: str, wrong: bool) -> None:
+    overrides = options(f"agent.store.max_bytes={high}", f"agent.store.low_watermark={low}")
+    if not wrong:
+        load(Sources(overrides=overrides))
+        return
+    (problem,) = problems(Sources(overrides=overrides))
+    assert problem.startswith("agent.store.low_watermark: must not be above agent.store.max_bytes")
 
 
 def test_everything_that_is_wrong_in_any_layer_is_reported_at_once(write) -> None:

@@ -24,6 +24,7 @@ from swarmpull.config import (
     ListenerConfig,
     OriginConfig,
     PeerListenerConfig,
+    StoreConfig,
     TrackerConfig,
 )
 from swarmpull.digest import Digest
@@ -121,7 +122,8 @@ class Cluster:
         self._learn(indexes=(role.address("rpc"),))
         return role
 
-    async def start_origin(self) -> Role:
+    async def start_origin(self, **store: Any) -> Role:
+        """``store``: settings of its store that are not the default."""
         settings = OriginConfig(
             registry=LISTEN,
             rpc=LISTEN,
@@ -129,6 +131,7 @@ class Cluster:
             admin=LISTEN,
             backend=BackendConfig(url=(self.root / "backend").as_uri()),
             data_dir=self.root / "origin",
+            store=StoreConfig(**store),
         )
         role = await self.start("origin", run_origin, settings)
         self._learn(origins=(role.address("rpc"),))
@@ -139,12 +142,13 @@ class Cluster:
         self._learn(trackers=(role.address("rpc"),))
         return role
 
-    async def start_agent(self, name: str = "agent", *, push: bool = False) -> Role:
+    async def start_agent(self, name: str = "agent", *, push: bool = False, **store: Any) -> Role:
         settings = AgentConfig(
             registry=AgentRegistryConfig(listen=ANY, push=push),
             peer=PEER,
             admin=LISTEN,
             data_dir=self.root / name,
+            store=StoreConfig(**store),
         )
         return await self.start(name, run_agent, settings)
 
@@ -187,6 +191,12 @@ class Cluster:
         reply = await self.push_manifest(role, repository, "v1", manifest)
         assert reply.status_code == 201, reply.text
         return manifest
+
+    async def metric(self, role: str, name: str) -> float:
+        """The value of a metric, with its labels if it has any."""
+        reply = await self.client.get(f"http://{self.roles[role].address('admin')}/metrics")
+        values = dict(line.rsplit(" ", 1) for line in reply.text.splitlines() if line[0] != "#")
+        return float(values[f"swarmpull_{name}"])
 
     async def status(self, role: str) -> dict[str, Any]:
         reply = await self.client.get(f"http://{self.roles[role].address('admin')}/status")
