@@ -301,7 +301,7 @@ def test_a_suggestion_that_is_claimed_elsewhere_is_replaced():
 
 
 def test_a_suggestion_comes_before_what_a_reader_waits_for():
-    # As long as nobody has a piece, every reader waits for it some time; the reader's own may come from others.
+    # As long as nobody has a piece every reader waits for it; the own one may come from others.
     play = host("." * 8, window_share=1.0)
     play >> ev.ReaderMoved(play.digest, 1, 5)
     play >> play.connected(1, "a", "#" * 8)
