@@ -243,13 +243,13 @@ class PeerConnections:
                 await link.run(metainfo)
             finally:
                 # At once: what was claimed there is free for others while we say goodbye.
+                self._uplink.end(number)
                 self._host.dispatch(ev.PeerDisconnected(number))
             if link.bye is not None:
                 _log_bye(link.bye, hello.digest, contact, said="by us")
                 await stream.leave(link.bye)
         finally:
             del self._links[number]
-            self._uplink.end(number)
             self._host.connection_ended()
 
 

@@ -6,9 +6,11 @@ would share the uplink and all be through at the end; one after the other they a
 and what a peer has early it passes on early.  So the first one sends as it can, and the others send only
 when the uplink carries less than it could: its receiver does not keep up.
 
-What the uplink can carry is not known beforehand.  It is taken to be the most that it carried lately, as
-measured over `WINDOW_CHUNKS` chunks.  When that is too much, nothing worse happens than that pieces share
-the uplink; lest it be too little for long, those who wait send a chunk now and then all the same.
+What the uplink can carry is not known beforehand, and the first piece alone does not show it: its receiver
+may be slow.  It is what the uplink carries over `WINDOW_CHUNKS` chunks in which nobody was held back.  So at
+the beginning, and now and then, all send as they can for so long.  In between it is raised to what was
+carried, but not lowered: while some wait, that little is carried says nothing.  An uplink that has become
+slower holds nobody back, and is measured anew thereby.
 """
 
 from __future__ import annotations
@@ -25,13 +27,11 @@ WINDOW_CHUNKS: Final = 16
 WINDOW_CHUNKS_MIN: Final = 4
 # The others wait while the uplink carries at least this share of what it can.
 FULL_SHARE: Final = 0.8
-# What was the most counts for so much after each further chunk: half after 34, for an uplink may become
-# slower.
-MEMORY: Final = 0.98
-# The first of those who wait sends a chunk all the same after as long as the uplink needs for so many bytes,
-# or after so many seconds while it is not known what the uplink carries.
+# All send as they can after so many chunks since it was last known what that comes to.
+OPEN_EVERY_CHUNKS: Final = 128
+# Whoever waits sends a chunk all the same after as long as the uplink needs for so many bytes of each piece
+# that is on its way: the receiver is to see that something comes.
 PATIENCE_BYTES: Final = 4 << 20
-PATIENCE_INITIAL: Final = 0.5
 # So much of a piece may lie in the buffer of an idle socket: it was taken, but not carried yet.
 SOCKET_BYTES: Final = 256 << 10
 
@@ -51,9 +51,10 @@ class Uplink:
         # By connection, in the order in which they began; bytes of the piece that have been given to it.
         self._sending: dict[int, int] = {}
         self._waiting: dict[int, None] = {}
-        self._probed_at = -math.inf
         self._window: deque[_Chunk] = deque(maxlen=WINDOW_CHUNKS)
-        self._rate = 0.0
+        # Chunks that were measured since somebody had to wait or was alone, and until all may send again.
+        self._unheld = 0
+        self._open_in = 0
         self._capacity = 0.0
         self._changed = trio.Event()
 
@@ -64,6 +65,9 @@ class Uplink:
 
     def begin(self, connection: int) -> None:
         """A piece is to be sent on this connection."""
+        if not self._sending:
+            # The pause was nobody's fault, and does not count as time in which little was carried.
+            self._window.clear()
         self._sending[connection] = 0
 
     def end(self, connection: int) -> None:
@@ -75,8 +79,6 @@ class Uplink:
     def sent(self, connection: int, size: int) -> None:
         """A chunk of ``size`` bytes has been given to a connection."""
         now = trio.current_time()
-        if not self._is_first(connection):
-            self._probed_at = now
         given = self._sending.get(connection)
         if given is not None:
             self._sending[connection] = given + size
@@ -98,6 +100,8 @@ class Uplink:
                     deadline = math.inf
                 elif deadline <= trio.current_time():
                     return
+                else:
+                    self._unheld = 0
                 with trio.move_on_at(deadline):
                     await self._changed.wait()
         finally:
@@ -114,20 +118,29 @@ class Uplink:
     def _measure(self, chunk: _Chunk) -> None:
         window = self._window
         window.append(chunk)
-        if len(window) < WINDOW_CHUNKS_MIN or chunk.sent_at <= window[0].sent_at:
+        self._unheld = self._unheld + 1 if len(self._sending) > 1 else 0
+        self._open_in = max(self._open_in - 1, 0)
+        if len(window) < WINDOW_CHUNKS or chunk.sent_at <= window[0].sent_at:
             return
-        carried = sum(chunk.size for chunk in window) - window[0].size
-        self._rate = carried / (chunk.sent_at - window[0].sent_at)
-        self._capacity = max(self._capacity * MEMORY, self._rate)
+        rate = self._carried() / (chunk.sent_at - window[0].sent_at)
+        if self._unheld >= WINDOW_CHUNKS:
+            self._capacity = rate
+            self._open_in = OPEN_EVERY_CHUNKS
+        else:
+            self._capacity = max(self._capacity, rate)
+
+    def _carried(self) -> int:
+        """Bytes since the first chunk of the window was sent."""
+        return sum(chunk.size for chunk in self._window) - self._window[0].size
 
     def _may_send_at(self, came_at: float) -> float:
-        """When the uplink carries less than it could if nothing more is sent, or patience ends."""
-        if not self._capacity:
-            return came_at + PATIENCE_INITIAL
-        began = self._window[0]
-        carried = sum(chunk.size for chunk in self._window) - began.size
-        idle_at = began.sent_at + carried / (FULL_SHARE * self._capacity)
-        patient_until = max(came_at, self._probed_at) + PATIENCE_BYTES / self._rate
+        """When the uplink carries less than it could if nothing more is sent; the past while all may send."""
+        if not self._open_in or not self._capacity:
+            return -math.inf
+        patient_until = came_at + PATIENCE_BYTES * len(self._sending) / self._capacity
+        if len(self._window) < WINDOW_CHUNKS_MIN:
+            return patient_until
+        idle_at = self._window[0].sent_at + self._carried() / (FULL_SHARE * self._capacity)
         return min(idle_at, patient_until)
 
     def _wake(self) -> None:

@@ -51,6 +51,11 @@ class PieceTiming:
         """A claim was late: allow twice the time until a piece arrives, as on a link that got slower."""
         self._lateness = min(self._lateness * 2, TIMEOUT_MAX)
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether there was a sample."""
+        return self._mean is not None
+
     def usual(self) -> float:
         """Seconds within which nearly all pieces arrive, with no lower bound.
 

@@ -61,13 +61,16 @@ class Inbound:
     slow_max: int = 4
     timing: PieceTiming = attrs.field(factory=PieceTiming)
     _expected: dict[tuple[int, int], tuple[Torrent, ClaimRecord]] = attrs.field(factory=dict)
+    _coming: dict[tuple[int, int], tuple[Torrent, ClaimRecord]] = attrs.field(factory=dict)
 
     def add(self, torrent: Torrent, peer: Peer, index: int, record: ClaimRecord) -> None:
         self.claims += 1
         self._expected[peer.connection, index] = (torrent, record)
 
     def remove(self, peer: Peer, index: int, record: ClaimRecord) -> None:
-        if not record.overdue:
+        if record.overdue:
+            self._coming.pop((peer.connection, index), None)
+        else:
             self.claims -= 1
             del self._expected[peer.connection, index]
         self.slow -= record.slow
@@ -87,15 +90,32 @@ class Inbound:
         """
         found = False
         while self._expected:
-            (connection, index), (torrent, record) = next(iter(self._expected.items()))
-            if now - record.claimed_at < self.timing.usual() * torrent.piece_scale:
+            key, (torrent, record) = next(iter(self._expected.items()))
+            if not self._takes_too_long(torrent, record, now):
                 break
-            del self._expected[connection, index]
+            del self._expected[key]
             self.claims -= 1
             record.overdue = True
-            torrent.now_overdue(index)
             found = True
-        return found
+            # Before any piece has come, one whose bytes keep arriving may be as fast as they get here.
+            if record.heard_at is not None and not self.timing.is_measured:
+                self._coming[key] = (torrent, record)
+            else:
+                torrent.now_overdue(key[1])
+        return self._find_too_slow(now) or found
+
+    def _find_too_slow(self, now: float) -> bool:
+        """Of those that were coming before anything was known, the ones that turn out to be slow."""
+        if not self._coming or not self.timing.is_measured:
+            return False
+        slow = [key for key, entry in self._coming.items() if self._takes_too_long(*entry, now)]
+        for key in slow:
+            torrent, _ = self._coming.pop(key)
+            torrent.now_overdue(key[1])
+        return bool(slow)
+
+    def _takes_too_long(self, torrent: Torrent, record: ClaimRecord, now: float) -> bool:
+        return now - record.claimed_at >= self.timing.usual() * torrent.piece_scale
 
 
 @attrs.define(eq=False)

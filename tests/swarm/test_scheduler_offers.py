@@ -781,6 +781,16 @@ def test_a_slow_piece_is_overdue_all_the_same_and_takes_no_room():
     assert play >> ev.PieceReceived(2, 0) == [cancel(1, 0)]
 
 
+def test_before_any_piece_has_come_a_slow_one_is_not_claimed_twice():
+    # It may be as fast as they get here: everything would be sent twice over a slow link.
+    play = host(".", inbound=1)
+    play >> play.connected(1, "a", "#")
+    play >> play.says(1, Offer())
+    play >> play.connected(2, "b", "#")
+    assert want(2) not in trickle(play, 3 * TIMEOUT_INITIAL, (1, 0))
+    assert claims(play >> play.says(2, Offer())) == {}
+
+
 def test_no_more_peers_may_trickle_than_half_of_the_buffers_are_for():
     play = host("." * 8, inbound=2)
     arriving = []
