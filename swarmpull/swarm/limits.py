@@ -18,8 +18,8 @@ class HostLimits:
     those takes in a piece of somebody else, the other slots go on.  It may claim as many pieces as an
     uploader holds at a time, in its slots and promised, so that all uplinks together have just enough to
     do: with fewer they run dry, with more some hosts are sent too much while others wait (measured in the
-    simulator).  An origin needs as many slots as receivers fill its uplink, and promises hardly more ahead: one
-    that is no faster than its peers would bind its pieces long before they leave.
+    simulator).  An origin needs as many slots as receivers fill its uplink, and promises hardly more ahead:
+    one that is no faster than its peers would bind its pieces long before they leave.
     """
 
     max_connections: int = 30
