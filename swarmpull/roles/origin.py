@@ -222,6 +222,7 @@ async def run_origin(
         nursery.start_soon(store.janitor.run)
         index = IndexClient(RingClient(pool, indexes, "index"))
         content = OriginContent(store, backend, nursery, metrics)
+        host.recall = content.ensure_local
         registry = OriginRegistry(content, index)
         calls = OriginCalls(content, registry, host)
         await serve_role(

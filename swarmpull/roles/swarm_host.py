@@ -82,6 +82,8 @@ class SwarmHost:
         address: where peers dial, as it was bound.
         rates: at which it sends and receives pieces; may be changed at any time.
         metrics: what it counts.
+        recall: brings a blob that a peer asks for into the store, or raises SwarmpullError; None for a host
+            that has no other place to get it from.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class SwarmHost:
         self.address = address
         self.rates = rates
         self.metrics = metrics
+        self.recall: Callable[[Digest], Awaitable[None]] | None = None
         self._scheduler = scheduler
         self._store = store
         self._nursery = nursery
@@ -422,10 +425,19 @@ class SwarmHost:
     # --- for the connections ------------------------------------------------------------------
 
     async def metainfo_for(self, hello: Hello) -> Metainfo | None:
-        """The metainfo of a torrent that a peer asks for; a blob of the store becomes a torrent."""
+        """The metainfo of a torrent that a peer asks for; a blob of the store becomes a torrent.
+
+        A tracker may send peers to an origin for a while after it has evicted the blob: it is fetched again.
+        """
         torrent = self._scheduler.torrent(hello.digest)
         if torrent is not None:
             return torrent.metainfo
+        if self.recall is not None and not self._store.has(hello.digest):
+            try:
+                await self.recall(hello.digest)
+            except SwarmpullError as error:
+                log.info("blob_not_recalled", digest=str(hello.digest), reason=str(error))
+                return None
         with self._store.hold(hello.digest, Pin.SENDING):
             try:
                 metainfo = await self._store.metainfo(hello.digest)
