@@ -56,10 +56,10 @@ def test_agents_get_pieces_from_the_origin_and_from_other_agents(separate_cluste
         for start, after in zip(before, received(separate_cluster), strict=True)
     ]
     for agent in gained:
-        assert agent["origin"] > 0, gained
-        assert agent["agent"] > 0, gained
         # Pieces that were claimed twice in the endgame may have come twice, but not many.
         assert SWARM_BYTES <= agent["origin"] + agent["agent"] <= 1.25 * SWARM_BYTES, gained
+    # Whoever is first may have all of it from the origin, the others have not.
+    assert sum(agent["agent"] > 0 for agent in gained) >= len(gained) - 1, gained
     # The origin gave out less than one copy for each agent: they shared.
     assert sum(agent["origin"] for agent in gained) < len(gained) * SWARM_BYTES, gained
 
