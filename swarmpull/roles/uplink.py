@@ -50,7 +50,7 @@ class Uplink:
     def __init__(self) -> None:
         # By connection, in the order in which they began; bytes of the piece that have been given to it.
         self._sending: dict[int, int] = {}
-        self._waiting: dict[int, None] = {}
+        self._waiting: set[int] = set()
         self._window: deque[_Chunk] = deque(maxlen=WINDOW_CHUNKS)
         # Chunks that were measured since somebody had to wait or was alone, and until all may send again.
         self._unheld = 0
@@ -92,7 +92,7 @@ class Uplink:
         if self._is_first(connection):
             return
         came_at = trio.current_time()
-        self._waiting[connection] = None
+        self._waiting.add(connection)
         try:
             while not self._is_first(connection):
                 deadline = self._may_send_at(came_at)
@@ -105,7 +105,7 @@ class Uplink:
                 with trio.move_on_at(deadline):
                     await self._changed.wait()
         finally:
-            del self._waiting[connection]
+            self._waiting.remove(connection)
             self._wake()
 
     def _is_first(self, connection: int) -> bool:

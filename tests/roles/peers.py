@@ -76,6 +76,11 @@ def assert_no_descriptor_leaked(before: int) -> None:
     assert open_descriptors() == before, "descriptors leaked"
 
 
+def reasons(logs: list[dict]) -> list[str]:
+    """Why peer connections ended, of captured logs."""
+    return [entry["reason"] for entry in logs if entry["event"] == "peer_connection_ended"]
+
+
 @attrs.define
 class Node:
     """A host of the swarm, with its store."""

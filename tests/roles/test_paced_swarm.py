@@ -7,7 +7,6 @@ a rate that holds shows as a time that is not fallen short of.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import attrs
@@ -25,15 +24,15 @@ from .peers import (
     Finder,
     Node,
     ScriptedPeer,
-    assert_no_descriptor_leaked,
     fetch,
     honestly,
     make_content,
-    open_descriptors,
     receive_piece,
     running_node,
     until,
 )
+
+pytestmark = pytest.mark.usefixtures("descriptors")
 
 MIB = 1 << 20
 # So slow that nothing passes after the burst, and the portion that may exceed it.
@@ -45,13 +44,6 @@ PASSES_AT_ONCE = BURST_BYTES_MIN + PORTION_BYTES_MIN
 def content() -> Content:
     """Two pieces."""
     return make_content(2 * PIECE_LENGTH_MIN)
-
-
-@pytest.fixture(autouse=True)
-def descriptors() -> Iterator[None]:
-    before = open_descriptors()
-    yield
-    assert_no_descriptor_leaked(before)
 
 
 def limited(direction: str, rate: float) -> SwarmConfig:

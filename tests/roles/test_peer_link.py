@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
-from collections.abc import AsyncIterator, Iterator, Sized
+from collections.abc import AsyncIterator, Sized
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
-import structlog
 import trio
 
 from swarmpull.config import SwarmConfig
@@ -45,14 +44,16 @@ from .peers import (
     Finder,
     Node,
     ScriptedPeer,
-    assert_no_descriptor_leaked,
     honestly,
     make_content,
     open_descriptors,
+    reasons,
     receive_piece,
     running_node,
     until,
 )
+
+pytestmark = pytest.mark.usefixtures("descriptors")
 
 ONE_CLAIM = SwarmConfig(inbound_pieces=1)
 
@@ -76,23 +77,6 @@ def soon_late(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "TIMEOUT_MIN", 0.5)
     monkeypatch.setattr(peer_connections, "HANDSHAKE_TIMEOUT", 0.5)
     monkeypatch.setattr(peer_link, "CHUNK_TIMEOUT", 0.5)
-
-
-@pytest.fixture(autouse=True)
-def deadline_and_descriptors() -> Iterator[None]:
-    before = open_descriptors()
-    yield
-    assert_no_descriptor_leaked(before)
-
-
-@pytest.fixture
-def logs() -> Iterator[list[dict]]:
-    with structlog.testing.capture_logs() as entries:
-        yield entries
-
-
-def reasons(logs: list[dict]) -> list[str]:
-    return [entry["reason"] for entry in logs if entry["event"] == "peer_connection_ended"]
 
 
 # --- what hostile peers do ------------------------------------------------------------------------

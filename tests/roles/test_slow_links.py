@@ -6,12 +6,10 @@ All patience is a fraction of what it is in the program, and so is the size of w
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import attrs
 import pytest
-import structlog
 import trio
 
 from swarmpull.config import SwarmConfig
@@ -31,14 +29,15 @@ from .peers import (
     Finder,
     Node,
     ScriptedPeer,
-    assert_no_descriptor_leaked,
     fetch,
     honestly,
     make_content,
-    open_descriptors,
+    reasons,
     running_node,
     until,
 )
+
+pytestmark = pytest.mark.usefixtures("descriptors")
 
 KIB = 1024
 # Beyond the burst 200 KiB at 50 KiB/s: 4 s, several times any patience.
@@ -70,23 +69,6 @@ def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peer_link, "PROGRESS_EVERY", 0.1)
     monkeypatch.setattr(peer_link, "PROGRESS_BYTES", 4 * KIB)
     monkeypatch.setattr(peer_link, "CHUNK_TIMEOUT", STALLED_AFTER)
-
-
-@pytest.fixture(autouse=True)
-def descriptors() -> Iterator[None]:
-    before = open_descriptors()
-    yield
-    assert_no_descriptor_leaked(before)
-
-
-@pytest.fixture
-def logs() -> Iterator[list[dict]]:
-    with structlog.testing.capture_logs() as entries:
-        yield entries
-
-
-def reasons(logs: list[dict]) -> list[str]:
-    return [entry["reason"] for entry in logs if entry["event"] == "peer_connection_ended"]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import attrs
@@ -42,7 +41,6 @@ from .peers import (
     Finder,
     Node,
     ScriptedPeer,
-    assert_no_descriptor_leaked,
     fetch,
     honestly,
     make_content,
@@ -51,6 +49,8 @@ from .peers import (
     swarm_host_over,
     until,
 )
+
+pytestmark = pytest.mark.usefixtures("descriptors")
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +62,6 @@ def content() -> Content:
 @pytest.fixture(scope="module")
 def small() -> Content:
     return make_content(1000, seed=1)
-
-
-@pytest.fixture(autouse=True)
-def descriptors() -> Iterator[None]:
-    before = open_descriptors()
-    yield
-    assert_no_descriptor_leaked(before)
 
 
 async def read_all(node: Node, download, size: int = 1 << 20) -> bytes:
