@@ -289,12 +289,18 @@ class _Owner:
     def expects(self, connection: int, index: int) -> bool:
         return self.scheduler.expects(connection, index)
 
+    def may_send_now(self, connection: int) -> bool:
+        return self.rates.upload.is_unlimited and self.uplink.has_turn(connection)
+
     async def may_send(self, connection: int, size: int) -> int:
         await self.uplink.turn(connection)
         return await self.rates.upload.take_some(size)
 
     def chunk_sent(self, connection: int, size: int) -> None:
         self.uplink.sent(connection, size)
+
+    def may_receive_now(self) -> bool:
+        return self.rates.download.is_unlimited
 
     async def may_receive(self, size: int) -> int:
         return await self.rates.download.take_some(size)

@@ -68,11 +68,19 @@ class LinkOwner(Protocol):
 
     def expects(self, connection: int, index: int) -> bool: ...
 
+    def may_send_now(self, connection: int) -> bool:
+        """Whether a chunk of any length may go out on this connection without waiting."""
+        ...
+
     async def may_send(self, connection: int, size: int) -> int:
         """Return when bytes of a piece may go out on this connection, and how many of ``size``."""
         ...
 
     def chunk_sent(self, connection: int, size: int) -> None: ...
+
+    def may_receive_now(self) -> bool:
+        """Whether a chunk of any length may be taken without waiting."""
+        ...
 
     async def may_receive(self, size: int) -> int: ...
 
@@ -235,7 +243,7 @@ class PeerLink:
             if self._outbox:
                 batch = [self._outbox.popleft() for _ in range(min(len(self._outbox), BATCH_MAX))]
                 await self._stream.send(*batch)
-            elif self._outgoing is not None and self._chunk_paid:
+            elif self._outgoing is not None and self._chunk_is_paid(self._outgoing):
                 await self._send_chunk(self._outgoing)
             else:
                 if self._outgoing is not None:
@@ -243,13 +251,24 @@ class PeerLink:
                 self._work = trio.Event()
                 await self._work.wait()
 
+    def _chunk_is_paid(self, piece: _Outgoing) -> bool:
+        """Whether the next chunk may leave; without a wait it costs no turn of the event loop."""
+        if not self._chunk_paid:
+            if not self._owner.may_send_now(self.number):
+                return False
+            self._chunk_paid = self._next_chunk(piece)
+        return True
+
+    def _next_chunk(self, piece: _Outgoing) -> int:
+        return min(self._chunk_bytes, piece.size - piece.sent)
+
     async def _pace(self) -> None:
         """Wait for the host's rate, chunk by chunk, while messages go on being written."""
         while True:
             self._chunk_due = trio.Event()
             await self._chunk_due.wait()
             if self._outgoing is not None and not self._chunk_paid:
-                length = min(self._chunk_bytes, self._outgoing.size - self._outgoing.sent)
+                length = self._next_chunk(self._outgoing)
                 self._chunk_paid = await self._owner.may_send(self.number, length)
                 self._work.set()
 
@@ -312,7 +331,7 @@ class PeerLink:
         left = chunk.length
         while left:
             portion = left
-            if piece.buffer is not None:
+            if piece.buffer is not None and not self._owner.may_receive_now():
                 portion = await self._owner.may_receive(left)
             await self._take(piece, portion)
             left -= portion

@@ -86,15 +86,19 @@ class Uplink:
                 self._measure(_Chunk(now, size))
         self._wake()
 
+    def has_turn(self, connection: int) -> bool:
+        """Whether the next chunk of this connection's piece may be sent whatever the others do."""
+        return connection not in self._sending or connection == next(iter(self._sending))
+
     async def turn(self, connection: int) -> None:
         """Return when the next chunk of this connection's piece may be sent."""
         await trio.lowlevel.checkpoint()
-        if self._is_first(connection):
+        if self.has_turn(connection):
             return
         came_at = trio.current_time()
         self._waiting.add(connection)
         try:
-            while not self._is_first(connection):
+            while not self.has_turn(connection):
                 deadline = self._may_send_at(came_at)
                 if connection != self._first_waiting():
                     deadline = math.inf
@@ -107,9 +111,6 @@ class Uplink:
         finally:
             self._waiting.remove(connection)
             self._wake()
-
-    def _is_first(self, connection: int) -> bool:
-        return connection not in self._sending or connection == next(iter(self._sending))
 
     def _first_waiting(self) -> int:
         """Whoever of those that wait began first."""

@@ -25,8 +25,17 @@ __all__ = ["CHUNK_BYTES_MAX", "PeerStream"]
 
 # What is read beyond a header is payload that has to be copied, so headers are read in small bites.
 READ_AHEAD_BYTES: Final = 4096
-# Unsent bytes in the kernel: a message waits behind no more than this, 0.4 ms at 300 MB/s.
-NOTSENT_BYTES_MAX: Final = 128 * 1024
+# Unsent bytes in the kernel, behind which a message has to wait: what the connection carries in so many
+# seconds, between these bounds.  Fewer would leave a fast connection idle until this process is awake again.
+NOTSENT_SECONDS: Final = 0.002
+NOTSENT_BYTES_MIN: Final = 32 * 1024
+NOTSENT_BYTES_MAX: Final = 512 * 1024
+# Payload is read when so many seconds' worth of it is there, so many bytes at the most: on a link of 25 MB/s
+# segments arrive a few KiB at a time, and each turn of the event loop would take one.  What stops to come
+# is read after the patience, in seconds.
+GATHER_SECONDS: Final = 0.004
+GATHER_BYTES_MAX: Final = 256 * 1024
+GATHER_PATIENCE: Final = 0.02
 LEAVE_TIMEOUT: Final = 1.0
 # Disk reads of streams without sendfile, and of pages that sendfile would have to wait for.
 _disk_limiter = trio.CapacityLimiter(4)
@@ -57,7 +66,8 @@ class PeerStream:
         self._socket = stream.socket if type(stream) is trio.SocketStream else None
         if isinstance(stream, trio.SocketStream):
             stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-            stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_BYTES_MAX)
+            stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_BYTES_MIN)
+        self._notsent = NOTSENT_BYTES_MIN
         self._send_lock = trio.Lock()
         self._send_broken = False
         self._receive_broken = False
@@ -65,6 +75,14 @@ class PeerStream:
         self._buffer = bytearray()
         # Of the chunk that `receive` returned last, not yet taken.
         self._payload_left = 0
+        # How long that chunk is and when it began to arrive; how many bytes of the next one are worth a turn
+        # of the event loop, and what the kernel was told of it.
+        self._chunk_length = 0
+        self._chunk_began = 0.0
+        self._gather = 1
+        self._low_water = 1
+        # Whether the last read took all that had arrived.
+        self._drained = True
 
     # --- sending ---------------------------------------------------------------------------
 
@@ -101,9 +119,11 @@ class PeerStream:
             await _read_in_thread(file, chunk.length, offset)
         async with self._send_lock:
             await self._begin_frame()
+            began = trio.current_time()
             await self._send_header(self._socket, header)
             await self._send_file(self._socket, chunk, file, offset, on_sent)
             self._send_broken = False
+            self._fit_notsent(self._socket, chunk.length, trio.current_time() - began)
 
     async def _begin_frame(self) -> None:
         if self._send_broken:
@@ -120,6 +140,19 @@ class PeerStream:
             await self._begin_frame()
             await self._stream.send_all(header + payload)
             self._send_broken = False
+
+    def _fit_notsent(self, sock: trio.socket.SocketType, length: int, seconds: float) -> None:
+        """Let as much wait in the kernel as the connection carries in `NOTSENT_SECONDS`."""
+        worth = length * NOTSENT_SECONDS / max(seconds, 1e-6)
+        # Powers of two, and not back and forth between two of them: each change is a system call.
+        if NOTSENT_BYTES_MIN < self._notsent and worth < self._notsent / 3:
+            self._notsent //= 2
+        elif self._notsent < NOTSENT_BYTES_MAX and worth > self._notsent * 1.5:
+            self._notsent *= 2
+        else:
+            return
+        with contextlib.suppress(OSError):  # the next use of a lost connection says so
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, self._notsent)
 
     async def _send_header(self, sock: trio.socket.SocketType, header: bytes) -> None:
         # MSG_MORE: the header leaves together with the first payload bytes.
@@ -140,10 +173,8 @@ class PeerStream:
     ) -> None:
         left = chunk.length
         while left:
-            if sock.fileno() < 0:
-                raise trio.ClosedResourceError("this stream was closed meanwhile")
             try:
-                sent = os.sendfile(sock.fileno(), file, offset, left)
+                sent = os.sendfile(_open_fileno(sock), file, offset, left)
             except BlockingIOError:
                 await trio.lowlevel.wait_writable(sock)
                 continue
@@ -268,7 +299,8 @@ class PeerStream:
         await self._read_ahead(end)
         chunk = peer.unpack_chunk_head(body_length, self._buffer[HEADER_BYTES:end])
         del self._buffer[:end]
-        self._payload_left = chunk.length
+        self._payload_left = self._chunk_length = chunk.length
+        self._chunk_began = trio.current_time()
         return chunk
 
     async def _read_ahead(self, size: int, *, between_messages: bool = False) -> None:
@@ -277,7 +309,12 @@ class PeerStream:
             await trio.lowlevel.checkpoint()
             return
         while len(self._buffer) < size:
-            data = await self._stream.receive_some(max(READ_AHEAD_BYTES, size - len(self._buffer)))
+            if self._socket is not None:
+                # A message may be shorter than what the chunk before it was gathered by.
+                self._set_low_water(self._socket, 1)
+            room = max(READ_AHEAD_BYTES, size - len(self._buffer))
+            data = await self._stream.receive_some(room)
+            self._drained = len(data) < room
             if not data:
                 if between_messages and not self._buffer:
                     raise trio.EndOfChannel
@@ -295,6 +332,8 @@ class PeerStream:
             if count == 0:
                 raise ProtocolError("the connection ended inside a PIECE")
         self._payload_left -= count
+        if not self._payload_left:
+            self._fit_gather()
         return count
 
     async def _receive_some_into(self, view: memoryview) -> int:
@@ -302,10 +341,49 @@ class PeerStream:
             data = await self._stream.receive_some(len(view))
             view[: len(data)] = data
             return len(data)
-        try:
-            return await self._socket.recv_into(view)
-        except OSError as error:
-            raise _lost(error) from error
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while True:
+            if self._drained:
+                await self._wait_for_payload(self._socket, len(view))
+            try:
+                return self._read_payload(_open_fileno(self._socket), view)
+            except BlockingIOError:
+                self._drained = True
+            except OSError as error:
+                raise _lost(error) from error
+
+    def _read_payload(self, descriptor: int, view: memoryview) -> int:
+        """Read into ``view``, and the header that follows the chunk into the buffer of headers."""
+        ahead = bytearray(READ_AHEAD_BYTES if len(view) == self._payload_left else 0)
+        count = os.readv(descriptor, [view, ahead])
+        self._drained = count < len(view) + len(ahead)
+        if count > len(view):
+            self._buffer += ahead[: count - len(view)]
+        return min(count, len(view))
+
+    async def _wait_for_payload(self, sock: trio.socket.SocketType, wanted: int) -> None:
+        """Return when payload is worth reading: enough of it, or no more of it for a while."""
+        self._set_low_water(sock, min(wanted, self._gather))
+        if self._low_water > 1:
+            with trio.move_on_after(GATHER_PATIENCE):
+                await trio.lowlevel.wait_readable(sock)
+                return
+            self._set_low_water(sock, 1)
+        await trio.lowlevel.wait_readable(sock)
+
+    def _set_low_water(self, sock: trio.socket.SocketType, size: int) -> None:
+        """Have the kernel tell of no fewer bytes than these, unless the connection ends."""
+        _open_fileno(sock)
+        if size != self._low_water:
+            with contextlib.suppress(OSError):  # the next read of a lost connection says so
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
+            self._low_water = size
+
+    def _fit_gather(self) -> None:
+        """After a chunk: what arrives in `GATHER_SECONDS` at the rate at which it came."""
+        seconds = max(trio.current_time() - self._chunk_began, 1e-6)
+        worth = int(self._chunk_length / seconds * GATHER_SECONDS)
+        self._gather = max(1, min(worth, GATHER_BYTES_MAX))
 
 
 def _must_wait_for_disk(file: int, offset: int, length: int) -> bool:
@@ -327,6 +405,14 @@ async def _read_in_thread(file: int, size: int, offset: int) -> bytes:
         return await trio.to_thread.run_sync(os.pread, file, size, offset, limiter=_disk_limiter)
     except OSError as error:
         raise StoreUnavailable("for pieces", str(error)) from error
+
+
+def _open_fileno(sock: trio.socket.SocketType) -> int:
+    """The descriptor; another task may have closed the socket meanwhile."""
+    descriptor = sock.fileno()
+    if descriptor < 0:
+        raise trio.ClosedResourceError("this stream was closed meanwhile")
+    return descriptor
 
 
 def _truncated(chunk: PieceChunk) -> StoreUnavailable:

@@ -14,7 +14,7 @@ from swarmpull.swarm.messages import Bye, ByeReason, Cancel, Claim, Have, Hello,
 from swarmpull.swarm.peers import PeerKind
 from swarmpull.wire import peer
 from swarmpull.wire.frames import pack_frame, pack_header
-from swarmpull.wire.streams import CHUNK_BYTES_MAX, NOTSENT_BYTES_MAX, PeerStream
+from swarmpull.wire.streams import CHUNK_BYTES_MAX, NOTSENT_BYTES_MAX, NOTSENT_BYTES_MIN, PeerStream
 
 MIB = 1 << 20
 HELLO = Hello(Digest.of(b"x"), "a/b", "0" * 32, PeerKind.AGENT, 7100, 3, b"\x05")
@@ -464,11 +464,99 @@ async def test_a_reset_connection_is_a_broken_resource(tcp_pair, blob):
         await forever(lambda: left.send_chunk(PieceChunk(0, 0, 1000), blob[1], 0))
 
 
-async def test_small_messages_are_not_held_back_behind_megabytes(tcp_pair):
-    left, _ = tcp_pair
-    option = left._stream.getsockopt
-    assert option(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-    assert option(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT) == NOTSENT_BYTES_MAX
+async def test_small_messages_are_not_held_back_behind_megabytes(tcp_pair, blob):
+    left, right = tcp_pair
+
+    def unsent_max() -> int:
+        return left._stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT)
+
+    assert left._stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    assert unsent_max() == NOTSENT_BYTES_MIN
+    # No more than fits into the buffers of the two sockets, so that it is taken at once.
+    for length, seconds in ((30_000, 1e-6), (30_000, 1e-6), (30_000, 1e-6), (30_000, 1.0)):
+        before = unsent_max()
+        left._fit_notsent(left._socket, length, seconds)
+        assert unsent_max() == (before * 2 if seconds < 1 else before // 2)
+    for _ in range(10):
+        left._fit_notsent(left._socket, CHUNK_BYTES_MAX, 1e-6)
+    assert unsent_max() == NOTSENT_BYTES_MAX
+    await left.send_chunk(PieceChunk(0, 0, 1000), blob[1], 0)
+    assert (await receive_chunk(right))[1] == blob[0][:1000]
+
+
+async def receive_at_speed(left: PeerStream, right: PeerStream, content: bytes) -> None:
+    """Make ``right`` think that it has a fast connection: a chunk that was all there at once."""
+    await left._stream.send_all(peer.pack_chunk_header(PieceChunk(0, 0, 20_000)) + content[:20_000])
+    await receive_chunk(right)
+    assert right._gather > 1000
+
+
+def low_water(stream: PeerStream) -> int:
+    return stream._stream.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT)
+
+
+async def test_payload_of_a_fast_connection_is_gathered_and_messages_are_not(tcp_pair, blob):
+    left, right = tcp_pair
+    content, _ = blob
+    await receive_at_speed(left, right, content)
+    await left._stream.send_all(peer.pack_chunk_header(PieceChunk(0, 0, 20_000)) + content[:100])
+    await right.receive()
+    payload = bytearray(20_000)
+    filled = await right.receive_some_into(memoryview(payload))
+    async with trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def trickle():
+            for start in range(100, 20_000, 100):
+                await left._stream.send_all(content[start : start + 100])
+            await left.send(Have(1))
+
+        reads = 0
+        while filled < len(payload):
+            filled += await right.receive_some_into(memoryview(payload)[filled:])
+            reads += 1
+    assert payload == content[:20_000]
+    assert reads < 20  # of 199 that a read for each arrival would be
+    assert await right.receive() == Have(1)
+    # Nothing that is shorter than what was gathered waits for more.
+    await left.send(Have(2))
+    assert await right.receive() == Have(2)
+    assert low_water(right) == 1
+
+
+async def test_what_stops_to_come_is_read_all_the_same(tcp_pair, blob):
+    left, right = tcp_pair
+    content, _ = blob
+    await receive_at_speed(left, right, content)
+    await left._stream.send_all(peer.pack_chunk_header(PieceChunk(0, 0, 20_000)) + content[:100])
+    await right.receive()
+    payload = bytearray(20_000)
+    filled = await right.receive_some_into(memoryview(payload))
+    async with trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def take_some():
+            nonlocal filled
+            filled += await right.receive_some_into(memoryview(payload)[filled:])
+
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert low_water(right) > 1
+        await left._stream.send_all(content[100:150])
+    assert filled == 150
+    await left._stream.send_all(content[150:20_000])
+    await right.receive_into(memoryview(payload)[150:])
+    assert payload == content[:20_000]
+
+
+async def test_the_end_of_a_connection_is_noticed_while_payload_is_gathered(tcp_pair, blob):
+    left, right = tcp_pair
+    content, _ = blob
+    await receive_at_speed(left, right, content)
+    await left._stream.send_all(peer.pack_chunk_header(PieceChunk(0, 0, 20_000)) + content[:100])
+    await right.receive()
+    await left._stream.send_eof()
+    with pytest.raises(ProtocolError, match="inside a PIECE"):
+        await right.receive_into(memoryview(bytearray(20_000)))
 
 
 async def test_pages_that_are_not_in_memory_are_read_in_a_thread(tcp_pair, blob, monkeypatch):
