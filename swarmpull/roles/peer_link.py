@@ -252,9 +252,10 @@ class PeerLink:
                 await self._work.wait()
 
     def _chunk_is_paid(self, piece: _Outgoing) -> bool:
-        """Whether the next chunk may leave; without a wait it costs no turn of the event loop."""
+        """Whether the next chunk may leave; one that need not wait costs no turn of the event loop."""
         if not self._chunk_paid:
-            if not self._owner.may_send_now(self.number):
+            # Nor while `_pace` waits for it: it would be paid for twice.
+            if self._chunk_due.is_set() or not self._owner.may_send_now(self.number):
                 return False
             self._chunk_paid = self._next_chunk(piece)
         return True

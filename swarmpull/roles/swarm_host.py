@@ -466,26 +466,36 @@ class SwarmHost:
         self._something_ended.set()
 
     async def _store_piece(self, download: Download, piece: ArrivedPiece) -> None:
+        """Verify and store a piece, tell the core, and give the buffer back."""
+        size = download.metainfo.piece_size(piece.index)
+        data = memoryview(piece.buffer)[:size]
+        try:
+            if await self._verify_and_store(download, piece, data):
+                # Others have heard of it: what is left is for the digest of the whole blob.
+                await download.partial.hash_stored(piece.index, data)
+        finally:
+            self._buffers.release(piece.buffer)
+
+    async def _verify_and_store(
+        self, download: Download, piece: ArrivedPiece, data: memoryview
+    ) -> bool:
         digest, index = piece.digest, piece.index
-        size = download.metainfo.piece_size(index)
         failure: SwarmpullError | None = None
         stored = False
         try:
-            stored = await download.partial.store_piece(index, memoryview(piece.buffer)[:size])
+            stored = await download.partial.store_piece(index, data)
         except (StoreFull, StoreUnavailable) as error:
             failure = error
         except ValueError:
             if self._downloads.get(digest) is download:
                 raise
-        finally:
-            self._buffers.release(piece.buffer)
         if self._downloads.get(digest) is not download:
-            return  # it was given up meanwhile; another download of the blob may be under way
+            return False  # it was given up meanwhile; another download of the blob may be under way
         if failure is not None:
             self._fail(digest, failure)
             self.dispatch(ev.TorrentRemoved(digest))
         elif stored:
-            self._count_received(piece.sender.kind, size)
+            self._count_received(piece.sender.kind, len(data))
             download.progress()
             self.dispatch(ev.PieceStored(piece.connection, digest, index))
         else:
@@ -493,6 +503,7 @@ class SwarmHost:
             sender = format_address(piece.sender.host, piece.sender.port)
             log.warning("piece_rejected", digest=str(digest), piece=index, peer=sender)
             self.dispatch(ev.PieceRejected(piece.connection, digest, index))
+        return stored
 
     def _count_received(self, kind: PeerKind, size: int) -> None:
         self.metrics.pieces_received.labels(kind.value).inc()

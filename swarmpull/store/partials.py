@@ -258,6 +258,18 @@ class PartialBlob:
             self._grown.set()
         return stored
 
+    async def hash_stored(self, index: int, data: Data) -> None:
+        """Hash a stored piece for the digest of the blob while it is in memory, if it is the next one.
+
+        Spares a second reading.  Pieces that came before their turn are read from the disk.  ``data`` must
+        not change until this returns.
+        """
+        if self._hashing.locked():
+            return
+        async with self._hashing:
+            if self._hasher.offset == self.metainfo.piece_offset(index):
+                await self._disk.run(self._hasher.update, data, ahead=True)
+
     async def verify(self) -> None:
         """Check the complete partial against its digest; `commit` then only makes it durable.
 

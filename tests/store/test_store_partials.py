@@ -399,6 +399,27 @@ async def test_the_prefix_is_hashed_while_pieces_arrive(store, blob, monkeypatch
         await partial.commit()
 
 
+async def test_a_piece_in_its_turn_is_hashed_from_memory(store, blob, monkeypatch) -> None:
+    def advance(*args):
+        pytest.fail("what was in memory is read from the disk")
+
+    monkeypatch.setattr(FileHasher, "advance", advance)
+    async with await store.open_partial(blob.metainfo) as partial:
+        for index in range(3):
+            await partial.store_piece(index, blob.piece(index))
+            await partial.hash_stored(index, blob.piece(index))
+            assert partial._hasher.offset == min((index + 1) * PIECE, len(blob.data))
+        await partial.commit()
+
+
+async def test_a_piece_out_of_turn_is_not_hashed_from_memory(store, blob) -> None:
+    async with await store.open_partial(blob.metainfo) as partial:
+        for index in (1, 0, 2):
+            await partial.store_piece(index, blob.piece(index))
+            await partial.hash_stored(index, blob.piece(index))
+        await partial.commit()  # which would find another digest
+
+
 async def test_a_gap_is_never_hashed_over(store, blob) -> None:
     async with await store.open_partial(blob.metainfo) as partial:
         await partial.store_piece(0, blob.piece(0))
