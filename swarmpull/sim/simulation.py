@@ -274,6 +274,19 @@ class Simulation:
                 del self._watching[watch]
                 failed = ev.WatchEnded(watch.digest)
                 self._clock.at(self._clock.now + host.delay, self._dispatch, host, failed)
+        for agent in self._agents:
+            lost = [
+                self._blobs[index].digest for index in agent.pulls if self._is_of(number, index)
+            ]
+            if lost:
+                when = self._tracker_reached_at(agent) + agent.delay
+                self._clock.at(when, self._dispatch, agent, ev.TrackerLost(tuple(lost)))
+
+    def _is_of(self, tracker: int, blob: int) -> bool:
+        return blob % len(self._trackers) == tracker
+
+    def _tracker_reached_at(self, host: Host) -> float:
+        return host.cut_until if host.side else self._clock.now
 
     def _reaches_at(self, one: Host, other: Host) -> float:
         """From when on the two can reach each other."""
