@@ -190,6 +190,14 @@ class Scheduler:
         torrent = self._by_connection.get(connection)
         return torrent is not None and torrent.was_asked(connection, index)
 
+    def patience(self, connection: int, index: int) -> float:
+        """For how many seconds without a byte a piece may keep from others what it holds while it comes.
+
+        inf as long as its claim is not overdue.
+        """
+        torrent = self._by_connection.get(connection)
+        return 0.0 if torrent is None else torrent.patience(connection, index)
+
     def statistics(self) -> list[TorrentStatistics]:
         return [torrent.statistics() for torrent in self._torrents.values()]
 
