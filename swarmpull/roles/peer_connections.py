@@ -179,7 +179,9 @@ class PeerConnections:
                 if beyond > most:
                     most, silent = beyond, link
         if silent is not None:
-            silent.close(ByeReason.STALLED, "stopped inside a piece while others wait for its buffer")
+            silent.close(
+                ByeReason.STALLED, "stopped inside a piece while others wait for its buffer"
+            )
 
     # --- the beginning of a connection --------------------------------------------------------
 

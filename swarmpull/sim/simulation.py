@@ -579,6 +579,12 @@ class Simulation:
         if reaches_at > clock.now:
             clock.at(reaches_at, self._piece_arrived, connection, sender, receiver, index)
             return
+        if sender.fault is FaultKind.OVERLONG:
+            # The roles notice at the first chunk that goes beyond the piece, and say why they leave.
+            self._dispatch(receiver, ev.PeerDisconnected(connection.number))
+            when = self._arrival(connection, receiver, sender)
+            clock.at(when, self._disconnect, connection, receiver)
+            return
         kept = receiver.scheduler.expects(connection.number, index)
         self._dispatch(receiver, ev.PieceReceived(connection.number, index))
         if not kept:

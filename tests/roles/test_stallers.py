@@ -89,3 +89,37 @@ async def test_stallers_that_hold_all_buffers_have_to_give_them_to_one_who_deliv
     stalled = [bye for peer in stallers for bye in peer.goodbyes if bye.reason is ByeReason.STALLED]
     assert any("buffer" in bye.text for bye in stalled)
     assert honest.goodbyes == [] or honest.goodbyes[-1].reason is not ByeReason.STALLED
+
+
+async def test_peers_that_go_on_slowly_keep_their_buffers_however_many_wait(
+    tmp_path: Path, content: Content
+) -> None:
+    """Two hold both buffers, and a third waits until one of them is done."""
+    config = SwarmConfig(inbound_pieces=1)
+    slow = [ScriptedPeer(content, trickle, number=n) for n in (1, 2)]
+    third = ScriptedPeer(content, honestly, number=3)
+    async with (
+        trio.open_nursery() as nursery,
+        running_node(tmp_path / "leecher", config=config) as node,
+    ):
+        finder = Finder(content.metainfo, tuple([await nursery.start(p.serve) for p in slow]))
+        download = await node.host.download(content.digest, "", finder.find)
+        await until(lambda: node.buffered == 2 * PIECE_LENGTH_MIN)
+        node.host.dispatch(ev.PeersFound(content.digest, (await nursery.start(third.serve),)))
+        await download.wait()
+        assert await node.stored(content)
+        nursery.cancel_scope.cancel()
+
+    goodbyes = [bye for peer in slow for bye in peer.goodbyes]
+    assert not [bye for bye in goodbyes if bye.reason is ByeReason.STALLED]
+
+
+async def trickle(peer: ScriptedPeer, stream: PeerStream) -> None:
+    """The first piece takes several times as long as silence is allowed; the others come as they can."""
+    index = await peer.hear_claim(stream)
+    piece = peer.content.piece(index)
+    part = PIECE_LENGTH_MIN // 32
+    for start in range(0, len(piece), part):
+        await peer.send_bytes(stream, index, piece[start : start + part], offset=start)
+        await trio.sleep(0.1)
+    await peer.honest(stream)
