@@ -169,7 +169,7 @@ class PeerConnections:
             link.close(reason, text)
 
     def _end_the_most_silent(self) -> None:
-        """Somebody waits for a buffer: take it from the piece that is silent for longest beyond its patience."""
+        """Take a buffer, which somebody waits for, from the piece silent for longest beyond its patience."""
         most, silent = 0.0, None
         for link in self._links.values():
             held = link.silence()

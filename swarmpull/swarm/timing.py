@@ -52,7 +52,7 @@ class PathTiming:
         return True
 
     def pieces(self) -> int:
-        """So many claims are only on their way, or their pieces, in addition to those at work; 0 if unknown."""
+        """So many claims, or their pieces, are only on their way; 0 as long as nothing is known."""
         return 0 if self._round_trip is None else round(self._round_trip * self._rate)
 
 
