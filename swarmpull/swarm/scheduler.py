@@ -410,6 +410,12 @@ class Scheduler:
         for contact in torrent.connections.dials(torrent.missing_count + 1, now):
             self._outbox.actions.append(act.Dial(torrent.digest, contact))
 
+    def _ask_origins_if_starved(self, torrent: Torrent, now: float) -> None:
+        """Whoever is full of peers that have nothing, as it is itself, must not stay so."""
+        if torrent.is_starved(now) and not self._draining:
+            for contact in torrent.connections.dials_to_origins(now):
+                self._outbox.actions.append(act.Dial(torrent.digest, contact))
+
     def _dial_failed(self, event: ev.DialFailed, now: float) -> None:
         torrent = self._torrents.get(event.digest)
         if torrent is None:
@@ -688,6 +694,7 @@ class Scheduler:
         self._close_useless(torrent, now)
         self._announce_if_due(torrent, now)
         self._recover(torrent, now)
+        self._ask_origins_if_starved(torrent, now)
         self._watch_if_short(torrent)
 
     def _fail_if_stalled(self, torrent: Torrent, now: float) -> bool:

@@ -23,6 +23,9 @@ from swarmpull.swarm.timing import PieceTiming
 
 # A link that lost a packet, or shares its path with others, may be silent for about so many seconds.
 SILENCE_MIN: Final = 1.0
+# Hosts that know only each other do not get on by themselves: so many seconds without a piece, or bytes of
+# one, and without anybody who has one, tell that.
+STARVED_AFTER: Final = 3.0
 
 
 @attrs.define
@@ -242,6 +245,12 @@ class Torrent:
     def is_only_leecher(self) -> bool:
         """Whether every peer that we know has everything.  O(peers)."""
         return all(peer.have == self.full for peer in self.peers.values())
+
+    def is_starved(self, now: float) -> bool:
+        """Whether for some time no peer has had anything for us.  O(peers)."""
+        if self.is_complete or self.claimed or now - self.progress_at < STARVED_AFTER:
+            return False
+        return not any(self.free_pieces(peer) for peer in self.peers.values())
 
     @property
     def piece_scale(self) -> float:

@@ -9,6 +9,8 @@ from swarmpull.sim.simulation import Simulation, SimulationOptions
 from swarmpull.sim.workload import Host
 from swarmpull.swarm import bitfield
 from swarmpull.swarm import events as ev
+from swarmpull.swarm.scheduler import Scheduler
+from swarmpull.swarm.torrent import STARVED_AFTER
 
 pytestmark = pytest.mark.sim
 
@@ -89,3 +91,20 @@ def test_a_swarm_that_lacks_nobody_does_not_wait() -> None:
     options = attrs.evolve(OPTIONS, hosts=100, origins=5, arrival=0.1, check_every=0)
 
     assert Simulation(options).run().watches < 10
+
+
+def test_hosts_that_know_only_each_other_get_out_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those who arrive after the death of the tracker, and nobody tells the others of it."""
+    monkeypatch.setattr(Scheduler, "_tracker_lost", lambda *_: None)
+    island = SimulationOptions(
+        hosts=400,
+        origins=5,
+        size=64 << 22,
+        layers=2,
+        faults="slow=5%x10,killed=2%,origin-killed=1,tracker-killed=1",
+        seed=2,
+    )
+    result = Simulation(island).run()
+
+    assert result.completed == result.expected
+    assert STARVED_AFTER < result.times[-1] < STARVED_AFTER + 2.0, "and not after half a minute"
