@@ -417,7 +417,10 @@ class SwarmConfig:
     inbound_pieces: int = attrs.field(
         default=4,
         validator=_at_least_one,
-        metadata=_meaning("Pieces claimed and not yet received, over all torrents."),
+        metadata=_meaning(
+            "Pieces claimed and not yet received, over all torrents; "
+            "up to twice as many where a round trip takes longer than a piece."
+        ),
     )
     upload_rate: Rate = attrs.field(
         default=UNLIMITED,

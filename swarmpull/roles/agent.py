@@ -225,6 +225,7 @@ async def run_agent(
             ) as host,
             trio.open_nursery() as nursery,
         ):
+            cluster.tracker.on_lost = host.tracker_lost
             await nursery.start(cluster.run)
             nursery.start_soon(store.janitor.run)
             nursery.start_soon(seed_cache, store, host)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Final
+
 import trio
+
+# How often those who hold buffers are looked at while somebody waits for one, in seconds.
+RECLAIM_EVERY: Final = 0.25
 
 
 class PieceBuffers:
@@ -11,9 +17,14 @@ class PieceBuffers:
     At the limit a connection waits before it reads on, and TCP makes its peer wait; those who wait are
     served in order.  One piece always gets through, however large.  Buffers are used again: a fresh one
     costs a page fault for every 4 KiB.
+
+    Attributes:
+        reclaim: is called now and then while somebody waits: whoever holds a buffer without need may be made
+            to give it back.
     """
 
     def __init__(self, budget: int) -> None:
+        self.reclaim: Callable[[], None] | None = None
         self._budget = budget
         self._taken = 0
         self._free: list[bytearray] = []
@@ -31,7 +42,10 @@ class PieceBuffers:
         async with self._turn:
             while self._taken and self._taken + size > self._budget:
                 self._released = trio.Event()
-                await self._released.wait()
+                if self.reclaim is not None:
+                    self.reclaim()
+                with trio.move_on_after(RECLAIM_EVERY):
+                    await self._released.wait()
             self._taken += size
             buffer = self._reuse(size) or bytearray(size)
             self._trim()

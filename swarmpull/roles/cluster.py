@@ -7,6 +7,7 @@ passed over, and remembered as failing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final, TypeVar
 
 import attrs
@@ -18,7 +19,7 @@ from swarmpull.digest import Digest
 from swarmpull.errors import RpcUnavailable, SwarmpullError
 from swarmpull.ring.membership import Membership
 from swarmpull.swarm.metainfo import Metainfo
-from swarmpull.swarm.peers import PeerContact
+from swarmpull.swarm.peers import AnnounceState, PeerContact
 from swarmpull.wire import api
 from swarmpull.wire.api import (
     AnnounceReply,
@@ -47,6 +48,8 @@ WRITE_TIMEOUT: Final = 60.0
 METAINFO_TIMEOUT: Final = 600.0
 # An origin answers when the blob is on its disk and in the backend.
 ADOPT_TIMEOUT: Final = 3600.0
+# Blobs of which a host remembers where it announced them, some 200 bytes each; as many as a tracker keeps.
+ANNOUNCED_MAX: Final = 100_000
 
 
 class RingClient:
@@ -59,6 +62,10 @@ class RingClient:
         self._pool = pool
         self.members = members
         self.name = name or members.name
+
+    def when_lost(self, tell: Callable[[str], None]) -> None:
+        """Call ``tell(address)`` whenever a member that we are connected to went away; see `RpcPool`."""
+        self._pool.when_lost(tell)
 
     async def call(
         self, key: str, method: Method[Req, Rep], request: Req, *, timeout: float
@@ -124,10 +131,24 @@ class RingClient:
 
 
 class TrackerClient:
-    """Announces to the trackers, and waits there for peers."""
+    """Announces to the trackers, and waits there for peers.
+
+    Attributes:
+        on_lost: is told of the blobs whose tracker went away: its successor knows nobody.
+    """
 
     def __init__(self, ring: RingClient) -> None:
+        self.on_lost: Callable[[tuple[Digest, ...]], None] | None = None
         self._ring = ring
+        # Who answered the last announce of each blob, the latest at the end.
+        self._announced: dict[Digest, str] = {}
+        ring.when_lost(self._lost)
+
+    def _lost(self, address: str) -> None:
+        digests = tuple(digest for digest, there in self._announced.items() if there == address)
+        if digests and self.on_lost is not None:
+            log.info("tracker_lost", tracker=address, blobs=len(digests))
+            self.on_lost(digests)
 
     async def announce(
         self, request: AnnounceRequest, *, timeout: float | None = None
@@ -144,7 +165,20 @@ class TrackerClient:
         """
         if timeout is None:
             timeout = METAINFO_TIMEOUT if request.want_metainfo else LOOKUP_TIMEOUT
-        return await self._ring.call(str(request.digest), api.ANNOUNCE, request, timeout=timeout)
+        if request.state is AnnounceState.STOPPED:
+            self._announced.pop(request.digest, None)
+        address, reply = await self._ring.call_member(
+            str(request.digest), api.ANNOUNCE, request, timeout=timeout
+        )
+        if request.state is not AnnounceState.STOPPED:
+            self._remember(request.digest, address)
+        return reply
+
+    def _remember(self, digest: Digest, address: str) -> None:
+        self._announced.pop(digest, None)
+        self._announced[digest] = address
+        if len(self._announced) > ANNOUNCED_MAX:
+            del self._announced[next(iter(self._announced))]
 
     async def watch(self, request: WatchRequest) -> WatchReply:
         """Wait for peers to appear; without any the tracker answers when ``request.seconds`` are over.

@@ -109,6 +109,7 @@ class PeerConnections:
         self._uplink = Uplink()
         self._links: dict[int, PeerLink] = {}
         self._numbers = count(1)
+        buffers.reclaim = self._end_the_most_silent
 
     def __len__(self) -> int:
         """Connections that have come as far as the other side's Hello, and are not closed yet."""
@@ -166,6 +167,21 @@ class PeerConnections:
         link = self._links.get(connection)
         if link is not None:
             link.close(reason, text)
+
+    def _end_the_most_silent(self) -> None:
+        """Take a buffer, which somebody waits for, from the piece silent for longest beyond its patience."""
+        most, silent = 0.0, None
+        for link in self._links.values():
+            held = link.silence()
+            if held is not None and link.bye is None:
+                index, seconds = held
+                beyond = seconds - self._scheduler.patience(link.number, index)
+                if beyond > most:
+                    most, silent = beyond, link
+        if silent is not None:
+            silent.close(
+                ByeReason.STALLED, "stopped inside a piece while others wait for its buffer"
+            )
 
     # --- the beginning of a connection --------------------------------------------------------
 

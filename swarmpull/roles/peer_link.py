@@ -6,6 +6,7 @@ the smaller the slower the link is.  A piece that takes longer than moments is r
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from functools import partial
@@ -133,12 +134,16 @@ class _Outgoing:
 
 @attrs.define
 class _Incoming:
-    """A piece being received; without a buffer its bytes are thrown away."""
+    """A piece being received; without a buffer its bytes are thrown away.
+
+    ``moved_at``: when bytes of it last came, or it began; inf while it is our own rate that it waits for.
+    """
 
     index: int
     size: int
     buffer: bytearray | None
     progress: _Progress
+    moved_at: float
     filled: int = 0
 
 
@@ -201,6 +206,13 @@ class PeerLink:
         if self._bye is None:
             self._bye = Bye(reason, text)
             self._scope.cancel()
+
+    def silence(self) -> tuple[int, float] | None:
+        """The piece that holds a buffer here, and for how many seconds no byte of it has come; else None."""
+        piece = self._incoming
+        if piece is None or piece.buffer is None:
+            return None
+        return piece.index, trio.current_time() - piece.moved_at
 
     # --- the life of the connection -----------------------------------------------------------
 
@@ -333,7 +345,9 @@ class PeerLink:
         while left:
             portion = left
             if piece.buffer is not None and not self._owner.may_receive_now():
+                piece.moved_at = math.inf
                 portion = await self._owner.may_receive(left)
+                piece.moved_at = trio.current_time()
             await self._take(piece, portion)
             left -= portion
         if piece.filled == piece.size:
@@ -353,7 +367,7 @@ class PeerLink:
                 if piece.buffer is not None:
                     view = view[count:]
                 piece.filled += count
-                now = trio.current_time()
+                now = piece.moved_at = trio.current_time()
                 if piece.progress.is_due(piece.filled, now):
                     scope.deadline = now + CHUNK_TIMEOUT
                     self._owner.piece_progress(self.number, piece.index)
@@ -368,4 +382,5 @@ class PeerLink:
         buffer = None
         if self._owner.expects(self.number, chunk.index):
             buffer = await self._owner.acquire_buffer(size)
-        return _Incoming(chunk.index, size, buffer, _Progress.of_new_piece())
+        progress = _Progress.of_new_piece()
+        return _Incoming(chunk.index, size, buffer, progress, trio.current_time())

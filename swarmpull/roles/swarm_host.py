@@ -137,6 +137,10 @@ class SwarmHost:
         self._fail(digest, DownloadFailed(str(digest), "the blob was deleted here"))
         self.dispatch(ev.TorrentRemoved(digest))
 
+    def tracker_lost(self, digests: tuple[Digest, ...]) -> None:
+        """The tracker of these blobs went away: announce them to its successor soon."""
+        self.dispatch(ev.TrackerLost(digests))
+
     def downloading(self, digest: Digest) -> Download | None:
         """The download of a blob that is under way, if any."""
         return self._downloads.get(digest)

@@ -1,7 +1,7 @@
 """The tracker: knows in memory who takes part in which swarm, and brings peers together.
 
 It keeps nothing on disk.  After a restart, or when another tracker takes over a blob, the table fills
-again from the next announces, within a minute.
+again from the announces of the hosts that lost the other one, or from their next, within a minute.
 """
 
 from __future__ import annotations

@@ -34,6 +34,8 @@ class FaultKind(enum.Enum):
     """Every piece that it sends has wrong bytes."""
     STALLING = "stalling"
     """It sends half of every piece and nothing more."""
+    OVERLONG = "overlong"
+    """It sends more bytes than its pieces have; who receives them ends the connection."""
     GREEDY = "greedy"
     """It claims pieces that it was not offered."""
     CHATTY = "chatty"
@@ -45,7 +47,13 @@ class FaultKind(enum.Enum):
 
 
 LIARS: Final = frozenset(
-    {FaultKind.CORRUPT, FaultKind.STALLING, FaultKind.GREEDY, FaultKind.CHATTY}
+    {
+        FaultKind.CORRUPT,
+        FaultKind.STALLING,
+        FaultKind.OVERLONG,
+        FaultKind.GREEDY,
+        FaultKind.CHATTY,
+    }
 )
 DYING: Final = frozenset({FaultKind.KILLED, FaultKind.VANISHED})
 _WITH_FACTOR: Final = frozenset({FaultKind.SLOW, FaultKind.DELAYED})

@@ -274,6 +274,19 @@ class Simulation:
                 del self._watching[watch]
                 failed = ev.WatchEnded(watch.digest)
                 self._clock.at(self._clock.now + host.delay, self._dispatch, host, failed)
+        for agent in self._agents:
+            lost = [
+                self._blobs[index].digest for index in agent.pulls if self._is_of(number, index)
+            ]
+            if lost:
+                when = self._tracker_reached_at(agent) + agent.delay
+                self._clock.at(when, self._dispatch, agent, ev.TrackerLost(tuple(lost)))
+
+    def _is_of(self, tracker: int, blob: int) -> bool:
+        return blob % len(self._trackers) == tracker
+
+    def _tracker_reached_at(self, host: Host) -> float:
+        return host.cut_until if host.side else self._clock.now
 
     def _reaches_at(self, one: Host, other: Host) -> float:
         """From when on the two can reach each other."""
@@ -565,6 +578,12 @@ class Simulation:
         reaches_at = self._reaches_at(sender, receiver)
         if reaches_at > clock.now:
             clock.at(reaches_at, self._piece_arrived, connection, sender, receiver, index)
+            return
+        if sender.fault is FaultKind.OVERLONG:
+            # The roles notice at the first chunk that goes beyond the piece, and say why they leave.
+            self._dispatch(receiver, ev.PeerDisconnected(connection.number))
+            when = self._arrival(connection, receiver, sender)
+            clock.at(when, self._disconnect, connection, receiver)
             return
         kept = receiver.scheduler.expects(connection.number, index)
         self._dispatch(receiver, ev.PieceReceived(connection.number, index))

@@ -361,7 +361,8 @@ class PartialBlob:
         with self._data.use() as descriptor:
             async with self._hashing:
                 stop = min(stop, self._hasher.offset + STEP_BYTES)
-                await self._disk.run(self._hasher.advance, descriptor, stop, ahead=ahead)
+                if self._hasher.offset < stop:  # it may have been hashed from memory meanwhile
+                    await self._disk.run(self._hasher.advance, descriptor, stop, ahead=ahead)
 
     async def _verify_whole(self) -> None:
         while self._hasher.offset < self.metainfo.length:

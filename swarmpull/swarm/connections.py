@@ -11,7 +11,7 @@ from typing import Final
 
 import attrs
 
-from swarmpull.swarm.peers import PeerContact
+from swarmpull.swarm.peers import PeerContact, PeerKind
 
 # A handout has 50 peers; a few handouts are remembered, the oldest contacts go first.
 KNOWN_PEERS_MAX: Final = 200
@@ -128,7 +128,19 @@ class ConnectionTable:
             return []
         candidates = [c for peer_id, c in self._known.items() if self._may_dial(peer_id, now)]
         candidates.sort(key=lambda c: self._tried_at.get(c.peer_id, float("-inf")))
-        chosen = candidates[:places]
+        return self._reserve(candidates[:places], now)
+
+    def dials_to_origins(self, now: float) -> list[PeerContact]:
+        """Reserve places for dials of origins, however many connections there are, up to ``per_torrent``."""
+        free = self._limits.per_torrent - self.active_count - self.pending_count
+        origins = [
+            contact
+            for peer_id, contact in self._known.items()
+            if contact.kind is PeerKind.ORIGIN and self._may_dial(peer_id, now)
+        ]
+        return self._reserve(origins[: max(min(free, self._host.free), 0)], now)
+
+    def _reserve(self, chosen: list[PeerContact], now: float) -> list[PeerContact]:
         for contact in chosen:
             self._pending[contact.peer_id] = now + DIAL_TIMEOUT
         self._host.taken += len(chosen)

@@ -79,6 +79,13 @@ class AnnounceFailed:
 
 
 @attrs.frozen
+class TrackerLost:
+    """The tracker that answered the last announce of these torrents is gone, and what it knew with it."""
+
+    digests: tuple[Digest, ...]
+
+
+@attrs.frozen
 class WatchEnded:
     """A watch has brought peers, or its time is up, or it failed.
 
@@ -223,6 +230,7 @@ Event = (
     | PeersFound
     | AnnounceReplied
     | AnnounceFailed
+    | TrackerLost
     | WatchEnded
     | PeerConnected
     | DialFailed

@@ -18,6 +18,9 @@ waits for the last of them.
 
 Leecher. At most ``inbound`` claims are outstanding over all torrents (each torrent may always have one),
 and a few wants for each claim that there is still room for. A want ends with the offer that answers it.
+On long paths claims and pieces are on their way for longer than a piece takes to come in: as many more
+claims as pieces come in a round trip are outstanding there, up to twice ``inbound``. The round trip is what
+peers take to answer our offers, which they do at once.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ import attrs
 from swarmpull.swarm import bitfield
 from swarmpull.swarm.exchange import Outbox, Uplink
 from swarmpull.swarm.messages import Cancel, Claim, Message, Offer, Pass, Want
-from swarmpull.swarm.timing import PieceTiming
+from swarmpull.swarm.timing import PathTiming, PieceTiming
 from swarmpull.swarm.torrent import Inbound, Peer, Torrent
 
 # Wants for each claim that there is room for: as many uplinks may answer first as make it likely that one
@@ -64,7 +67,7 @@ class OfferLimits:
         slots: pieces being sent at once.  One at full rate is passed on sooner than two at half of it; a
             seeder whose uplink is faster than its peers' downlinks needs as many as fill it.
         ahead_min, ahead_max: bounds of the promises that run ahead of the uplink.
-        inbound: claims outstanding.
+        inbound: claims outstanding; up to twice as many on long paths.
         send_timeout: seconds after which a piece of which no more bytes leave marks its receiver as stalled.
     """
 
@@ -144,9 +147,12 @@ class OfferExchange:
         self._stuck = 0
         self._pace = PieceTiming()
         self._ungiven: dict[Torrent, int] = {}
-        # As a leecher: wants that count, and the connections on which none is open.
+        # As a leecher: wants that count, and the connections on which none is open; how many claims may be
+        # outstanding, which follows the bandwidth-delay product.
         self._wants = 0
         self._quiet: dict[int, _Line] = {}
+        self._inbound_max = limits.inbound
+        self._path = PathTiming()
         self._handlers: dict[type, Callable[[_Line, Any, float], None]] = {
             Want: self._want_received,
             Offer: self._offer_received,
@@ -203,6 +209,10 @@ class OfferExchange:
         if torrent.full == torrent.have | torrent.verifying:
             for other in torrent.peers:
                 self._stop_counting(self._lines[other])
+        # What has only one piece may be tiny, and says nothing of how fast pieces come.
+        if torrent.piece_count > 1 and self._path.arrived(now):
+            inbound = self._limits.inbound
+            self._inbound_max = inbound + min(self._path.pieces(), inbound)
         self._inbound.find_overdue(now)
         self._consider_all(now)
 
@@ -253,6 +263,7 @@ class OfferExchange:
 
     def check_invariants(self) -> None:
         limits = self._limits
+        assert limits.inbound <= self._inbound_max <= 2 * limits.inbound
         assert self._slots_taken() <= limits.slots
         assert self._stuck == sum(sending.stuck for sending in self._sending.values())
         assert self._waiting == sum(map(len, self._queues.values()))
@@ -292,6 +303,7 @@ class OfferExchange:
 
     def _claim_received(self, line: _Line, claim: Claim, now: float) -> None:
         index = claim.index
+        self._answered(line, now)
         offered = line.offered_until is not None
         # Late or not, it answers: on a slow link an offer waits behind the bytes of a piece.
         line.lapses = 0
@@ -417,6 +429,11 @@ class OfferExchange:
         if ungiven:
             self._ungiven[torrent] = ungiven & ~pieces
 
+    def _answered(self, line: _Line, now: float) -> None:
+        """An offer is answered at once: that took the round trip."""
+        if line.offered_until is not None:
+            self._path.answered(now - (line.offered_until - OFFER_TIMEOUT))
+
     def _end_offer(self, line: _Line, *, claimed: int) -> None:
         """The offer is answered; a suggestion that was not taken is open again."""
         line.offered_until = None
@@ -459,6 +476,7 @@ class OfferExchange:
 
     def _pass_received(self, line: _Line, refusal: Pass, now: float) -> None:
         if refusal.index < 0:
+            self._answered(line, now)
             line.lapses = 0
             self._take_back_offer(line)
             self._proceed(now)
@@ -467,7 +485,7 @@ class OfferExchange:
         self._consider_all(now)
 
     def _has_room(self, torrent: Torrent) -> bool:
-        return self._inbound.claims < self._limits.inbound or not torrent.claimed
+        return self._inbound.claims < self._inbound_max or not torrent.claimed
 
     def _choose(self, line: _Line, suggested: int) -> int | None:
         free = line.torrent.free_pieces(line.peer)
@@ -510,7 +528,7 @@ class OfferExchange:
         if not lines:
             return
         start = int(self._rng.random() * len(lines))
-        wants_max = WANTS_FOR_ROOM * (self._limits.inbound - self._inbound.claims)
+        wants_max = WANTS_FOR_ROOM * (self._inbound_max - self._inbound.claims)
         for line in lines[start:] + lines[:start]:
             torrent = line.torrent
             if (
@@ -523,7 +541,7 @@ class OfferExchange:
 
     def _may_want(self, torrent: Torrent) -> bool:
         """Whether there is room for one more want; a torrent with no claim at all may always want."""
-        room = self._limits.inbound - self._inbound.claims
+        room = self._inbound_max - self._inbound.claims
         return not torrent.claimed or self._wants < WANTS_FOR_ROOM * room
 
     def _end_want(self, line: _Line) -> None:

@@ -74,6 +74,14 @@ SEEDING_TICK: Final = 1.0
 # so that a host with thousands does not arrive at the tracker as a burst.
 REANNOUNCE_SPACING: Final = 0.02
 REANNOUNCE_SPREAD_MAX: Final = 60.0
+# When a tracker is gone all its hosts announce to the successor.  Within so many seconds those who download,
+# and sooner those who have too few connections: the first 50 make a full handout for whoever arrives.
+LOST_LEECHING_SPREAD: Final = 1.0
+LOST_SHORT_SPREAD: Final = 0.25
+# Completed blobs over so many seconds for each of them, which comes to the usual interval for some hundreds:
+# a tracker that is restarted must not get much more than it is used to.
+LOST_SEEDING_SPACING: Final = 0.1
+LOST_SEEDING_SPREAD_MIN: Final = 5.0
 
 
 @attrs.frozen(kw_only=True)
@@ -124,6 +132,7 @@ class Scheduler:
             ev.PeersFound: self._peers_found,
             ev.AnnounceReplied: self._announce_replied,
             ev.AnnounceFailed: self._announce_failed,
+            ev.TrackerLost: self._tracker_lost,
             ev.WatchEnded: self._watch_ended,
             ev.PeerConnected: self._peer_connected,
             ev.DialFailed: self._dial_failed,
@@ -180,6 +189,14 @@ class Scheduler:
         """Whether we ever asked that peer for that piece: one that we did not ask for is an offence."""
         torrent = self._by_connection.get(connection)
         return torrent is not None and torrent.was_asked(connection, index)
+
+    def patience(self, connection: int, index: int) -> float:
+        """For how many seconds without a byte a piece may keep from others what it holds while it comes.
+
+        inf as long as its claim is not overdue.
+        """
+        torrent = self._by_connection.get(connection)
+        return 0.0 if torrent is None else torrent.patience(connection, index)
 
     def statistics(self) -> list[TorrentStatistics]:
         return [torrent.statistics() for torrent in self._torrents.values()]
@@ -326,6 +343,29 @@ class Scheduler:
         clock.due_at = now + pause * self._rng.uniform(0.5, 1.0)
         self._reschedule(torrent)
 
+    def _tracker_lost(self, event: ev.TrackerLost, now: float) -> None:
+        """Announce to the successor, which knows nobody, sooner than was due.
+
+        Those who download come first: whoever arrives meanwhile depends on them.
+        """
+        for digest in event.digests:
+            torrent = self._torrents.get(digest)
+            if torrent is None or digest not in self._announcing:
+                continue
+            clock = torrent.announce
+            clock.position = None
+            if clock.outstanding is None:
+                within = self._rng.uniform(0.0, self._lost_spread(torrent))
+                clock.due_at = min(clock.due_at, now + within)
+                self._reschedule(torrent)
+
+    def _lost_spread(self, torrent: Torrent) -> float:
+        if torrent.is_complete:
+            spread = len(self._torrents) * LOST_SEEDING_SPACING
+            return min(max(spread, LOST_SEEDING_SPREAD_MIN), REANNOUNCE_SPREAD_MAX)
+        is_short = torrent.connections.is_short(torrent.missing_count)
+        return LOST_SHORT_SPREAD if is_short else LOST_LEECHING_SPREAD
+
     def _watch_if_short(self, torrent: Torrent) -> None:
         """Wait for peers to appear while there are fewer connections than the missing pieces can use.
 
@@ -369,6 +409,12 @@ class Scheduler:
             return
         for contact in torrent.connections.dials(torrent.missing_count + 1, now):
             self._outbox.actions.append(act.Dial(torrent.digest, contact))
+
+    def _ask_origins_if_starved(self, torrent: Torrent, now: float) -> None:
+        """Whoever is full of peers that have nothing, as it is itself, must not stay so."""
+        if torrent.is_starved(now) and not self._draining:
+            for contact in torrent.connections.dials_to_origins(now):
+                self._outbox.actions.append(act.Dial(torrent.digest, contact))
 
     def _dial_failed(self, event: ev.DialFailed, now: float) -> None:
         torrent = self._torrents.get(event.digest)
@@ -648,6 +694,7 @@ class Scheduler:
         self._close_useless(torrent, now)
         self._announce_if_due(torrent, now)
         self._recover(torrent, now)
+        self._ask_origins_if_starved(torrent, now)
         self._watch_if_short(torrent)
 
     def _fail_if_stalled(self, torrent: Torrent, now: float) -> bool:

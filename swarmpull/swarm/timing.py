@@ -19,6 +19,43 @@ TIMEOUT_MAX: Final = 60.0
 PROGRESS_TIMEOUT_MIN: Final = 10.0
 
 
+# Arrivals are counted over so many seconds at the least: long enough for a score of pieces on a fast link.
+ARRIVALS_WINDOW: Final = 0.25
+
+
+class PathTiming:
+    """How many pieces come in the time of a round trip: the bandwidth-delay product of a host's paths."""
+
+    __slots__ = ("_arrived", "_rate", "_round_trip", "_since")
+
+    def __init__(self) -> None:
+        self._round_trip: float | None = None
+        self._rate = 0.0
+        self._since = float("-inf")
+        self._arrived = 0
+
+    def answered(self, seconds: float) -> None:
+        """A peer answered at once, and that many seconds later the answer was here."""
+        if self._round_trip is None:
+            self._round_trip = seconds
+        else:
+            self._round_trip += MEAN_GAIN * (seconds - self._round_trip)
+
+    def arrived(self, now: float) -> bool:
+        """A piece has come; whether that made a new estimate."""
+        self._arrived += 1
+        elapsed = now - self._since
+        if elapsed < ARRIVALS_WINDOW:
+            return False
+        self._rate = self._arrived / elapsed
+        self._since, self._arrived = now, 0
+        return True
+
+    def pieces(self) -> int:
+        """So many claims, or their pieces, are only on their way; 0 as long as nothing is known."""
+        return 0 if self._round_trip is None else round(self._round_trip * self._rate)
+
+
 class PieceTiming:
     """Mean and deviation of the time from a claim to its piece, in seconds."""
 

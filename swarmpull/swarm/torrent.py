@@ -9,6 +9,7 @@ them together.  Everything here is O(1) or O(peers), except where a docstring sa
 from __future__ import annotations
 
 import random
+from typing import Final
 
 import attrs
 
@@ -19,6 +20,12 @@ from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN, Metainfo
 from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
 from swarmpull.swarm.picker import Availability, Picker, PickerLimits
 from swarmpull.swarm.timing import PieceTiming
+
+# A link that lost a packet, or shares its path with others, may be silent for about so many seconds.
+SILENCE_MIN: Final = 1.0
+# Hosts that know only each other do not get on by themselves: so many seconds without a piece, or bytes of
+# one, and without anybody who has one, tell that.
+STARVED_AFTER: Final = 3.0
 
 
 @attrs.define
@@ -239,6 +246,12 @@ class Torrent:
         """Whether every peer that we know has everything.  O(peers)."""
         return all(peer.have == self.full for peer in self.peers.values())
 
+    def is_starved(self, now: float) -> bool:
+        """Whether for some time no peer has had anything for us.  O(peers)."""
+        if self.is_complete or self.claimed or now - self.progress_at < STARVED_AFTER:
+            return False
+        return not any(self.free_pieces(peer) for peer in self.peers.values())
+
     @property
     def piece_scale(self) -> float:
         """How many pieces of the smallest length one of these makes."""
@@ -373,6 +386,20 @@ class Torrent:
         """Whether we ever asked this peer for this piece and have not received it since."""
         peer = self.peers.get(connection)
         return peer is not None and (index in peer.claims or index in peer.cancelled)
+
+    def patience(self, connection: int, index: int) -> float:
+        """Seconds of silence that a piece on its way is allowed while others wait for its room.
+
+        What has been taken back, or is overdue, gets the time of a whole piece: that of its peer if that one
+        has given any, however slow, else that of this host.
+        """
+        peer = self.peers[connection]
+        record = peer.claims.get(index)
+        if record is not None and not record.overdue:
+            return float("inf")
+        if peer.gave:
+            return peer.timing.timeout()
+        return max(self._inbound.timing.usual(), SILENCE_MIN) * self.piece_scale
 
     def received(self, peer: Peer, index: int, now: float) -> bool:
         """All bytes of a piece are here; whether it is to be verified.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 import attrs
@@ -25,6 +25,7 @@ from swarmpull.wire.rpc_messages import (
     Rep,
     Req,
     RpcBye,
+    RpcByeReason,
     RpcCancel,
     RpcError,
     RpcHello,
@@ -59,6 +60,20 @@ class RpcPool:
         self._nursery = nursery
         self._limits = limits
         self._connections: dict[str, _Connection] = {}
+        self._on_loss: list[Callable[[str], None]] = []
+
+    def when_lost(self, tell: Callable[[str], None]) -> None:
+        """Call ``tell(address)`` whenever the role at the other end of a connection went away.
+
+        At once, also when it says that it drains; not when this side closes a connection, or the other one
+        because nothing was asked for long.  ``tell`` must not block.
+        """
+        self._on_loss.append(tell)
+
+    def lost(self, address: str) -> None:
+        """A connection says that the other side went away."""
+        for tell in self._on_loss:
+            tell(address)
 
     async def call(
         self, address: str, method: Method[Req, Rep], request: Req, *, timeout: float
@@ -229,6 +244,8 @@ class _Connection:
                     await self._converse()
                 except* CONNECTION_ERRORS as group:
                     self.reason = reason_of(group)
+                if self.usable and not self._retired:
+                    self._pool.lost(self.address)
         finally:
             self._pool.forget(self)
             self.usable = False
@@ -290,6 +307,8 @@ class _Connection:
         self.reason = f"the other side ended the connection: {bye.reason.name.lower()} {bye.text}"
         self._retired = True
         self._pool.forget(self)
+        if bye.reason is not RpcByeReason.IDLE:
+            self._pool.lost(self.address)
         if not self._calls:
             self._scope.cancel()
 

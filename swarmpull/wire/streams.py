@@ -145,7 +145,7 @@ class PeerStream:
         """Let as much wait in the kernel as the connection carries in `NOTSENT_SECONDS`."""
         worth = length * NOTSENT_SECONDS / max(seconds, 1e-6)
         # Powers of two, and not back and forth between two of them: each change is a system call.
-        if NOTSENT_BYTES_MIN < self._notsent and worth < self._notsent / 3:
+        if self._notsent > NOTSENT_BYTES_MIN and worth < self._notsent / 3:
             self._notsent //= 2
         elif self._notsent < NOTSENT_BYTES_MAX and worth > self._notsent * 1.5:
             self._notsent *= 2

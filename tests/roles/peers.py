@@ -227,14 +227,15 @@ class ScriptedPeer:
         return attrs.evolve(hello, **changes)
 
     async def serve(
-        self, *, task_status: trio.TaskStatus[PeerContact] = trio.TASK_STATUS_IGNORED
+        self,
+        host: str = "127.0.0.1",
+        *,
+        task_status: trio.TaskStatus[PeerContact] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         async with trio.open_nursery() as nursery:
-            listeners = await nursery.start(
-                partial(trio.serve_tcp, self._accept, 0, host="127.0.0.1")
-            )
+            listeners = await nursery.start(partial(trio.serve_tcp, self._accept, 0, host=host))
             port = listeners[0].socket.getsockname()[1]
-            self.contact = attrs.evolve(self.contact, port=port)
+            self.contact = attrs.evolve(self.contact, host=host, port=port)
             task_status.started(self.contact)
 
     async def _accept(self, stream: trio.SocketStream) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import trio
 import trio.testing
 
-from swarmpull.roles.buffers import PieceBuffers
+from swarmpull.roles.buffers import RECLAIM_EVERY, PieceBuffers
 
 
 async def test_a_released_buffer_is_used_again() -> None:
@@ -95,3 +96,26 @@ async def test_memory_of_buffers_in_use_and_free_stays_within_the_budget() -> No
 
         assert buffers.taken == 0
         assert sum(map(len, buffers._free)) <= 100
+
+
+async def test_those_who_hold_buffers_are_asked_for_them_only_while_somebody_waits(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    buffers = PieceBuffers(100)
+    held = [await buffers.acquire(50) for _ in range(2)]
+    asked_at: list[float] = []
+
+    def reclaim() -> None:
+        asked_at.append(trio.current_time())
+        if len(asked_at) == 3:
+            buffers.release(held.pop())
+
+    buffers.reclaim = reclaim
+    began = trio.current_time()
+    await buffers.acquire(50)
+
+    pauses = [at - began for at in asked_at]
+    assert pauses == pytest.approx([0.0, RECLAIM_EVERY, 2 * RECLAIM_EVERY])
+    assert trio.current_time() == asked_at[-1], "what comes back is used at once"
+    await trio.sleep(10)
+    assert len(asked_at) == 3

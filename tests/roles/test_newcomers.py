@@ -12,13 +12,15 @@ import pytest
 import trio
 
 from swarmpull.config import Address, ClusterConfig, Config, ListenerConfig, TrackerConfig
+from swarmpull.digest import Digest
 from swarmpull.errors import RpcFailed, RpcUnavailable, SwarmpullError
 from swarmpull.roles import swarm_host
+from swarmpull.roles.addresses import RoleAddresses
 from swarmpull.roles.cluster import Cluster, TrackerClient
 from swarmpull.roles.tracker import run_tracker
 from swarmpull.swarm import events as ev
 from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN
-from swarmpull.swarm.peers import PeerContact
+from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
 from swarmpull.wire import api
 from swarmpull.wire.api import AnnounceReply, AnnounceRequest, WatchReply, WatchRequest
 from swarmpull.wire.rpc import RpcContext, RpcService, open_rpc_pool, serve_rpc
@@ -179,11 +181,19 @@ async def cluster_of(*trackers: str) -> AsyncIterator[Cluster]:
 
 
 @asynccontextmanager
-async def running_tracker(drain: trio.Event | None = None) -> AsyncIterator[str]:
+async def running_tracker(
+    drain: trio.Event | None = None, life: trio.CancelScope | None = None
+) -> AsyncIterator[str]:
+    """A tracker that drains when ``drain`` is set, and dies when ``life`` is cancelled."""
     settings = TrackerConfig(rpc=LOOPBACK, admin=LOOPBACK)
+    scope = trio.CancelScope() if life is None else life
+
+    async def run(*, task_status: trio.TaskStatus[RoleAddresses]) -> None:
+        with scope:
+            event = trio.Event() if drain is None else drain
+            await run_tracker(Config(), settings, drain=event, task_status=task_status)
+
     async with trio.open_nursery() as nursery:
-        drain = trio.Event() if drain is None else drain
-        run = partial(run_tracker, Config(), settings, drain=drain)
         addresses = await nursery.start(run)
         yield addresses.listeners["rpc"]
         nursery.cancel_scope.cancel()
@@ -229,6 +239,48 @@ async def test_a_download_outlives_the_drain_of_the_tracker_at_which_it_waits(
         await seeder.seed(content)
         leecher.host.dispatch(ev.PeersFound(content.digest, (seeder.contact,)))
         await download.wait()
+
+
+@pytest.mark.parametrize("end", ["dies", "drains"])
+async def test_hosts_whose_tracker_goes_away_announce_to_its_successor_at_once(
+    tmp_path: Path, end: str
+) -> None:
+    """The next announce of either is due after ten minutes."""
+    drain, life = trio.Event(), trio.CancelScope()
+    async with (
+        running_tracker() as second,
+        running_tracker(drain, life) as first,
+        cluster_of(first, second) as cluster,
+        running_node(tmp_path / "node", announce=cluster.tracker.announce) as node,
+    ):
+        cluster.tracker.on_lost = node.host.tracker_lost
+        contents = [make_content(10, seed=n) for n in range(20)]
+        for each in contents:
+            await node.host.download(each.digest, "", finder(cluster.tracker, each))
+        told = cluster.tracker._announced
+        at_first = {digest for digest, tracker in told.items() if tracker == first}
+        assert 0 < len(at_first) < len(contents)
+
+        if end == "drains":
+            drain.set()
+        else:
+            life.cancel()
+        with trio.fail_after(10):
+            await until(lambda: set(told.values()) == {second})
+        assert {each.digest for each in contents} == set(told)
+
+
+async def test_what_is_no_longer_announced_is_forgotten(content: Content) -> None:
+    async with running_tracker() as address, cluster_of(address) as cluster:
+        peer = PeerContact("a" * 32, "127.0.0.1", 7100, PeerKind.AGENT)
+        lost: list[tuple[Digest, ...]] = []
+        cluster.tracker.on_lost = lost.append
+        for state in (AnnounceState.LEECHING, AnnounceState.COMPLETE, AnnounceState.STOPPED):
+            await cluster.tracker.announce(AnnounceRequest(content.digest, "", peer, state))
+            cluster.tracker._lost(address)
+        cluster.tracker._lost("another:1")
+
+    assert lost == [(content.digest,), (content.digest,)]
 
 
 async def test_an_agent_of_today_gets_along_with_a_tracker_of_yesterday(

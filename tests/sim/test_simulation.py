@@ -64,6 +64,7 @@ def test_the_shares_of_the_uplinks_time_make_a_whole() -> None:
         "late=10%@2s",
         "corrupt=5%",
         "stalling=5%",
+        "overlong=10%",
         "greedy=5%",
         "chatty=5%",
         "delayed=10%x20",
@@ -86,6 +87,23 @@ def test_who_dies_or_lies_is_not_waited_for() -> None:
     assert result.expected == 30 - 3 - 2 - 4
     assert len(result.times) == result.expected - 1
     assert len(result.faulty_times) == 1
+
+
+def test_what_overlong_peers_send_is_never_stored_and_costs_them_their_connections() -> None:
+    honest, lied_to = simulate(), simulate(faults="overlong=5")
+
+    assert lied_to.dropped > honest.dropped
+    assert lied_to.pieces <= 30 * 16
+    assert lied_to.quantile(1.0) < 3 * honest.quantile(1.0)
+
+
+def test_a_long_round_trip_is_filled_with_claims(monkeypatch: pytest.MonkeyPatch) -> None:
+    far = {"rtt": 0.05, "size": 256 << 20, "check_every": 500}
+    growing = simulate(**far)
+    monkeypatch.setattr("swarmpull.swarm.timing.PathTiming.pieces", lambda _: 0)
+    constant = simulate(**far)
+
+    assert growing.quantile(0.5) < 0.9 * constant.quantile(0.5)
 
 
 def test_a_slow_host_takes_as_much_longer_as_its_link() -> None:

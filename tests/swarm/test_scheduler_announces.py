@@ -16,7 +16,11 @@ from swarmpull.swarm.pipeline import PipelineLimits
 from swarmpull.swarm.scheduler import (
     ANNOUNCE_RETRY_MAX,
     LEECHING_TICK,
+    LOST_LEECHING_SPREAD,
+    LOST_SEEDING_SPREAD_MIN,
+    LOST_SHORT_SPREAD,
     REANNOUNCE_SPACING,
+    REANNOUNCE_SPREAD_MAX,
     SEEDING_TICK,
     SwarmLimits,
 )
@@ -243,6 +247,83 @@ def test_the_end_of_a_watch_of_a_torrent_that_is_gone_means_nothing():
     play >> ev.TorrentRemoved(play.digest)
 
     assert play >> play.watched("b", 9) == []
+
+
+# --- a tracker that goes away -----------------------------------------------------------------
+
+
+def lost_after(play: Play) -> float:
+    """Seconds from the loss of the tracker to the announce to its successor."""
+    lost_at = play.now
+    play >> ev.TrackerLost((play.digest,))
+    while not any(isinstance(action, act.Announce) for action in play.wait()):
+        pass
+    return play.now - lost_at
+
+
+def test_a_leecher_whose_tracker_is_gone_announces_at_once_and_not_at_the_interval():
+    pauses = [lost_after(answered("abc", seed=seed)) for seed in range(100)]
+
+    assert max(pauses) <= LOST_LEECHING_SPREAD
+    assert min(pauses) < LOST_LEECHING_SPREAD / 10 < LOST_LEECHING_SPREAD / 2 < max(pauses)
+
+
+def test_a_leecher_that_is_short_of_peers_comes_before_the_others():
+    pauses = [lost_after(answered("a", seed=seed)) for seed in range(100)]
+
+    assert LOST_SHORT_SPREAD / 2 < max(pauses) <= LOST_SHORT_SPREAD
+
+
+def test_the_blobs_of_a_seeder_are_spread_wider_the_more_there_are():
+    for count, most in ((1, LOST_SEEDING_SPREAD_MIN), (10_000, REANNOUNCE_SPREAD_MAX)):
+        play = Play("##", limits=CLASSIC)
+        digests = []
+        for number in range(count):
+            metainfo = metainfo_of(1, f"blob {number}")
+            digests.append(metainfo.digest)
+            play.scheduler.handle(
+                ev.TorrentAdded(metainfo, "", 1, verified=True, announce=True), 100.0
+            )
+            clock = play.scheduler.torrent(metainfo.digest).announce
+            clock.due_at = 10_000.0
+        play.scheduler.handle(ev.TrackerLost(tuple(digests)), 100.0)
+        due = [play.scheduler.torrent(digest).announce.due_at - 100.0 for digest in digests]
+
+        assert 0.0 <= min(due) <= max(due) <= most
+        assert count == 1 or max(due) - min(due) > 0.9 * most
+
+
+def test_an_announce_that_is_out_or_due_sooner_is_left_alone_by_the_loss_of_a_tracker():
+    play = announcing()
+    play >> ev.TrackerLost((play.digest,))
+    assert play.wait_until(play.now + 5.0) == [], "the one that is out goes to the successor"
+
+    for seed in range(20):
+        assert lost_after(answered("abc", seed=seed, interval=0.1)) <= 0.1
+
+
+def test_nobody_watches_a_tracker_that_is_gone():
+    play = short("ab")
+    play >> ev.TrackerLost((play.digest,))
+
+    assert watches(play.wait_until(play.now + 5.0)) == []
+
+
+def test_the_loss_of_a_tracker_means_nothing_to_what_is_not_announced():
+    play = Play("....", limits=CLASSIC)
+    play >> play.added(announce=False)
+    play >> ev.TrackerLost((play.digest, metainfo_of(1, "gone").digest))
+
+    assert play.wait_until(play.now + 5.0) == []
+
+
+def answered(names: str, *, seed: int, interval: float = 600.0) -> Play:
+    """A leecher that would have three connections, after the answer to its first announce."""
+    play = Play("....", limits=LONG, seed=seed)
+    play >> play.added(announce=True)
+    play.wait()
+    play >> play.replied(names, interval)
+    return play
 
 
 # --- draining ---------------------------------------------------------------------------------

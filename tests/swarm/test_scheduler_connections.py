@@ -11,6 +11,7 @@ from swarmpull.swarm import actions as act
 from swarmpull.swarm import events as ev
 from swarmpull.swarm.connections import DIAL_TIMEOUT, ConnectionLimits
 from swarmpull.swarm.messages import Bye, ByeReason, Cancel, Claim, Have, Pass
+from swarmpull.swarm.peers import PeerKind
 from swarmpull.swarm.pipeline import PipelineLimits
 from swarmpull.swarm.scheduler import (
     EVICTABLE_AFTER,
@@ -19,9 +20,10 @@ from swarmpull.swarm.scheduler import (
     SEEDING_TICK,
     SwarmLimits,
 )
+from swarmpull.swarm.torrent import STARVED_AFTER
 from swarmpull.swarm.uploads import UploadLimits
 
-from .playbook import Play, cancel, claim, claims, close, have, is_due, metainfo_of
+from .playbook import Play, cancel, claim, claims, close, contact, have, is_due, metainfo_of
 
 
 def leecher(have: str = "....", **limits: float) -> Play:
@@ -395,3 +397,47 @@ def test_a_late_piece_report_blames_nobody_in_the_next_life_of_a_torrent():
     play >> play.connected(2, "a", "#.")
     assert play >> play.rejected(1, 0) == []
     assert cancel(2, 0) not in play >> ev.PieceLost(play.digest, 0)
+
+
+# --- hosts that know only each other --------------------------------------------------------------
+
+
+def full_of_leechers(have: str = "....") -> Play:
+    """A host that dials two, has two that dialled it, with pieces ``have``, and knows a busy origin."""
+    limits = SwarmLimits(connections=ConnectionLimits(dialled=2, per_torrent=3), stall_timeout=1e6)
+    play = Play("....", limits=limits)
+    play >> play.added()
+    origin = contact("0", PeerKind.ORIGIN)
+    assert play >> ev.PeersFound(play.digest, (origin,)) == [act.Dial(play.digest, origin)]
+    play >> ev.DialFailed(play.digest, origin.peer_id)
+    play >> play.connected(1, "a", have)
+    play >> play.connected(2, "b", have)
+    return play
+
+
+def dialled(actions: list[act.Action]) -> list[str]:
+    return [action.contact.peer_id[0] for action in actions if isinstance(action, act.Dial)]
+
+
+def test_a_host_full_of_peers_that_have_nothing_asks_the_origins_again():
+    play = full_of_leechers()
+    assert dialled(play.wait_until(100.0 + STARVED_AFTER - 0.01)) == []
+
+    assert dialled(play.wait_until(100.0 + STARVED_AFTER + LEECHING_TICK)) == ["0"]
+    play >> ev.DialFailed(play.digest, "0" * 32)
+    assert dialled(play.wait_until(play.now + 1.9)) == [], "it is backed off, for longer each time"
+    assert dialled(play.wait_until(play.now + 0.5)) == ["0"]
+
+
+def test_origins_are_not_asked_again_while_a_peer_has_something_or_there_is_no_place():
+    assert dialled(full_of_leechers("#...").wait_until(110.0)) == []
+
+    play = full_of_leechers()
+    play >> play.connected(3, "c", "....")
+    assert dialled(play.wait_until(110.0)) == []
+
+
+def test_a_host_that_drains_asks_no_origin():
+    play = full_of_leechers()
+    play >> ev.DrainStarted()
+    assert dialled(play.wait_until(110.0)) == []

@@ -34,6 +34,7 @@ from swarmpull.swarm.offers import (
 from swarmpull.swarm.picker import PickerLimits
 from swarmpull.swarm.scheduler import LEECHING_TICK, SEEDING_TICK, SwarmLimits
 from swarmpull.swarm.timing import PROGRESS_TIMEOUT_MIN, TIMEOUT_INITIAL, TIMEOUT_MIN
+from swarmpull.swarm.torrent import SILENCE_MIN
 
 from .playbook import (
     OWN,
@@ -202,6 +203,28 @@ def test_claims_of_all_torrents_together_stay_within_the_limit():
     claimed = [t.claimed for t in play.scheduler.statistics()]
     assert sum(claimed) <= 3 + 4
     assert min(claimed) == 1, "each torrent gets on"
+
+
+@pytest.mark.parametrize(
+    ("round_trip", "claimed"),
+    [(0.0, 2), (0.02, 2), (0.05, 3), (0.1, 4), (1.0, 4)],
+)
+def test_more_is_claimed_where_pieces_come_faster_than_answers(round_trip: float, claimed: int):
+    pieces = 60
+    play = host("#" + "." * (pieces - 1), inbound=2)
+    play >> play.connected(1, "0", "." * pieces)
+    for _ in range(20):
+        assert play >> play.says(1, Want()) == [offer(1)]
+        play.after(round_trip) >> play.says(1, Pass())
+    for connection in range(2, 8):
+        play >> play.connected(connection, f"{connection + 4:x}", "#" * pieces)
+    for count in range(20):  # twenty in a second
+        connection = 2 + count % 6
+        play.after(0.05)
+        proved(play, connection)
+    made = [claims_in_order(play >> play.says(2 + n % 6, Offer())) for n in range(12)]
+
+    assert sum(map(len, made)) == claimed
 
 
 def test_no_more_wants_are_out_than_the_room_is_worth():
@@ -1131,3 +1154,45 @@ def test_what_small_blobs_take_says_nothing_of_pieces_of_64_mib():
     actions = play.wait_until(play.now + 6.0)
     assert cancel(2, 0) not in actions
     assert play.scheduler.torrent(metainfo.digest).claimed != 0
+
+
+# --- what a piece may keep from others while it comes --------------------------------------------
+
+
+def test_a_piece_that_is_not_overdue_keeps_what_it_holds():
+    play = host("..")
+    play >> play.connected(1, "a", "##")
+    [index] = claims_in_order(play >> play.says(1, Offer()))
+
+    assert play.scheduler.patience(1, index) == float("inf")
+
+
+def test_silence_is_allowed_an_overdue_piece_for_as_long_as_pieces_usually_take():
+    play = host("....")
+    play >> play.connected(1, "a", "####")
+    [index] = claims_in_order(play >> play.says(1, Offer()))
+    play.wait_until(play.now + TIMEOUT_INITIAL + LEECHING_TICK)
+    assert play.scheduler.patience(1, index) == TIMEOUT_INITIAL
+
+    play >> play.connected(2, "b", "####")
+    proved(play, 2)
+    assert play.scheduler.patience(1, index) == SILENCE_MIN, "pieces come at once, but links hiccup"
+
+
+def test_silence_is_allowed_a_peer_that_has_given_pieces_for_as_long_as_those_took():
+    play = host("....")
+    play >> play.connected(1, "a", "####")
+    play >> play.connected(2, "b", "####")
+    [slow] = claims_in_order(play >> play.says(1, Offer()))
+    for _ in range(3):
+        play.after(1.0) >> ev.PieceProgress(1, slow)
+    play.piece(1, slow)
+    proved(play, 2)
+    [index] = claims_in_order(play >> play.says(1, Offer()))
+    play >> play.says(1, Pass(index))
+
+    assert play.scheduler.patience(1, index) > 3.0
+
+
+def test_nothing_is_allowed_a_connection_that_is_gone():
+    assert host("..").scheduler.patience(7, 0) == 0.0

@@ -4,7 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarmpull.swarm.timing import TIMEOUT_INITIAL, TIMEOUT_MAX, TIMEOUT_MIN, PieceTiming
+from swarmpull.swarm.timing import (
+    TIMEOUT_INITIAL,
+    TIMEOUT_MAX,
+    TIMEOUT_MIN,
+    PathTiming,
+    PieceTiming,
+)
 
 
 def timing_of(*samples: float) -> PieceTiming:
@@ -82,3 +88,44 @@ def test_a_short_piece_tells_nothing_of_what_others_take():
     timing.add(0.001, is_short=True)
     assert common.timeout() == TIMEOUT_INITIAL
     assert timing.timeout() == TIMEOUT_MIN
+
+
+# --- the path -----------------------------------------------------------------------------------
+
+
+def path_of(round_trip: float | None, rate: float, *, seconds: float = 3.0) -> PathTiming:
+    """A path on which answers take so long, after pieces have come at that rate."""
+    path = PathTiming()
+    if round_trip is not None:
+        path.answered(round_trip)
+    for count in range(int(seconds * rate)):
+        path.arrived(100.0 + count / rate)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("round_trip", "rate", "pieces"),
+    [(0.0005, 71.5, 0), (0.005, 71.5, 0), (0.05, 71.5, 4), (0.05, 7.0, 0), (1.0, 0.007, 0)],
+)
+def test_as_many_pieces_are_on_a_path_as_come_in_a_round_trip(round_trip, rate, pieces):
+    assert path_of(round_trip, rate, seconds=max(3.0, 3 / rate)).pieces() == pieces
+
+
+def test_nothing_is_on_a_path_of_which_nothing_is_known():
+    assert PathTiming().pieces() == 0
+    assert path_of(None, 100.0).pieces() == 0
+    assert path_of(1.0, 0.5).pieces() == 0, "the first piece tells nothing of the rate"
+
+
+def test_a_path_that_was_idle_is_measured_anew():
+    path = path_of(0.05, 100.0)
+    assert path.pieces() == 5
+    assert path.arrived(1000.0)
+    assert path.pieces() == 0
+
+
+def test_one_slow_answer_counts_little():
+    path = path_of(0.001, 100.0)
+    path.answered(0.05)
+    assert path.pieces() == 1
+    assert path_of(0.001, 100.0).pieces() == 0

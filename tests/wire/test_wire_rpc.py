@@ -500,6 +500,59 @@ async def test_a_server_that_is_killed_fails_the_calls_and_is_found_again_after_
             assert (await pool.call(address, api.STAT_BLOB, request, timeout=5)).length == 42
 
 
+async def test_the_death_of_a_server_is_told_at_once_though_nobody_calls_it():
+    request = api.BlobRequest(Digest.of(b"x"))
+    async with open_rpc_pool() as pool:
+        lost = []
+        pool.when_lost(lost.append)
+        with server_process() as (process, port):
+            address = f"127.0.0.1:{port}"
+            await pool.call(address, api.STAT_BLOB, request, timeout=5)
+            assert lost == []
+            process.kill()
+            with trio.fail_after(5):
+                while not lost:
+                    await trio.testing.wait_all_tasks_blocked(0.01)
+        with pytest.raises(RpcUnavailable, match="refused"):
+            await pool.call(address, api.STAT_BLOB, request, timeout=5)
+        assert lost == [address], "that nobody listens is no news"
+
+
+async def test_a_server_that_drains_is_told_of_once_and_before_it_has_ended(handlers):
+    drain = trio.Event()
+    lost = []
+    async with open_rpc_pool() as pool:
+        pool.when_lost(lost.append)
+        async with trio.open_nursery() as nursery:
+            serve = partial(serve_rpc, handlers.service(), "127.0.0.1", 0, drain=drain, grace=30)
+            host, port = await nursery.start(serve)
+            nursery.start_soon(call, pool, f"{host}:{port}", WAIT, "slow")
+            await handlers.until(lambda: handlers.waiting == ["slow"])
+            drain.set()
+            with trio.fail_after(5):
+                while not lost:
+                    await trio.testing.wait_all_tasks_blocked(0.01)
+            assert handlers.waiting == ["slow"]
+            handlers.release.set()
+        await trio.testing.wait_all_tasks_blocked(0.01)
+    assert lost == [f"{host}:{port}"]
+
+
+async def test_connections_that_nobody_uses_are_no_loss(handlers):
+    lost = []
+    async with serving(handlers, limits={"idle_timeout": 0.05}) as address, open_rpc_pool() as pool:
+        pool.when_lost(lost.append)
+        await call(pool, address)
+        with trio.fail_after(5):
+            while address in pool._connections:
+                await trio.testing.wait_all_tasks_blocked(0.01)
+        await call(pool, address)
+        pool._connections[address].close()
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        await call(pool, address)
+    assert lost == []
+
+
 async def test_a_server_that_hangs_costs_a_call_only_its_timeout():
     request = api.BlobRequest(Digest.of(b"x"))
     with server_process() as (process, port):
