@@ -50,7 +50,7 @@ from benchmarks.lab_swarm import (
     burst_of_swarmpull,
     predict,
 )
-from benchmarks.machine import machine
+from benchmarks.machine import machine, touch_memory
 from swarmpull.units import parse_duration, parse_size
 
 AGENTS_MAX: Final = 200
@@ -238,10 +238,12 @@ def measure(arguments: argparse.Namespace) -> tuple[SwarmReport | None, PairRepo
             rtt=arguments.rtt,
             read_all=arguments.read == "all",
         )
+        touch_memory(2 * arguments.agents * arguments.size)
         with scratch(arguments.directory) as directory:
             contenders = ["swarmpull", *others]
             swarm = swarm_experiment(options, contenders, arguments.rounds, directory)
     if arguments.only != "swarm":
+        touch_memory(4 * arguments.pair_size)
         with scratch(arguments.directory) as directory:
             contenders = ["nginx", "swarmpull", *others]
             pair = pair_experiment(arguments.pair_size, contenders, arguments.rounds, directory)

@@ -8,6 +8,7 @@ drains within ``drain_timeout``, the second cancels, the third exits without mor
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import signal
 import sys
@@ -141,6 +142,10 @@ class _Process:
                         addresses.append(await nursery.start(start))
                         _log.info("role started", role=stage.role, **addresses[-1].listeners)
                 self.started = True
+                # What is here now stays: the collector need not walk through it again and again, which takes
+                # tens of milliseconds in which no peer is answered.
+                gc.collect()
+                gc.freeze()
                 announce(addresses)
 
     async def handle_signals(
