@@ -198,6 +198,11 @@ class Cluster:
         values = dict(line.rsplit(" ", 1) for line in reply.text.splitlines() if line[0] != "#")
         return float(values[f"swarmpull_{name}"])
 
+    async def written_back(self, role: str = "origin") -> None:
+        """Wait until the backend has all that an origin has accepted."""
+        while await self.metric(role, "write_back_queue_blobs"):
+            await trio.sleep(0.01)
+
     async def status(self, role: str) -> dict[str, Any]:
         reply = await self.client.get(f"http://{self.roles[role].address('admin')}/status")
         return reply.json()
