@@ -86,15 +86,17 @@ def _received(document: Mapping[str, Any]) -> str:
 
 
 def _to_write(document: Mapping[str, Any]) -> str:
-    """What the backend does not have yet, for example ``12 (3.10 GiB), 40 s``, and why."""
+    """What the backend does not have yet, and for how long: ``12 (3.10 GiB), 40 s, failing``."""
     queue = document.get("write_back")
     if not isinstance(queue, dict):
         return ""
+    parts = [f"{queue.get('queued', '?')} ({_size(queue.get('bytes'))})"]
     oldest = queue.get("oldest_seconds")
-    age = f", {oldest:.0f} s" if queue.get("queued") and isinstance(oldest, int | float) else ""
-    failure = queue.get("failure")
-    reason = f": {failure}" if failure else ""
-    return f"{queue.get('queued', '?')} ({_size(queue.get('bytes'))}){age}{reason}"
+    if queue.get("queued") and isinstance(oldest, int | float):
+        parts.append(f"{oldest:.0f} s")
+    if queue.get("failure"):
+        parts.append("failing")
+    return ", ".join(parts)
 
 
 def _rate(value: object) -> str:
