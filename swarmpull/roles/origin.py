@@ -214,10 +214,8 @@ class OriginCalls:
         return api.ReplicateReply(stored=False, received=pieces * request.metainfo.piece_length)
 
     async def held_blob(self, request: api.HeldRequest, context: RpcContext) -> api.HeldReply:
-        """Seed a blob of the disk, whatever the backend has."""
-        with self._content.store.hold(request.digest, Pin.SENDING):
-            metainfo = await self._content.store.metainfo(request.digest)
-            self._host.seed(metainfo, "")
+        """Whether the disk has a blob, whatever the backend has; a peer that asks for it gets it."""
+        metainfo = await self._content.store.metainfo(request.digest)
         rank = self._write_back.rank(request.digest)
         return api.HeldReply(metainfo, self._contact(context), rank)
 

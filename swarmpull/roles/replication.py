@@ -6,6 +6,7 @@ id in the answer.
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import attrs
@@ -39,6 +40,8 @@ SLOWEST_RATE: Final = 10e6
 HELD_PATIENCE: Final = 2.0
 # Origins that are asked for one blob; a cluster has a few.
 ASKED_MAX: Final = 16
+# Seconds for which an address that was found to be this process counts as such: it may move to another host.
+OWN_BELIEVED: Final = 60.0
 
 
 class Replication:
@@ -56,8 +59,8 @@ class Replication:
         self._members = members
         self._host = host
         self._copies = copies
-        # Members that turned out to be this process.
-        self._own: set[str] = set()
+        # Members that turned out to be this process, and when.
+        self._own: dict[str, float] = {}
         self._missing = metrics.counter(
             "write_back_replicas_missing_total",
             "Copies that a blob lacked on other origins when it was acknowledged.",
@@ -73,9 +76,8 @@ class Replication:
         """Have the owners of a blob of this disk take copies of it; with fewer, go on and count that."""
         order = self._members.order(str(metainfo.digest))
         wanted = min(self._copies, len(order))
-        if self._copies == 1 or self._own.issuperset(order):
+        if self._copies == 1 or all(map(self._is_own, order)):
             return
-        self._host.seed(metainfo, namespace)
         holders: list[str] = []
         failures: dict[str, str] = {}
         candidates = enumerate(order, start=1)
@@ -97,7 +99,7 @@ class Replication:
     def _count(
         self, digest: Digest, wanted: int, holders: list[str], failures: dict[str, str]
     ) -> None:
-        others = set(self._members.members) - self._own
+        others = [each for each in self._members.members if not self._is_own(each)]
         if len(holders) < wanted:
             self._missing.inc(wanted - len(holders))
             log.warning(
@@ -107,12 +109,12 @@ class Replication:
                 holders=holders,
                 failures=failures,
             )
-        if others and self._own.issuperset(holders):
+        if others and all(map(self._is_own, holders)):
             self._alone.inc()
 
     async def _copy_to(self, address: str, metainfo: Metainfo, namespace: str, rank: int) -> str:
         """Wait until a member has a blob; returns why it does not, or nothing."""
-        if address in self._own:
+        if self._is_own(address):
             return ""
         request = api.ReplicateRequest(metainfo, namespace, self._host.contact, rank, POLL)
         received, heard_at = 0, trio.current_time()
@@ -129,7 +131,7 @@ class Replication:
                 return str(error)
             self._members.record_success(address)
             if reply.itself:
-                self._own.add(address)
+                self._own[address] = trio.current_time()
             if reply.itself or reply.stored:
                 return ""
             if reply.received > received:
@@ -171,7 +173,7 @@ class Replication:
         order = [
             address
             for address in self._members.order(str(digest))
-            if address not in unhealthy and address not in self._own
+            if address not in unhealthy and not self._is_own(address)
         ]
         found: dict[str, api.HeldReply] = {}
 
@@ -197,9 +199,13 @@ class Replication:
             return None
         self._members.record_success(address)
         if held.seeder.peer_id == self._host.contact.peer_id:
-            self._own.add(address)
+            self._own[address] = trio.current_time()
             return None
         return held
+
+    def _is_own(self, address: str) -> bool:
+        found_at = self._own.get(address, -math.inf)
+        return trio.current_time() - found_at < OWN_BELIEVED
 
 
 def _dialable(seeder: PeerContact, address: str) -> PeerContact:

@@ -114,7 +114,7 @@ class HeldRequest:
 
 @attrs.frozen
 class HeldReply:
-    """A blob of an origin's disk, which that origin seeds from now on.
+    """A blob of an origin's disk, and where that origin seeds it.
 
     ``write_back_rank`` is set as long as the origin has it in its write-back queue.
     """
