@@ -189,6 +189,7 @@ def test_a_push_while_s3_is_down_survives_kill_9_and_arrives_when_s3_is_back(
     origin.program.wait_until_ready()
 
 
+@pytest.mark.slow
 def test_an_origin_whose_acceptor_and_its_disk_are_gone_has_the_blob_and_writes_it(
     place: Place, s3: S3Server, relay: Relay
 ) -> None:
@@ -211,6 +212,7 @@ def test_an_origin_whose_acceptor_and_its_disk_are_gone_has_the_blob_and_writes_
     assert object_of(s3, place, content) == content
 
 
+@pytest.mark.slow
 def test_refusals_and_half_answers_of_s3_delay_what_is_acknowledged_and_no_more(
     place: Place, s3: S3Server, proxy: FaultyProxy
 ) -> None:

@@ -22,13 +22,15 @@ from swarmpull.config import (
     StoreConfig,
 )
 from swarmpull.digest import Digest
-from swarmpull.errors import BackendUnavailable
-from swarmpull.roles import replication, write_back
+from swarmpull.errors import BackendUnavailable, RpcFailed
+from swarmpull.roles import origin, replication, write_back
 from swarmpull.store import janitor
 from swarmpull.store.backends.base import blob_key
 from swarmpull.store.backends.directory import DirectoryBackend
 from swarmpull.store.write_back_queue import FILE_NAME, queued_digests
 from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN
+from swarmpull.swarm.peers import PeerContact, PeerKind
+from swarmpull.wire.api import REPLICATE_BLOB, ReplicateReply, ReplicateRequest
 
 from .peers import make_content, running_node
 from .roles import Cluster, cluster_under, manifest_of
@@ -313,6 +315,26 @@ async def test_a_push_through_an_agent_is_replicated_too(tmp_path: Path) -> None
         ring.mend_backend()
 
 
+@pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf"), 1e300])
+@pytest.mark.parametrize("rank", [-(2**40), 0, 2**40])
+async def test_absurd_requests_for_copies_do_not_harm_the_origin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, rank: int
+) -> None:
+    monkeypatch.setattr(origin, "REPLICATION_WAIT_MAX", 0.05)
+    content = make_content(1000)
+    nobody = PeerContact("e" * 32, "127.0.0.1", 1, PeerKind.ORIGIN)
+    async with ring_of(tmp_path, 1) as ring:
+        address, call = str(ring.addresses[0]), ring.cluster.pool.call
+        request = ReplicateRequest(content.metainfo, "", nobody, rank, seconds)
+        reply = await call(address, REPLICATE_BLOB, request, timeout=5.0)
+        assert reply == ReplicateReply(stored=False, received=0)
+        odd = attrs.evolve(request, namespace="../up")
+        with pytest.raises(RpcFailed, match="is not a repository name"):
+            await call(address, REPLICATE_BLOB, odd, timeout=5.0)
+
+        assert (await ring.put("origin-1", b"data")).status_code == 201
+
+
 # --- the queue ------------------------------------------------------------------------------------
 
 
@@ -361,6 +383,22 @@ async def test_a_full_origin_refuses_pushes_rather_than_losing_what_is_queued(
         await ring.cluster.written_back("origin-1")
         for content in contents:
             assert ring.backend_bytes(content.digest) == content.data
+
+
+async def test_a_queue_at_its_limit_refuses_what_is_new_and_takes_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write_back, "QUEUED_MAX", 2)
+    async with ring_of(tmp_path, 1) as ring:
+        ring.break_backend()
+        replies = [await ring.put("origin-1", each) for each in (b"one", b"two", b"three", b"one")]
+
+        assert [reply.status_code for reply in replies] == [201, 201, 507, 200]
+        (error,) = replies[2].json()["errors"]
+        assert "2 blobs wait to be written to the backend" in error["message"]
+        ring.mend_backend()
+        await ring.cluster.written_back("origin-1")
+        assert (await ring.put("origin-1", b"three")).status_code == 200
 
 
 async def test_what_is_queued_is_pinned_from_the_start_and_then_it_may_go(tmp_path: Path) -> None:
