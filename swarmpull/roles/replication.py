@@ -36,6 +36,11 @@ STALLED: Final = 10.0
 # that is still waited for.
 PATIENCE: Final = 30.0
 SLOWEST_RATE: Final = 10e6
+# Blobs that are replicated at the same time; fewer than a connection takes calls, so that none of them waits
+# behind others until it seems that nobody answers.
+SPREADING_MAX: Final = 16
+# Seconds between two lines in the log about missing copies: every push lacks some while a member is down.
+LOG_INTERVAL: Final = 60.0
 # For an origin to say whether its disk has a blob, in seconds.
 HELD_PATIENCE: Final = 2.0
 # Origins that are asked for one blob; a cluster has a few.
@@ -59,6 +64,8 @@ class Replication:
         self._members = members
         self._host = host
         self._copies = copies
+        self._logged_at = -math.inf
+        self._spreading = trio.CapacityLimiter(SPREADING_MAX)
         # Members that turned out to be this process, and when.
         self._own: dict[str, float] = {}
         self._missing = metrics.counter(
@@ -90,10 +97,11 @@ class Replication:
                     return
                 failures[address] = failure
 
-        with trio.move_on_after(PATIENCE + metainfo.length / SLOWEST_RATE):
-            async with trio.open_nursery() as nursery:
-                for _ in range(wanted):
-                    nursery.start_soon(fill_one_place)
+        async with self._spreading:
+            with trio.move_on_after(PATIENCE + metainfo.length / SLOWEST_RATE):
+                async with trio.open_nursery() as nursery:
+                    for _ in range(wanted):
+                        nursery.start_soon(fill_one_place)
         self._count(metainfo.digest, wanted, holders, failures)
 
     def _count(
@@ -102,13 +110,15 @@ class Replication:
         others = [each for each in self._members.members if not self._is_own(each)]
         if len(holders) < wanted:
             self._missing.inc(wanted - len(holders))
-            log.warning(
-                "replicas_missing",
-                digest=str(digest),
-                wanted=wanted,
-                holders=holders,
-                failures=failures,
-            )
+            if trio.current_time() - self._logged_at >= LOG_INTERVAL:
+                self._logged_at = trio.current_time()
+                log.warning(
+                    "replicas_missing",
+                    digest=str(digest),
+                    wanted=wanted,
+                    holders=holders,
+                    failures=failures,
+                )
         if others and all(map(self._is_own, holders)):
             self._alone.inc()
 

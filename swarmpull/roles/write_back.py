@@ -82,7 +82,6 @@ class WriteBack:
         self._replication = replication
         self._mode = mode
         self._accepting: SharedWork[None] = SharedWork(nursery)
-        self._copying: SharedWork[None] = SharedWork(nursery)
         self._schedule = Schedule(random.Random(), UPLOADS_MAX)
         # In the order in which they were accepted.
         self._queued: dict[Digest, _Queued] = {}
@@ -116,10 +115,11 @@ class WriteBack:
     ) -> None:
         """Be a replica: return when a blob is on the disk and in the queue.
 
-        Raises what `SwarmHost.adopt` and `accept` do.
+        The download goes on when the caller gives up.  Raises what `SwarmHost.adopt` and `accept` do.
         """
-        job = partial(self._keep_copy, metainfo, namespace, source, rank)
-        await self._copying.run(metainfo.digest, job)
+        with self._store.hold(metainfo.digest, Pin.NOT_WRITTEN_BACK):
+            await self._host.adopt(metainfo, namespace, source)
+            await self._enqueue(metainfo.digest, namespace, rank)
 
     def rank(self, digest: Digest) -> int | None:
         """The rank of a blob in the queue; None when it is not in it."""
@@ -166,13 +166,6 @@ class WriteBack:
         with self._store.hold(digest, Pin.NOT_WRITTEN_BACK):
             await self._enqueue(digest, namespace, 0)
             await self._replication.spread(await self._store.metainfo(digest), namespace)
-
-    async def _keep_copy(
-        self, metainfo: Metainfo, namespace: str, source: PeerContact, rank: int, digest: Digest
-    ) -> None:
-        with self._store.hold(digest, Pin.NOT_WRITTEN_BACK):
-            await self._host.adopt(metainfo, namespace, source)
-            await self._enqueue(digest, namespace, rank)
 
     async def _enqueue(self, digest: Digest, namespace: str, rank: int) -> None:
         length = self._store.stat(digest).length
@@ -244,8 +237,8 @@ class WriteBack:
         # Even if the file cannot be changed: a full disk is mended by evicting what is in the backend.
         queued.hold.release()
         self._metrics.written.inc()
-        if self._schedule.written(digest, trio.current_time()):
-            self._failures.over(len(self._queued))
+        back = self._schedule.written(digest, trio.current_time())
+        self._failures.over(len(self._queued), back=back)
         try:
             await self._queue.remove(digest)
         except (StoreFull, StoreUnavailable) as error:
@@ -296,10 +289,11 @@ class _Failures:
                 reason=self.last,
             )
 
-    def over(self, queued: int) -> None:
-        log.info("write_back_goes_on", queued=queued, after=self.last)
+    def over(self, queued: int, *, back: bool) -> None:
+        if back:
+            log.info("write_back_goes_on", queued=queued, after=self.last)
+            self._logged_at.clear()
         self.last = None
-        self._logged_at.clear()
 
 
 class _WriteBackMetrics:

@@ -32,7 +32,7 @@ from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN
 from swarmpull.swarm.peers import PeerContact, PeerKind
 from swarmpull.wire.api import REPLICATE_BLOB, ReplicateReply, ReplicateRequest
 
-from .peers import make_content, running_node
+from .peers import Content, make_content, running_node
 from .roles import Cluster, cluster_under, manifest_of
 from .test_origin import client_of
 
@@ -292,6 +292,25 @@ async def test_a_replica_that_hangs_is_waited_for_only_so_long(tmp_path: Path, q
         assert reply.status_code == 201
         assert await cluster.metric("origin", "write_back_unreplicated_total") == 1
         await silent[0].aclose()
+
+
+async def test_many_pushes_at_once_are_all_replicated(tmp_path: Path) -> None:
+    contents = [make_content(1000 + number, seed=number) for number in range(100)]
+    async with ring_of(tmp_path, 3) as ring:
+        ring.break_backend()
+
+        async def push(content: Content) -> None:
+            assert (await ring.put("origin-1", content.data)).status_code == 201
+
+        async with trio.open_nursery() as nursery:
+            for content in contents:
+                nursery.start_soon(push, content)
+
+        for content in contents:
+            assert ring.holders(content.digest) == ring.names
+        for name in ring.names:
+            assert await ring.cluster.metric(name, "write_back_queue_blobs") == 100
+        assert await ring.cluster.metric("origin-1", "write_back_replicas_missing_total") == 0
 
 
 async def test_an_origin_alone_in_its_ring_misses_no_replica(tmp_path: Path) -> None:
