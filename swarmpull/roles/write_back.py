@@ -40,8 +40,8 @@ log = structlog.get_logger()
 
 # Blobs written at the same time; a large one goes up in several parts at once as it is.
 UPLOADS_MAX: Final = 4
-# Blobs that wait; an hour without a backend at 27 pushes per second, and some 60 MB of memory.
-QUEUED_MAX: Final = 100_000
+# Blobs that wait: an hour without a backend at 13 pushes per second, and 65 MB of memory.
+QUEUED_MAX: Final = 50_000
 # How often a replica finds one before it alive and yet the backend without the blob, and lets it be.
 POSTPONED_MAX: Final = 20
 # Seconds between two lines in the log about the same kind of failure.

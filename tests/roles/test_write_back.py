@@ -313,6 +313,37 @@ async def test_many_pushes_at_once_are_all_replicated(tmp_path: Path) -> None:
         assert await ring.cluster.metric("origin-1", "write_back_replicas_missing_total") == 0
 
 
+async def slow_down(ring: Ring, name: str, rate: str) -> None:
+    """Let an origin take pieces at no more than a rate."""
+    url = f"http://{ring.cluster.roles[name].address('admin')}/rates"
+    assert (await ring.cluster.client.put(url, json={"download_rate": rate})).status_code == 200
+
+
+async def test_a_slow_replica_is_waited_for_as_long_as_pieces_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replication, "POLL", 0.1)
+    content = make_content(4 * PIECE_LENGTH_MIN)
+    async with ring_of(tmp_path, 2) as ring:
+        await slow_down(ring, "origin-2", "8MB/s")
+
+        assert (await ring.put("origin-1", content.data)).status_code == 201
+
+        assert ring.holders(content.digest) == ring.names
+        assert await ring.cluster.metric("origin-1", "write_back_replicas_missing_total") == 0
+
+
+async def test_a_replica_that_gets_nothing_is_given_up(tmp_path: Path, quick) -> None:
+    content = make_content(2 * PIECE_LENGTH_MIN)
+    async with ring_of(tmp_path, 2) as ring:
+        await slow_down(ring, "origin-2", "1kB/s")
+
+        assert (await ring.put("origin-1", content.data)).status_code == 201
+
+        assert ring.holders(content.digest) == ["origin-1"]
+        assert await ring.cluster.metric("origin-1", "write_back_replicas_missing_total") == 1
+
+
 async def test_an_origin_alone_in_its_ring_misses_no_replica(tmp_path: Path) -> None:
     async with ring_of(tmp_path, 1) as ring:
         for content in (b"one", b"two"):
