@@ -216,7 +216,7 @@ class OriginCalls:
     async def held_blob(self, request: api.HeldRequest, context: RpcContext) -> api.HeldReply:
         """Whether the disk has a blob, whatever the backend has; a peer that asks for it gets it."""
         metainfo = await self._content.store.metainfo(request.digest)
-        rank = self._write_back.rank(request.digest)
+        rank = self._write_back.rank((request.digest, request.namespace))
         return api.HeldReply(metainfo, self._contact(context), rank)
 
     def _contact(self, context: RpcContext) -> PeerContact:
@@ -283,9 +283,7 @@ async def run_origin(
     ):
         content = OriginContent(store, backend, nursery, metrics)
         replication = Replication(pool, origins, host, settings.replicas, metrics)
-        write_back = WriteBack(
-            queue, content, host, replication, nursery, metrics, settings.write_back
-        )
+        write_back = WriteBack(queue, content, host, replication, metrics, settings.write_back)
         # After the queue has pinned its blobs.
         nursery.start_soon(store.janitor.run)
         nursery.start_soon(write_back.run)

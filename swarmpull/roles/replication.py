@@ -17,6 +17,7 @@ from swarmpull.digest import Digest
 from swarmpull.errors import RpcUnavailable, SwarmpullError
 from swarmpull.ring.membership import Membership
 from swarmpull.roles.swarm_host import SwarmHost
+from swarmpull.store.write_back_schedule import Key
 from swarmpull.swarm.metainfo import Metainfo
 from swarmpull.swarm.peers import PeerContact
 from swarmpull.telemetry import Metrics
@@ -156,9 +157,9 @@ class Replication:
         found = await self._ask_all(digest)
         return found[0][1].metainfo.length if found else None
 
-    async def is_ahead(self, digest: Digest, rank: int) -> bool:
+    async def is_ahead(self, key: Key, rank: int) -> bool:
         """Whether an origin that answers is to write a blob to the backend before ``rank``."""
-        ranks = [held.write_back_rank for _, held in await self._ask_all(digest)]
+        ranks = [held.write_back_rank for _, held in await self._ask_all(*key)]
         return any(other is not None and other < rank for other in ranks)
 
     async def fetch(self, digest: Digest) -> bool:
@@ -173,7 +174,9 @@ class Replication:
                 return True
         return False
 
-    async def _ask_all(self, digest: Digest) -> list[tuple[str, api.HeldReply]]:
+    async def _ask_all(
+        self, digest: Digest, namespace: str = ""
+    ) -> list[tuple[str, api.HeldReply]]:
         """The other origins whose disks have a blob, in the order of the ring.
 
         Those that did not answer of late are left out: a client waits, and most blobs that are asked for here
@@ -188,7 +191,7 @@ class Replication:
         found: dict[str, api.HeldReply] = {}
 
         async def ask(address: str) -> None:
-            held = await self._ask(address, digest)
+            held = await self._ask(address, api.HeldRequest(digest, namespace))
             if held is not None:
                 found[address] = held
 
@@ -197,8 +200,7 @@ class Replication:
                 nursery.start_soon(ask, address)
         return [(address, found[address]) for address in order if address in found]
 
-    async def _ask(self, address: str, digest: Digest) -> api.HeldReply | None:
-        request = api.HeldRequest(digest)
+    async def _ask(self, address: str, request: api.HeldRequest) -> api.HeldReply | None:
         try:
             held = await self._pool.call(address, api.HELD_BLOB, request, timeout=HELD_PATIENCE)
         except RpcUnavailable as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import random
 import time
-from functools import partial
 from typing import Final
 
 import attrs
@@ -27,11 +26,10 @@ from swarmpull.errors import (
 )
 from swarmpull.roles.origin_content import OriginContent
 from swarmpull.roles.replication import Replication
-from swarmpull.roles.shared_work import SharedWork
 from swarmpull.roles.swarm_host import SwarmHost
 from swarmpull.store.holds import Hold, Pin
 from swarmpull.store.write_back_queue import WriteBackQueue
-from swarmpull.store.write_back_schedule import QueuedBlob, Schedule, rank_delay
+from swarmpull.store.write_back_schedule import Key, QueuedBlob, Schedule, rank_delay
 from swarmpull.swarm.metainfo import Metainfo
 from swarmpull.swarm.peers import PeerContact
 from swarmpull.telemetry import Metrics
@@ -71,7 +69,6 @@ class WriteBack:
         content: OriginContent,
         host: SwarmHost,
         replication: Replication,
-        nursery: trio.Nursery,
         metrics: Metrics,
         mode: WriteBackMode,
     ) -> None:
@@ -81,10 +78,9 @@ class WriteBack:
         self._host = host
         self._replication = replication
         self._mode = mode
-        self._accepting: SharedWork[None] = SharedWork(nursery)
         self._schedule = Schedule(random.Random(), UPLOADS_MAX)
         # In the order in which they were accepted.
-        self._queued: dict[Digest, _Queued] = {}
+        self._queued: dict[Key, _Queued] = {}
         self._bytes = 0
         self._wake = trio.Event()
         self._failures = _Failures()
@@ -97,7 +93,9 @@ class WriteBack:
     # --- for the role -------------------------------------------------------------------------
 
     async def accept(self, digest: Digest, namespace: str) -> None:
-        """Return when a blob of the disk may be acknowledged.  It goes on when the caller gives up.
+        """Return when a blob of the disk may be acknowledged.
+
+        It is queued, and will be written, even if the caller gives up meanwhile.
 
         Raises:
             BlobNotFound: it is not on the disk.
@@ -107,8 +105,10 @@ class WriteBack:
         """
         if self._mode == "sync":
             await self._content.make_durable(digest)
-        else:
-            await self._accepting.run(digest, partial(self._accept, namespace))
+            return
+        with self._store.hold(digest, Pin.NOT_WRITTEN_BACK):
+            await self._enqueue(digest, namespace, 0)
+            await self._replication.spread(await self._store.metainfo(digest), namespace)
 
     async def keep_copy(
         self, metainfo: Metainfo, namespace: str, source: PeerContact, rank: int
@@ -121,9 +121,9 @@ class WriteBack:
             await self._host.adopt(metainfo, namespace, source)
             await self._enqueue(metainfo.digest, namespace, rank)
 
-    def rank(self, digest: Digest) -> int | None:
+    def rank(self, key: Key) -> int | None:
         """The rank of a blob in the queue; None when it is not in it."""
-        queued = self._queued.get(digest)
+        queued = self._queued.get(key)
         return queued.blob.rank if queued else None
 
     def status(self) -> dict[str, object]:
@@ -155,21 +155,16 @@ class WriteBack:
         async with trio.open_nursery() as nursery:
             while True:
                 self._wake = trio.Event()
-                while (digest := self._schedule.take(trio.current_time())) is not None:
-                    nursery.start_soon(self._attempt, self._queued[digest])
+                while (key := self._schedule.take(trio.current_time())) is not None:
+                    nursery.start_soon(self._attempt, self._queued[key])
                 with trio.move_on_at(self._schedule.next_time()):
                     await self._wake.wait()
 
     # --- accepting ----------------------------------------------------------------------------
 
-    async def _accept(self, namespace: str, digest: Digest) -> None:
-        with self._store.hold(digest, Pin.NOT_WRITTEN_BACK):
-            await self._enqueue(digest, namespace, 0)
-            await self._replication.spread(await self._store.metainfo(digest), namespace)
-
     async def _enqueue(self, digest: Digest, namespace: str, rank: int) -> None:
         length = self._store.stat(digest).length
-        known = self._queued.get(digest)
+        known = self._queued.get((digest, namespace))
         if known is not None and known.blob.rank <= rank:
             return
         if known is None and len(self._queued) >= QUEUED_MAX:
@@ -177,32 +172,33 @@ class WriteBack:
             raise StoreFull(self._store.name, length, remedy)
         now, delay = time.time(), rank_delay(rank, length)
         blob = QueuedBlob(digest, length, namespace, now, rank, next_at=now + delay)
-        # On the disk first: what is in memory counts as acknowledged.
-        await self._queue.put(blob)
-        self._enter(blob, delay)
+        # On the disk first: what is in memory counts as acknowledged.  A row that nobody knows of would be
+        # missed when its blob is evicted.
+        with trio.CancelScope(shield=True):
+            await self._queue.put(blob)
+            self._enter(blob, delay)
 
     def _enter(self, blob: QueuedBlob, delay: float) -> None:
-        known = self._queued.get(blob.digest)
+        known = self._queued.get(blob.key)
         if known is None:
             hold = self._store.hold(blob.digest, Pin.NOT_WRITTEN_BACK)
-            self._queued[blob.digest] = _Queued(blob, hold)
+            self._queued[blob.key] = _Queued(blob, hold)
             self._bytes += blob.length
         else:
             known.blob = blob
         due = trio.current_time() + min(delay, rank_delay(blob.rank, blob.length))
-        self._schedule.add(blob.digest, blob.rank, blob.length, due)
+        self._schedule.add(blob.key, blob.rank, blob.length, due)
         self._wake.set()
 
     # --- writing ------------------------------------------------------------------------------
 
     async def _attempt(self, queued: _Queued) -> None:
-        digest = queued.blob.digest
         self._metrics.attempts.inc()
         try:
             if await self._is_left_to_another(queued):
                 queued.postponed += 1
                 delay = rank_delay(queued.blob.rank, queued.blob.length)
-                self._schedule.postpone(digest, delay, trio.current_time())
+                self._schedule.postpone(queued.blob.key, delay, trio.current_time())
             else:
                 await self._write(queued)
         except SwarmpullError as error:
@@ -217,7 +213,7 @@ class WriteBack:
             return False
         if await self._content.is_in_backend(blob.digest, blob.length):
             return False
-        return await self._replication.is_ahead(blob.digest, blob.rank)
+        return await self._replication.is_ahead(blob.key, blob.rank)
 
     async def _write(self, queued: _Queued) -> None:
         digest = queued.blob.digest
@@ -231,19 +227,19 @@ class WriteBack:
         await self._written(queued)
 
     async def _written(self, queued: _Queued) -> None:
-        digest = queued.blob.digest
-        del self._queued[digest]
+        key = queued.blob.key
+        del self._queued[key]
         self._bytes -= queued.blob.length
         # Even if the file cannot be changed: a full disk is mended by evicting what is in the backend.
         queued.hold.release()
         self._metrics.written.inc()
-        back = self._schedule.written(digest, trio.current_time())
+        back = self._schedule.written(key, trio.current_time())
         self._failures.over(len(self._queued), back=back)
         try:
-            await self._queue.remove(digest)
+            await self._queue.remove(key)
         except (StoreFull, StoreUnavailable) as error:
             # At the next start it is looked for in the backend, found, and removed then.
-            log.warning("write_back_entry_left", digest=str(digest), reason=str(error))
+            log.warning("write_back_entry_left", digest=str(key[0]), reason=str(error))
 
     async def _failed(self, queued: _Queued, error: SwarmpullError) -> None:
         self._metrics.failures.inc()
@@ -251,7 +247,7 @@ class WriteBack:
         attempts = queued.blob.attempts + 1
         backend = isinstance(error, BackendUnavailable)
         now = trio.current_time()
-        delay = self._schedule.failed(queued.blob.digest, attempts, now, backend=backend)
+        delay = self._schedule.failed(queued.blob.key, attempts, now, backend=backend)
         queued.blob = attrs.evolve(
             queued.blob,
             attempts=attempts,

@@ -1,7 +1,8 @@
 """What an origin has accepted and the backend does not have yet, in a file that survives the process.
 
-One sqlite database in the data directory of the origin, ``write-back.sqlite``, with a row for each blob.  A
-change is on the disk when its method returns; changes that are made at the same time share one flush.
+One sqlite database in the data directory of the origin, ``write-back.sqlite``, with a row for each blob and
+each repository through which it was pushed, because that says where it belongs.  A change is on the disk when
+its method returns; changes that are made at the same time share one flush.
 
 A directory without the file gets one with a row for every blob that it holds.  So the file may be moved away
 when it is damaged: every blob is then looked for in the backend, and written if it is missing.
@@ -28,7 +29,7 @@ from swarmpull.errors import (
     SwarmpullError,
 )
 from swarmpull.store.durable import sync_directory
-from swarmpull.store.write_back_schedule import QueuedBlob
+from swarmpull.store.write_back_schedule import Key, QueuedBlob
 
 FILE_NAME: Final = "write-back.sqlite"
 # Raised by one with every change of the tables; an older file is then brought up to date when it is opened.
@@ -40,19 +41,20 @@ PATIENCE: Final = 5.0
 
 _TABLE: Final = """
 create table blobs (
-    digest text primary key,
+    digest text not null,
     length integer not null,
     namespace text not null,
     enqueued_at real not null,
     rank integer not null,
     attempts integer not null,
     next_at real not null,
-    last_error text not null
+    last_error text not null,
+    primary key (digest, namespace)
 ) strict
 """
 _PUT: Final = "insert or replace into blobs values (?, ?, ?, ?, ?, ?, ?, ?)"
-_REMOVE: Final = "delete from blobs where digest = ?"
-_ALL: Final = "select * from blobs order by enqueued_at, digest"
+_REMOVE: Final = "delete from blobs where digest = ? and namespace = ?"
+_ALL: Final = "select * from blobs order by enqueued_at, digest, namespace"
 
 
 @attrs.define(eq=False)
@@ -91,9 +93,10 @@ class WriteBackQueue:
         """Enter a blob, or replace what is entered of it.  Raises StoreFull, StoreUnavailable."""
         await self._make(_Change(_PUT, _row(blob)))
 
-    async def remove(self, digest: Digest) -> None:
+    async def remove(self, key: Key) -> None:
         """Take a blob out; one that is not in it is no error.  Raises StoreFull, StoreUnavailable."""
-        await self._make(_Change(_REMOVE, (str(digest),)))
+        digest, namespace = key
+        await self._make(_Change(_REMOVE, (str(digest), namespace)))
 
     async def _make(self, change: _Change) -> None:
         self._changes.append(change)

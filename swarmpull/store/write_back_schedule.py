@@ -30,6 +30,10 @@ RANK_RATE: Final = 20e6
 RETURN_INTERVAL: Final = 60.0
 
 
+# A blob, and the repository through which it was pushed, which says where it belongs.
+Key = tuple[Digest, str]
+
+
 @attrs.frozen
 class QueuedBlob:
     """A blob that the backend does not have yet; times are in seconds since the epoch.
@@ -52,6 +56,10 @@ class QueuedBlob:
     attempts: int = 0
     next_at: float = 0.0
     last_error: str = ""
+
+    @property
+    def key(self) -> Key:
+        return self.digest, self.namespace
 
 
 def rank_delay(rank: int, length: int) -> float:
@@ -85,10 +93,10 @@ class Schedule:
         self.at_once = at_once
         self._rng = rng
         self._numbers = itertools.count()
-        self._waiting: dict[Digest, _Wait] = {}
-        # (due, number, digest); those that do not match their `_Wait` are stale.
-        self._heap: list[tuple[float, int, Digest]] = []
-        self._active: set[Digest] = set()
+        self._waiting: dict[Key, _Wait] = {}
+        # (due, number, key); those that do not match their `_Wait` are stale.
+        self._heap: list[tuple[float, int, Key]] = []
+        self._active: set[Key] = set()
         self._failures = 0
         self._probe_at = -math.inf
         self._returned_at = -math.inf
@@ -98,28 +106,28 @@ class Schedule:
         """The last attempt found the backend failing."""
         return self._failures > 0
 
-    def add(self, digest: Digest, rank: int, length: int, due: float) -> None:
+    def add(self, key: Key, rank: int, length: int, due: float) -> None:
         """Let a blob be written from ``due`` on; one that is known already becomes due then."""
-        former = self._waiting.get(digest)
+        former = self._waiting.get(key)
         number = former.number if former else next(self._numbers)
-        self._push(digest, _Wait(due, number, rank, length))
+        self._push(key, _Wait(due, number, rank, length))
 
-    def take(self, now: float) -> Digest | None:
+    def take(self, now: float) -> Key | None:
         """The blob to write next, if one may be written now; ends with one of the methods below."""
         if self._is_held_back() or self._next_due() > now:
             return None
-        digest = heapq.heappop(self._heap)[2]
-        self._active.add(digest)
-        return digest
+        key = heapq.heappop(self._heap)[2]
+        self._active.add(key)
+        return key
 
     def next_time(self) -> float:
         """When `take` will give a blob if nothing else happens; infinite when only an event helps."""
         return math.inf if self._is_held_back() else self._next_due()
 
-    def written(self, digest: Digest, now: float) -> bool:
+    def written(self, key: Key, now: float) -> bool:
         """The backend has it.  True if that showed that the backend is back."""
-        self._active.discard(digest)
-        self._waiting.pop(digest, None)
+        self._active.discard(key)
+        self._waiting.pop(key, None)
         if not self._failures:
             return False
         self._failures = 0
@@ -128,7 +136,7 @@ class Schedule:
             self._let_all_go_on(now)
         return True
 
-    def failed(self, digest: Digest, attempts: int, now: float, *, backend: bool) -> float:
+    def failed(self, key: Key, attempts: int, now: float, *, backend: bool) -> float:
         """Its ``attempts``-th attempt failed; seconds until the next.
 
         Args:
@@ -137,13 +145,13 @@ class Schedule:
         if backend:
             self._failures += 1
             self._probe_at = now + backoff(self._failures, PROBE_MAX, self._rng)
-        return self.postpone(digest, backoff(attempts, BACKOFF_MAX, self._rng), now)
+        return self.postpone(key, backoff(attempts, BACKOFF_MAX, self._rng), now)
 
-    def postpone(self, digest: Digest, delay: float, now: float) -> float:
+    def postpone(self, key: Key, delay: float, now: float) -> float:
         """It was not tried after all; seconds until it is."""
-        self._active.discard(digest)
-        wait = self._waiting[digest]
-        self._push(digest, attrs.evolve(wait, due=now + delay))
+        self._active.discard(key)
+        wait = self._waiting[key]
+        self._push(key, attrs.evolve(wait, due=now + delay))
         return delay
 
     # --- inside -------------------------------------------------------------------------------
@@ -159,22 +167,22 @@ class Schedule:
             return math.inf
         return max(self._heap[0][0], self._probe_at) if self._failures else self._heap[0][0]
 
-    def _is_stale(self, item: tuple[float, int, Digest]) -> bool:
-        due, _, digest = item
-        wait = self._waiting.get(digest)
-        return wait is None or wait.due != due or digest in self._active
+    def _is_stale(self, item: tuple[float, int, Key]) -> bool:
+        due, _, key = item
+        wait = self._waiting.get(key)
+        return wait is None or wait.due != due or key in self._active
 
-    def _push(self, digest: Digest, wait: _Wait) -> None:
-        self._waiting[digest] = wait
-        heapq.heappush(self._heap, (wait.due, wait.number, digest))
+    def _push(self, key: Key, wait: _Wait) -> None:
+        self._waiting[key] = wait
+        heapq.heappush(self._heap, (wait.due, wait.number, key))
 
     def _let_all_go_on(self, now: float) -> None:
-        for digest, wait in self._waiting.items():
-            if digest not in self._active:
+        for key, wait in self._waiting.items():
+            if key not in self._active:
                 wait.due = min(wait.due, now + rank_delay(wait.rank, wait.length))
         self._heap = [
-            (wait.due, wait.number, digest)
-            for digest, wait in self._waiting.items()
-            if digest not in self._active
+            (wait.due, wait.number, key)
+            for key, wait in self._waiting.items()
+            if key not in self._active
         ]
         heapq.heapify(self._heap)

@@ -107,16 +107,20 @@ class BlobRequest:
 
 @attrs.frozen
 class HeldRequest:
-    """Ask an origin for a blob of its own disk: it asks nobody else, not even the backend."""
+    """Ask an origin for a blob of its own disk: it asks nobody else, not even the backend.
+
+    ``namespace`` is the repository through which it was pushed, for those who ask about the queue.
+    """
 
     digest: Digest
+    namespace: str = ""
 
 
 @attrs.frozen
 class HeldReply:
     """A blob of an origin's disk, and where that origin seeds it.
 
-    ``write_back_rank`` is set as long as the origin has it in its write-back queue.
+    ``write_back_rank`` is set as long as the origin has it in its write-back queue, for that namespace.
     """
 
     metainfo: Metainfo

@@ -59,10 +59,20 @@ async def test_what_is_put_again_replaces_and_what_is_removed_is_gone(tmp_path: 
         for blob in (A, B):
             await queue.put(blob)
         await queue.put(attrs.evolve(A, attempts=3))
-        await queue.remove(B.digest)
-        await queue.remove(C.digest)
+        await queue.remove(B.key)
+        await queue.remove(C.key)
 
     assert await loaded(tmp_path) == [attrs.evolve(A, attempts=3)]
+
+
+async def test_a_blob_of_two_repositories_is_in_it_twice(tmp_path: Path) -> None:
+    other = attrs.evolve(A, namespace="other/app")
+    async with opening(tmp_path) as queue:
+        for blob in (A, other, B):
+            await queue.put(blob)
+        await queue.remove(A.key)
+
+    assert {blob.key for blob in await loaded(tmp_path)} == {other.key, B.key}
 
 
 async def test_changes_made_at_the_same_time_share_a_flush_and_keep_their_order(
@@ -80,7 +90,7 @@ async def test_changes_made_at_the_same_time_share_a_flush_and_keep_their_order(
         for blob in names:
             nursery.start_soon(queue.put, blob)
         nursery.start_soon(queue.put, A)
-        nursery.start_soon(queue.remove, A.digest)
+        nursery.start_soon(queue.remove, A.key)
 
     assert sum(commits) == 102
     assert len(commits) <= 3
@@ -109,7 +119,7 @@ async def test_a_new_queue_begins_with_what_the_disk_has_and_an_old_one_does_not
 ) -> None:
     async with opening(tmp_path, [A, B]) as queue:
         assert {blob.digest for blob in queue.loaded} == {A.digest, B.digest}
-        await queue.remove(A.digest)
+        await queue.remove(A.key)
 
     async with opening(tmp_path, [A, C]) as queue:
         assert queue.loaded == [B]

@@ -19,18 +19,24 @@ from swarmpull.store.write_back_schedule import (
     PROBE_MAX,
     RANK_DELAY,
     RETURN_INTERVAL,
+    Key,
     Schedule,
     backoff,
     rank_delay,
 )
 
-A, B, C, D = (Digest.of(name) for name in (b"a", b"b", b"c", b"d"))
+
+def key_of(name: object) -> Key:
+    return Digest.of(str(name).encode()), "team/app"
 
 
-def schedule_of(*digests: Digest, at_once: int = 2, rank: int = 0, due: float = 0.0) -> Schedule:
+A, B, C, D = map(key_of, "abcd")
+
+
+def schedule_of(*keys: Key, at_once: int = 2, rank: int = 0, due: float = 0.0) -> Schedule:
     schedule = Schedule(random.Random(1), at_once)
-    for digest in digests:
-        schedule.add(digest, rank, 100, due)
+    for key in keys:
+        schedule.add(key, rank, 100, due)
     return schedule
 
 
@@ -39,30 +45,30 @@ class World:
     """A backend in simulated time: an attempt takes ``seconds``, and succeeds when ``works`` says so."""
 
     schedule: Schedule
-    works: Callable[[Digest, float], bool]
+    works: Callable[[Key, float], bool]
     seconds: float = 0.1
-    attempts: list[tuple[float, Digest]] = attrs.Factory(list)
-    written: dict[Digest, float] = attrs.Factory(dict)
+    attempts: list[tuple[float, Key]] = attrs.Factory(list)
+    written: dict[Key, float] = attrs.Factory(dict)
 
     def run(self, until: float) -> None:
         now = 0.0
-        running: list[tuple[float, Digest]] = []
-        failures: Counter[Digest] = Counter()
+        running: list[tuple[float, Key]] = []
+        failures: Counter[Key] = Counter()
         while now < until:
-            while (digest := self.schedule.take(now)) is not None:
-                self.attempts.append((now, digest))
-                running.append((now + self.seconds, digest))
+            while (key := self.schedule.take(now)) is not None:
+                self.attempts.append((now, key))
+                running.append((now + self.seconds, key))
             running.sort(key=lambda attempt: attempt[0])
             done = running[0][0] if running else math.inf
             now = min(done, self.schedule.next_time(), until)
             if running and now == done:
-                _, digest = running.pop(0)
-                if self.works(digest, now):
-                    self.schedule.written(digest, now)
-                    self.written[digest] = now
+                _, key = running.pop(0)
+                if self.works(key, now):
+                    self.schedule.written(key, now)
+                    self.written[key] = now
                 else:
-                    failures[digest] += 1
-                    self.schedule.failed(digest, failures[digest], now, backend=True)
+                    failures[key] += 1
+                    self.schedule.failed(key, failures[key], now, backend=True)
 
 
 @given(st.integers(min_value=1, max_value=10_000), st.integers())
@@ -134,10 +140,10 @@ def test_while_the_backend_fails_one_blob_at_a_time_tries_it() -> None:
 
 def test_when_the_backend_is_back_all_go_on_at_once() -> None:
     schedule = schedule_of(A, B, C, at_once=3)
-    for digest in (A, B, C):
-        assert schedule.take(0.0) == digest
-    for digest in (A, B, C):
-        schedule.failed(digest, 10, 0.0, backend=True)
+    for key in (A, B, C):
+        assert schedule.take(0.0) == key
+    for key in (A, B, C):
+        schedule.failed(key, 10, 0.0, backend=True)
 
     probe_at = schedule.next_time()
     assert probe_at >= BACKOFF_MAX / 2
@@ -166,8 +172,8 @@ def test_replicas_stay_behind_those_before_them_when_the_backend_is_back() -> No
 
 
 def test_an_hour_without_a_backend_costs_few_attempts_and_ends_at_once() -> None:
-    digests = [Digest.of(str(number).encode()) for number in range(2000)]
-    schedule = schedule_of(*digests, at_once=4)
+    keys = [key_of(number) for number in range(2000)]
+    schedule = schedule_of(*keys, at_once=4)
     hour = 3600.0
     world = World(schedule, lambda _, now: now >= hour)
 
@@ -175,22 +181,22 @@ def test_an_hour_without_a_backend_costs_few_attempts_and_ends_at_once() -> None
 
     during = [at for at, _ in world.attempts if at < hour - 1]
     assert len(during) < hour / (PROBE_MAX / 2) + 20
-    assert set(world.written) == set(digests)
+    assert set(world.written) == set(keys)
     # The next probe, and then four at a time.
     assert max(world.written.values()) <= hour + PROBE_MAX + 2000 / 4 * 0.1 + 1
 
 
 def test_a_blob_that_is_always_refused_neither_stops_the_others_nor_is_tried_after_each() -> None:
-    bad = Digest.of(b"bad")
-    digests = [Digest.of(str(number).encode()) for number in range(5000)]
-    schedule = schedule_of(bad, *digests, at_once=4)
-    world = World(schedule, lambda digest, _: digest != bad)
+    bad = key_of("bad")
+    keys = [key_of(number) for number in range(5000)]
+    schedule = schedule_of(bad, *keys, at_once=4)
+    world = World(schedule, lambda key, _: key != bad)
 
     world.run(600.0)
 
-    assert set(world.written) == set(digests)
+    assert set(world.written) == set(keys)
     assert max(world.written.values()) < 5000 / 4 * 0.1 + 60
-    tries = [at for at, digest in world.attempts if digest == bad]
+    tries = [at for at, key in world.attempts if key == bad]
     assert 600 / BACKOFF_MAX <= len(tries) <= 8 + 600 / (BACKOFF_MAX / 2) + 600 / RETURN_INTERVAL
 
 
@@ -212,15 +218,15 @@ def test_what_is_postponed_is_taken_later_and_is_no_failure() -> None:
 def test_whatever_fails_for_a_time_is_written_in_the_end(blobs, outages) -> None:
     schedule = Schedule(random.Random(2), 3)
     for number, rank, due in blobs:
-        schedule.add(Digest.of(str(number).encode()), rank, 1000, due)
+        schedule.add(key_of(number), rank, 1000, due)
 
-    def works(_: Digest, now: float) -> bool:
+    def works(_: Key, now: float) -> bool:
         return not any(start <= now <= start + length for start, length in outages)
 
     world = World(schedule, works)
     world.run(2000.0)
 
-    assert set(world.written) == {Digest.of(str(number).encode()) for number, *_ in blobs}
+    assert set(world.written) == {key_of(number) for number, *_ in blobs}
     assert schedule.next_time() == math.inf
 
 
