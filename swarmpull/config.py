@@ -35,6 +35,7 @@ Capacity = NewType("Capacity", str)
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["console", "json"]
+WriteBackMode = Literal["queue", "sync"]
 
 _HOST: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?", re.ASCII)
 _HOST_PORT: Final = re.compile(r"(?:\[([^\[\]]+)\]|([^\[\]:]+)):([0-9]{1,5})", re.ASCII)
@@ -301,6 +302,21 @@ class OriginConfig:
     store: StoreConfig = attrs.field(
         factory=StoreConfig,
         metadata=_meaning("How long and how much the origin keeps on its disk."),
+    )
+    write_back: WriteBackMode = attrs.field(
+        default="queue",
+        metadata=_meaning(
+            "When a push is acknowledged: queue, when it is on the disks of the replicas and queued for the "
+            "backend, or sync, when the backend has it."
+        ),
+    )
+    replicas: int = attrs.field(
+        default=3,
+        validator=_at_least_one,
+        metadata=_meaning(
+            "Origins that have a pushed blob on their disks before it is acknowledged, or all if there are "
+            "fewer; 1: only the one that takes the push."
+        ),
     )
 
 

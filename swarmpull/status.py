@@ -14,7 +14,7 @@ from swarmpull.units import format_rate, format_size
 
 def role_table(answers: Sequence[AdminAnswer]) -> Table:
     """One row per role: what it is, whether it is ready, what it moved."""
-    table = _table("ADDRESS", "ROLE", "READY", "TORRENTS", "RECEIVED", "SENT")
+    table = _table("ADDRESS", "ROLE", "READY", "TORRENTS", "RECEIVED", "SENT", "TO WRITE")
     for answer in answers:
         document = answer.document or {}
         table.add_row(
@@ -24,6 +24,7 @@ def role_table(answers: Sequence[AdminAnswer]) -> Table:
             str(len(_torrents(document))) if "torrents" in document else "",
             _received(document),
             _size(document.get("bytes_sent")),
+            _to_write(document),
         )
     return table
 
@@ -82,6 +83,20 @@ def _received(document: Mapping[str, Any]) -> str:
     if not isinstance(sources, dict):
         return ""
     return ", ".join(f"{source} {_size(count)}" for source, count in sorted(sources.items()))
+
+
+def _to_write(document: Mapping[str, Any]) -> str:
+    """What the backend does not have yet, and for how long: ``12 (3.10 GiB), 40 s, failing``."""
+    queue = document.get("write_back")
+    if not isinstance(queue, dict):
+        return ""
+    parts = [f"{queue.get('queued', '?')} ({_size(queue.get('bytes'))})"]
+    oldest = queue.get("oldest_seconds")
+    if queue.get("queued") and isinstance(oldest, int | float):
+        parts.append(f"{oldest:.0f} s")
+    if queue.get("failure"):
+        parts.append("failing")
+    return ", ".join(parts)
 
 
 def _rate(value: object) -> str:

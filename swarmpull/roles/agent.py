@@ -135,10 +135,10 @@ class AgentRegistry(Repositories):
             yield reader
 
     async def accept_blob(self, repository: str | None, digest: Digest) -> None:
-        """Seed a blob that was pushed here, and have an origin fetch it and make it durable.
+        """Seed a blob that was pushed here, and have an origin fetch and accept it.
 
         Until then nobody else has it, so it must stay.  Every other blob of an agent came through an
-        origin, and an origin's word means that the backend has it.
+        origin, and is in the backend or pinned on origins.
         """
         with self._store.hold(digest, Pin.NOT_WRITTEN_BACK):
             metainfo = await self._store.metainfo(digest)

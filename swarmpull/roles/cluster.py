@@ -46,7 +46,7 @@ LOOKUP_TIMEOUT: Final = 10.0
 WRITE_TIMEOUT: Final = 60.0
 # An origin may have to fetch the whole blob before it has its metainfo: 10 GB at 17 MB/s.
 METAINFO_TIMEOUT: Final = 600.0
-# An origin answers when the blob is on its disk and in the backend.
+# An origin answers when the blob is on its disk and on those of its replicas.
 ADOPT_TIMEOUT: Final = 3600.0
 # Blobs of which a host remembers where it announced them, some 200 bytes each; as many as a tracker keeps.
 ANNOUNCED_MAX: Final = 100_000
@@ -226,7 +226,7 @@ class OriginClient:
         *,
         timeout: float = ADOPT_TIMEOUT,
     ) -> None:
-        """Return when an origin has fetched the blob from ``source`` and it is in the backend."""
+        """Return when an origin has fetched the blob from ``source`` and accepted it."""
         request = api.AdoptRequest(metainfo, namespace, source)
         await self._ring.call(str(metainfo.digest), api.ADOPT_BLOB, request, timeout=timeout)
 

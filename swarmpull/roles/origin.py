@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Final
 
 import attrs
 import structlog
@@ -12,37 +14,48 @@ import trio
 
 from swarmpull.config import Config, OriginConfig
 from swarmpull.digest import Digest
-from swarmpull.errors import BackendUnavailable, BlobNotFound, ProtocolError
+from swarmpull.errors import ProtocolError
 from swarmpull.registry.app import create_registry_app
 from swarmpull.registry.manifests import Manifest, parse_manifest, under_digest
 from swarmpull.registry.names import is_repository
 from swarmpull.registry.service import BlobReader, StoredManifest
 from swarmpull.ring.membership import Membership
 from swarmpull.roles.addresses import RoleAddresses
+from swarmpull.roles.backend_watch import BackendWatch
 from swarmpull.roles.cluster import IndexClient, RingClient
 from swarmpull.roles.origin_content import OriginContent
+from swarmpull.roles.replication import Replication
 from swarmpull.roles.repositories import Repositories
 from swarmpull.roles.role_store import open_role_store
 from swarmpull.roles.serving import serve_role
 from swarmpull.roles.swarm_host import SwarmHost, open_swarm_host
 from swarmpull.roles.swarm_status import swarm_status, unreachable
+from swarmpull.roles.write_back import WriteBack
 from swarmpull.store.backends import open_backend
+from swarmpull.store.blobs import BlobStore
 from swarmpull.store.holds import Pin
 from swarmpull.store.uploads import UploadStore
-from swarmpull.swarm.peers import PeerKind
+from swarmpull.store.write_back_queue import open_write_back_queue
+from swarmpull.store.write_back_schedule import QueuedBlob
+from swarmpull.swarm.peers import PeerContact, PeerKind
 from swarmpull.telemetry import Metrics
 from swarmpull.wire import api
 from swarmpull.wire.rpc import RpcContext, RpcService, open_rpc_pool
 
 log = structlog.get_logger()
 
+# How long one call about a copy may wait, in seconds, and the last place in a ring that has a meaning.
+REPLICATION_WAIT_MAX: Final = 10.0
+RANK_MAX: Final = 100
+
 
 class OriginRegistry(Repositories):
     """The registry of an origin; implements `swarmpull.registry.service.RegistryService`."""
 
-    def __init__(self, content: OriginContent, index: IndexClient) -> None:
+    def __init__(self, content: OriginContent, write_back: WriteBack, index: IndexClient) -> None:
         super().__init__(index)
         self._content = content
+        self._write_back = write_back
 
     @property
     def uploads(self) -> UploadStore | None:
@@ -85,12 +98,12 @@ class OriginRegistry(Repositories):
 
     async def accept_blob(self, repository: str | None, digest: Digest) -> None:
         with self._content.store.hold(digest, Pin.NOT_WRITTEN_BACK):
-            await self._content.make_durable(digest)
+            await self._write_back.accept(digest, repository or "")
         if repository is not None:
             await self._index.link_blob(repository, digest)
 
     async def put_manifest(self, repository: str, reference: str, manifest: Manifest) -> None:
-        """Check what it refers to, make its bytes durable, and only then let the index know it."""
+        """Check what it refers to, accept its bytes, and only then let the index know it."""
         await self._index.check_references(
             repository, blobs=manifest.blobs, manifests=manifest.manifests
         )
@@ -98,7 +111,7 @@ class OriginRegistry(Repositories):
             async with self._content.store.create() as writer:
                 await writer.write(manifest.content)
                 await writer.commit(manifest.digest)
-            await self._content.make_durable(manifest.digest)
+            await self._write_back.accept(manifest.digest, repository)
         is_tag = (
             ":" not in reference
         )  # the grammar of tags has no colon, that of digests requires one
@@ -133,8 +146,15 @@ class OriginRegistry(Repositories):
 class OriginCalls:
     """The RPC methods of an origin."""
 
-    def __init__(self, content: OriginContent, registry: OriginRegistry, host: SwarmHost) -> None:
+    def __init__(
+        self,
+        content: OriginContent,
+        write_back: WriteBack,
+        registry: OriginRegistry,
+        host: SwarmHost,
+    ) -> None:
         self._content = content
+        self._write_back = write_back
         self._registry = registry
         self._host = host
 
@@ -143,6 +163,8 @@ class OriginCalls:
         service.register(api.STAT_BLOB, self.stat_blob)
         service.register(api.GET_METAINFO, self.get_metainfo)
         service.register(api.ADOPT_BLOB, self.adopt_blob)
+        service.register(api.REPLICATE_BLOB, self.replicate_blob)
+        service.register(api.HELD_BLOB, self.held_blob)
         service.register(api.PUT_MANIFEST, self.put_manifest)
         return service
 
@@ -157,27 +179,50 @@ class OriginCalls:
         with self._content.store.hold(request.digest, Pin.SENDING):
             metainfo = await self._content.metainfo(request.digest)
             self._host.seed(metainfo, request.namespace)
-        contact = self._host.contact
-        if not contact.host:
-            contact = attrs.evolve(contact, host=context.local_host)
-        return api.MetainfoReply(metainfo, contact)
+        return api.MetainfoReply(metainfo, self._contact(context))
 
     async def adopt_blob(self, request: api.AdoptRequest, context: RpcContext) -> api.Empty:
-        """Fetch a blob from the agent that took the push, and make it durable."""
+        """Fetch a blob from the agent that took the push, and accept it."""
         digest = request.metainfo.digest
         _check_namespace(request.namespace)
-        source = request.source
-        if not source.host:
-            source = attrs.evolve(source, host=context.remote_host)
         with self._content.store.hold(digest, Pin.NOT_WRITTEN_BACK):
-            try:
-                await self._content.ensure_local(digest)
-            except (BlobNotFound, BackendUnavailable) as error:
-                if isinstance(error, BackendUnavailable) and not self._content.is_corrupt(digest):
-                    raise
-                await self._host.adopt(request.metainfo, request.namespace, source)
+            # Not from the backend, even if it has the blob: it may be down, and the agent is there.
+            await self._host.adopt(
+                request.metainfo, request.namespace, _dialable(request.source, context)
+            )
             await self._registry.accept_blob(request.namespace or None, digest)
         return api.Empty()
+
+    async def replicate_blob(
+        self, request: api.ReplicateRequest, context: RpcContext
+    ) -> api.ReplicateReply:
+        """Keep a copy of a blob that another origin accepts; or say how far that is."""
+        digest = request.metainfo.digest
+        _check_namespace(request.namespace)
+        if request.source.peer_id == self._host.contact.peer_id:
+            return api.ReplicateReply(stored=False, itself=True)
+        with trio.move_on_after(_sane(request.seconds)):
+            await self._write_back.keep_copy(
+                request.metainfo,
+                request.namespace,
+                _dialable(request.source, context),
+                max(1, min(request.rank, RANK_MAX)),
+            )
+            return api.ReplicateReply(stored=True)
+        download = self._host.downloading(digest)
+        pieces = download.partial.have.bit_count() if download else 0
+        return api.ReplicateReply(stored=False, received=pieces * request.metainfo.piece_length)
+
+    async def held_blob(self, request: api.HeldRequest, context: RpcContext) -> api.HeldReply:
+        """Whether the disk has a blob, whatever the backend has; a peer that asks for it gets it."""
+        metainfo = await self._content.store.metainfo(request.digest)
+        rank = self._write_back.rank((request.digest, request.namespace))
+        return api.HeldReply(metainfo, self._contact(context), rank)
+
+    def _contact(self, context: RpcContext) -> PeerContact:
+        """Where this origin seeds, as its caller can dial it."""
+        contact = self._host.contact
+        return contact if contact.host else attrs.evolve(contact, host=context.local_host)
 
     async def put_manifest(
         self, request: api.PutManifestRequest, _context: RpcContext
@@ -189,6 +234,22 @@ class OriginCalls:
             manifest = under_digest(manifest, Digest.parse(request.reference))
         await self._registry.put_manifest(request.repository, request.reference, manifest)
         return api.PutManifestReply(manifest.digest, manifest.subject)
+
+
+def _dialable(source: PeerContact, context: RpcContext) -> PeerContact:
+    """A caller that does not advertise a host is where it calls from."""
+    return source if source.host else attrs.evolve(source, host=context.remote_host)
+
+
+def _sane(seconds: float) -> float:
+    # Written so that NaN becomes the most.
+    return seconds if 0 <= seconds <= REPLICATION_WAIT_MAX else REPLICATION_WAIT_MAX
+
+
+def _blobs_on_disk(store: BlobStore) -> Iterator[QueuedBlob]:
+    """Everything in a store, as a queue that is new begins with; blocking."""
+    now = time.time()
+    return (QueuedBlob(stat.digest, stat.length, "", now, next_at=now) for stat in store.list())
 
 
 def _check_namespace(namespace: str) -> None:
@@ -211,27 +272,37 @@ async def run_origin(
     """
     metrics = Metrics()
     indexes = Membership(config.cluster.indexes, name="index")
+    origins = Membership(config.cluster.origins, name="origin")
     backend = await open_backend(settings.backend.url)
     async with (
         open_role_store("origin", settings.data_dir, settings.store, metrics) as store,
+        open_write_back_queue(store.root, store.name, partial(_blobs_on_disk, store)) as queue,
         open_rpc_pool() as pool,
         open_swarm_host(store, PeerKind.ORIGIN, settings.peer, config.swarm, metrics) as host,
         trio.open_nursery() as nursery,
     ):
-        nursery.start_soon(indexes.run)
-        nursery.start_soon(store.janitor.run)
-        index = IndexClient(RingClient(pool, indexes, "index"))
         content = OriginContent(store, backend, nursery, metrics)
+        replication = Replication(pool, origins, host, settings.replicas, metrics)
+        write_back = WriteBack(queue, content, host, replication, metrics, settings.write_back)
+        # After the queue has pinned its blobs.
+        nursery.start_soon(store.janitor.run)
+        nursery.start_soon(write_back.run)
+        watch = BackendWatch(backend)
+        nursery.start_soon(watch.run)
+        for members in (indexes, origins):
+            nursery.start_soon(members.run)
+        content.elsewhere = replication
         host.recall = content.ensure_local
-        registry = OriginRegistry(content, index)
-        calls = OriginCalls(content, registry, host)
+        registry = OriginRegistry(
+            content, write_back, IndexClient(RingClient(pool, indexes, "index"))
+        )
         await serve_role(
             "origin",
             settings,
-            calls.service(),
+            OriginCalls(content, write_back, registry, host).service(),
             metrics=metrics,
-            readiness=partial(unreachable, indexes),
-            status=partial(swarm_status, host),
+            readiness=lambda: [*unreachable(indexes), *watch.reasons()],
+            status=lambda: {**swarm_status(host), **write_back.status()},
             drain=drain,
             grace=config.drain_timeout,
             registry=create_registry_app(registry),

@@ -6,7 +6,7 @@ fetched to the disk when somebody asks for it, once however many ask.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Protocol
 
 import structlog
 import trio
@@ -18,6 +18,7 @@ from swarmpull.errors import (
     DigestMismatch,
     ObjectNotFound,
     StoreUnavailable,
+    SwarmpullError,
 )
 from swarmpull.roles.shared_work import SharedWork
 from swarmpull.store.backends.base import Backend, blob_key
@@ -33,14 +34,31 @@ log = structlog.get_logger()
 TRANSFERS_MAX: Final = 16
 
 
+class Elsewhere(Protocol):
+    """Where a blob may be that neither the disk nor the backend has: on the disks of other origins."""
+
+    async def length(self, digest: Digest) -> int | None:
+        """Its length in bytes; None when it is nowhere."""
+        ...
+
+    async def fetch(self, digest: Digest) -> bool:
+        """Get it to the disk; False when it is nowhere."""
+        ...
+
+
 class OriginContent:
-    """Blobs on the disk and in the backend of one origin."""
+    """Blobs on the disk and in the backend of one origin.
+
+    Attributes:
+        elsewhere: is asked for what the backend cannot give, which may be queued on another origin.
+    """
 
     def __init__(
         self, store: BlobStore, backend: Backend, nursery: trio.Nursery, metrics: Metrics
     ) -> None:
         self.store = store
         self.backend = backend
+        self.elsewhere: Elsewhere | None = None
         self._fetching: SharedWork[None] = SharedWork(nursery)
         self._writing: SharedWork[None] = SharedWork(nursery)
         self._fetches = trio.CapacityLimiter(TRANSFERS_MAX)
@@ -68,8 +86,11 @@ class OriginContent:
                 raise
         try:
             return (await self.backend.stat(blob_key(digest))).length
-        except ObjectNotFound as error:
-            raise BlobNotFound(str(digest), self.backend.name) from error
+        except (ObjectNotFound, BackendUnavailable) as error:
+            length = await self.elsewhere.length(digest) if self.elsewhere else None
+            if length is not None:
+                return length
+            raise _missing(digest, error) from error
 
     async def ensure_local(self, digest: Digest) -> None:
         """Return when the blob is on the disk.
@@ -97,6 +118,10 @@ class OriginContent:
         """
         await self._writing.run(digest, self._write)
 
+    async def is_in_backend(self, digest: Digest, length: int) -> bool:
+        """Whether the backend has a blob, in the right length.  Raises BackendUnavailable."""
+        return await self._is_in_backend(digest, blob_key(digest), length)
+
     def is_corrupt(self, digest: Digest) -> bool:
         """Whether the backend's object was found to be something else; the next write replaces it."""
         return digest in self._corrupt
@@ -108,8 +133,10 @@ class OriginContent:
             key = blob_key(digest)
             try:
                 length = await self._copy_to_disk(digest, key)
-            except ObjectNotFound as error:
-                raise BlobNotFound(str(digest), self.backend.name) from error
+            except (ObjectNotFound, BackendUnavailable) as error:
+                if self.elsewhere is not None and await self.elsewhere.fetch(digest):
+                    return
+                raise _missing(digest, error) from error
             except DigestMismatch as error:
                 self._corrupt.add(digest)
                 log.error("backend_object_corrupt", key=key, actual=error.actual)
@@ -154,3 +181,10 @@ class OriginContent:
             return (await self.backend.stat(key)).length == length
         except ObjectNotFound:
             return False
+
+
+def _missing(digest: Digest, error: ObjectNotFound | BackendUnavailable) -> SwarmpullError:
+    """What to say of a blob that the backend did not give."""
+    if isinstance(error, ObjectNotFound):
+        return BlobNotFound(str(digest), error.backend)
+    return BackendUnavailable(error.backend, error.key, error.reason)

@@ -220,13 +220,19 @@ class Janitor:
 
     def _full(self, needed: int) -> StoreFull:
         if self._ledger.total() + needed <= self.limits.high:
-            return StoreFull(self._disk.name, needed)
+            return StoreFull(self._disk.name, needed, f"free disk space{self._not_written_back()}")
         limit = f"{self.limits.key or 'the high watermark'} ({self.limits.high:.0f} bytes)"
         return StoreFull(
             self._disk.name,
             needed,
-            f"what it has beyond {limit} is in use, so raise that or wait",
+            f"what it has beyond {limit} is in use{self._not_written_back()}, so raise that or wait",
         )
+
+    def _not_written_back(self) -> str:
+        """How much of what is in use waits for the backend, for who runs into it."""
+        pin = Pin.NOT_WRITTEN_BACK
+        waiting = sum(entry.size for entry in self.entries() if entry.pinned == pin.value)
+        return f", {waiting} bytes of it {pin.value}" if waiting else ""
 
 
 def _remove_all(files: list[Path]) -> None:

@@ -21,9 +21,11 @@ from swarmpull.store.content import ContentTree
 from swarmpull.store.durable import remove
 from swarmpull.store.eviction import Entry, Kind, Limits, Removal, plan
 from swarmpull.store.hashing import hash_blob, hash_stored_piece
+from swarmpull.store.holds import Pin
 from swarmpull.store.ledger import UPLOADS, Ledger
 from swarmpull.store.partials import PartialFiles, list_partials
 from swarmpull.store.uploads import DATA_SUFFIX
+from swarmpull.store.write_back_queue import queued_digests
 from swarmpull.swarm import bitfield
 from swarmpull.swarm.metainfo import piece_length_for
 
@@ -95,10 +97,15 @@ def list_store(root: Path) -> list[Stored]:
 
 
 def plan_removals(root: Path, limits: Limits) -> list[Removal]:
-    """What the limits say must go; what a running process has pinned is not known here."""
+    """What the limits say must go, and the write-back queue lets go.
+
+    What else a running process has pinned is not known here.  Raises StartupError for a queue that cannot be
+    read.
+    """
     ledger = _count(root)
     others = ledger.bytes(UPLOADS)
-    return plan(ledger.entries({}, ()), limits, time.time(), others=others)
+    pins = dict.fromkeys(queued_digests(root), Pin.NOT_WRITTEN_BACK)
+    return plan(ledger.entries(pins, ()), limits, time.time(), others=others)
 
 
 def collect(root: Path, limits: Limits) -> list[Removal]:
@@ -115,12 +122,17 @@ def delete(root: Path, digest: Digest) -> list[Stored]:
 
     Raises:
         BlobNotFound: there was neither.
-        StartupError: a process has the store open.
+        StartupError: a process has the store open, or the backend does not have the blob yet.
     """
     with _locked(root):
         found = [stored for stored in list_store(root) if stored.entry.digest == digest]
         if not found:
             raise BlobNotFound(str(digest), str(root))
+        if digest in queued_digests(root):
+            raise StartupError(
+                f"{digest} was pushed here and the backend does not have it yet",
+                "start the origin, and remove it when `swarmpull status` shows nothing to write",
+            )
         for stored in found:
             _delete(root, digest, stored.entry.kind)
     return found

@@ -106,6 +106,29 @@ class BlobRequest:
 
 
 @attrs.frozen
+class HeldRequest:
+    """Ask an origin for a blob of its own disk: it asks nobody else, not even the backend.
+
+    ``namespace`` is the repository through which it was pushed, for those who ask about the queue.
+    """
+
+    digest: Digest
+    namespace: str = ""
+
+
+@attrs.frozen
+class HeldReply:
+    """A blob of an origin's disk, and where that origin seeds it.
+
+    ``write_back_rank`` is set as long as the origin has it in its write-back queue, for that namespace.
+    """
+
+    metainfo: Metainfo
+    seeder: PeerContact
+    write_back_rank: int | None = None
+
+
+@attrs.frozen
 class BlobStatReply:
     length: int
 
@@ -120,14 +143,48 @@ class MetainfoReply:
 
 @attrs.frozen
 class AdoptRequest:
-    """Ask an origin to take a blob that the caller seeds, through the swarm, and to make it durable.
+    """Ask an origin to take a blob that the caller seeds, through the swarm, and to accept it.
 
-    The origin answers when the blob is verified on its own disk and in the backend.
+    The origin answers when the push may be acknowledged: `docs/store.md` says what that means.
     """
 
     metainfo: Metainfo
     namespace: str
     source: PeerContact
+
+
+@attrs.frozen
+class ReplicateRequest:
+    """An origin that accepts a blob asks another one to have it too, on its disk and in its queue.
+
+    Attributes:
+        metainfo: of the blob.
+        namespace: the repository through which it was pushed; empty for a generic blob.
+        source: the caller, which seeds it.
+        rank: 1 and more: the later, the longer it leaves writing to the backend to those before it.
+        seconds: for which the reply may wait; ask again as long as there is progress.
+    """
+
+    metainfo: Metainfo
+    namespace: str
+    source: PeerContact
+    rank: int
+    seconds: float
+
+
+@attrs.frozen
+class ReplicateReply:
+    """How far it is.
+
+    Attributes:
+        stored: the blob is on the disk and in the queue.
+        received: bytes that it has so far.
+        itself: the caller has called itself.
+    """
+
+    stored: bool
+    received: int = 0
+    itself: bool = False
 
 
 @attrs.frozen
@@ -149,6 +206,9 @@ class PutManifestReply:
 STAT_BLOB: Final = Method("origin.stat_blob", BlobRequest, BlobStatReply)
 GET_METAINFO: Final = Method("origin.get_metainfo", BlobRequest, MetainfoReply)
 ADOPT_BLOB: Final = Method("origin.adopt_blob", AdoptRequest, Empty)
+REPLICATE_BLOB: Final = Method("origin.replicate_blob", ReplicateRequest, ReplicateReply)
+# Raises BlobNotFound.
+HELD_BLOB: Final = Method("origin.held_blob", HeldRequest, HeldReply)
 PUT_MANIFEST: Final = Method("origin.put_manifest", PutManifestRequest, PutManifestReply)
 
 

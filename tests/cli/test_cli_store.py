@@ -17,6 +17,8 @@ from swarmpull.cli import main
 from swarmpull.digest import Digest
 from swarmpull.store.blobs import BlobStore, open_store
 from swarmpull.store.hashing import hash_piece
+from swarmpull.store.write_back_queue import open_write_back_queue
+from swarmpull.store.write_back_schedule import QueuedBlob
 from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN as PIECE
 from swarmpull.swarm.metainfo import Metainfo
 
@@ -144,6 +146,39 @@ def test_gc_does_what_the_limits_say_and_a_dry_run_only_says_it(run, root) -> No
     (left,) = run("ls", "--json").document
     assert left["state"] == "partial"
     assert not blob_path(root).with_suffix(".metainfo").exists()
+
+
+@pytest.fixture
+def queued(root) -> None:
+    """The blob waits for the backend."""
+
+    async def put() -> None:
+        async with open_write_back_queue(root, "origin", lambda: ()) as queue:
+            await queue.put(QueuedBlob(BLOB, 3000, "", time.time()))
+
+    trio.run(put)
+
+
+def test_gc_and_rm_keep_what_the_backend_does_not_have_yet(run, root, queued) -> None:
+    age(root, 7200)
+
+    assert run("gc", "-o", "agent.store.ttl=1h").out == "Nothing is to be removed.\n"
+    outcome = run("rm", BLOB)
+
+    assert outcome.status == 1
+    assert "the backend does not have it yet" in outcome.err
+    assert blob_path(root).exists()
+
+
+def test_gc_touches_nothing_when_it_cannot_read_the_queue(run, root) -> None:
+    age(root, 7200)
+    (root / "write-back.sqlite").write_bytes(b"not a database" * 100)
+
+    for command in (("gc", "-o", "agent.store.ttl=1h"), ("rm", BLOB)):
+        outcome = run(*command)
+        assert outcome.status == 1
+        assert "is damaged" in outcome.err
+    assert blob_path(root).exists()
 
 
 def test_gc_refuses_a_wrong_limit_as_every_command_does(run) -> None:

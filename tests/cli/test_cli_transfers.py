@@ -546,6 +546,15 @@ def test_status_shows_what_a_role_says(registry, capsys, monkeypatch) -> None:
         assert shown in torrents
 
 
+def test_status_shows_what_the_backend_does_not_have_yet(registry, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    queue = {"queued": 12, "bytes": 3 << 30, "oldest_seconds": 40.4, "failure": "S3 is down"}
+    document = {**STATUS, "role": "origin", "write_back": queue}
+    registry.documents["/status"] = json.dumps(document).encode()
+    assert main(["status", registry.url.removeprefix("http://")]) == 0
+    assert "12 (3.00 GiB), 40 s, failing" in capsys.readouterr().out
+
+
 def test_status_as_json_is_the_document_with_its_address(registry, capsys) -> None:
     registry.documents["/status"] = json.dumps(STATUS).encode()
     address = registry.url.removeprefix("http://")

@@ -124,18 +124,21 @@ class Cluster:
 
     async def start_origin(self, **store: Any) -> Role:
         """``store``: settings of its store that are not the default."""
-        settings = OriginConfig(
-            registry=LISTEN,
-            rpc=LISTEN,
-            peer=PEER,
-            admin=LISTEN,
-            backend=BackendConfig(url=(self.root / "backend").as_uri()),
-            data_dir=self.root / "origin",
-            store=StoreConfig(**store),
-        )
-        role = await self.start("origin", run_origin, settings)
+        role = await self.start_one_origin("origin", store=StoreConfig(**store))
         self._learn(origins=(role.address("rpc"),))
         return role
+
+    async def start_one_origin(self, name: str, **settings: Any) -> Role:
+        """``settings``: what is not as usual.  The others learn nothing of it."""
+        usual: dict[str, Any] = {
+            "registry": LISTEN,
+            "rpc": LISTEN,
+            "peer": PEER,
+            "admin": LISTEN,
+            "backend": BackendConfig(url=(self.root / "backend").as_uri()),
+            "data_dir": self.root / name,
+        }
+        return await self.start(name, run_origin, OriginConfig(**usual | settings))
 
     async def start_tracker(self) -> Role:
         role = await self.start("tracker", run_tracker, TrackerConfig(rpc=LISTEN, admin=LISTEN))
@@ -197,6 +200,16 @@ class Cluster:
         reply = await self.client.get(f"http://{self.roles[role].address('admin')}/metrics")
         values = dict(line.rsplit(" ", 1) for line in reply.text.splitlines() if line[0] != "#")
         return float(values[f"swarmpull_{name}"])
+
+    async def written_back(self, role: str = "origin") -> None:
+        """Wait until the backend has all that an origin has accepted."""
+        while await self.metric(role, "write_back_queue_blobs"):  # noqa: ASYNC110 - of a role's admin port
+            await trio.sleep(0.01)
+
+    async def counted(self, role: str, name: str, count: float) -> None:
+        """Wait until a counter has come so far."""
+        while await self.metric(role, name) < count:  # noqa: ASYNC110
+            await trio.sleep(0.01)
 
     async def status(self, role: str) -> dict[str, Any]:
         reply = await self.client.get(f"http://{self.roles[role].address('admin')}/status")

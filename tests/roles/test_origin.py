@@ -45,6 +45,7 @@ def client_of(cluster: Cluster) -> OriginClient:
 
 async def test_a_pushed_image_survives_the_loss_of_the_disk(cluster: Cluster) -> None:
     manifest = await cluster.push_image("origin", REPOSITORY, CONFIG, LAYER)
+    await cluster.written_back()
     await cluster.roles["origin"].kill()
     shutil.rmtree(cluster.root / "origin")
 
@@ -60,6 +61,7 @@ async def test_a_pushed_image_survives_the_loss_of_the_disk(cluster: Cluster) ->
 async def test_metainfo_makes_the_origin_a_seeder_with_an_address(cluster: Cluster) -> None:
     content = make_content(PIECE_LENGTH_MIN + 5)
     await cluster.push_blob("origin", REPOSITORY, content.data)
+    await cluster.written_back()
     shutil.rmtree(cluster.root / "origin" / "blobs")
 
     reply = await client_of(cluster).get_metainfo(content.digest, REPOSITORY)
@@ -96,6 +98,7 @@ async def test_a_blob_is_adopted_from_an_agent_and_durable(cluster: Cluster) -> 
 
         await client_of(cluster).adopt_blob(content.metainfo, REPOSITORY, agent.contact)
 
+    await cluster.written_back()
     assert cluster.backend_file(content.digest).read_bytes() == content.data
     path = f"/v2/{REPOSITORY}/blobs/{content.digest}"
     assert (await cluster.request("HEAD", "origin", path)).status_code == 200
@@ -111,6 +114,7 @@ async def test_an_agent_without_an_advertised_host_is_dialled_where_it_called_fr
 
         await client_of(cluster).adopt_blob(content.metainfo, "", contact)
 
+    await cluster.written_back()
     assert cluster.backend_file(content.digest).read_bytes() == content.data
 
 
@@ -150,6 +154,7 @@ async def test_a_corrupt_object_is_refused_to_readers_and_repaired_by_a_push(
 ) -> None:
     content = make_content(PIECE_LENGTH_MIN + 5)
     await cluster.push_blob("origin", REPOSITORY, content.data)
+    await cluster.written_back()
     shutil.rmtree(cluster.root / "origin" / "blobs")
     file = cluster.backend_file(content.digest)
     file.write_bytes(b"x" * len(content.data))
@@ -167,6 +172,7 @@ async def test_a_corrupt_object_is_refused_to_readers_and_repaired_by_a_push(
     async with running_node(cluster.root / "agent") as agent:
         await agent.seed(content)
         await client_of(cluster).adopt_blob(content.metainfo, REPOSITORY, agent.contact)
+    await cluster.written_back()
     assert file.read_bytes() == content.data
     assert (await cluster.get("origin", path)).content == content.data
 
@@ -186,6 +192,7 @@ async def test_absurd_contacts_do_not_harm_the_origin(
         contact = await nursery.start(ScriptedPeer(content, honestly).serve)
         await client.adopt_blob(content.metainfo, "", contact)
         nursery.cancel_scope.cancel()
+    await cluster.written_back()
     assert cluster.backend_file(content.digest).read_bytes() == content.data
 
 
@@ -224,6 +231,7 @@ async def test_a_manifest_under_the_digest_of_another_is_refused(cluster: Cluste
 
 async def test_head_of_a_blob_does_not_fetch_it(cluster: Cluster) -> None:
     await cluster.push_blob("origin", REPOSITORY, LAYER)
+    await cluster.written_back()
     shutil.rmtree(cluster.root / "origin" / "blobs")
 
     reply = await cluster.request("HEAD", "origin", f"/v2/{REPOSITORY}/blobs/{Digest.of(LAYER)}")

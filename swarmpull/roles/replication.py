@@ -1,0 +1,225 @@
+"""The other origins as one origin needs them: they take copies of what it accepts, and it reads from theirs.
+
+An origin does not have to be told which member of the ring it is: it calls all alike, and finds its own peer
+id in the answer.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import attrs
+import structlog
+import trio
+
+from swarmpull.digest import Digest
+from swarmpull.errors import RpcUnavailable, SwarmpullError
+from swarmpull.ring.membership import Membership
+from swarmpull.roles.swarm_host import SwarmHost
+from swarmpull.store.write_back_schedule import Key
+from swarmpull.swarm.metainfo import Metainfo
+from swarmpull.swarm.peers import PeerContact
+from swarmpull.telemetry import Metrics
+from swarmpull.wire import api
+from swarmpull.wire.listen import parse_address
+from swarmpull.wire.rpc import RpcPool
+
+log = structlog.get_logger()
+
+# How long one call to a replica waits for it to have the blob, in seconds; then it is asked again.
+POLL: Final = 2.0
+# How much longer its answer may take before it counts as gone.
+ANSWER_PATIENCE: Final = 3.0
+# A replica that gets no piece for so long is given up.
+STALLED: Final = 10.0
+# The bound of all replication before an acknowledgement: seconds, and the slowest rate in bytes per second
+# that is still waited for.
+PATIENCE: Final = 30.0
+SLOWEST_RATE: Final = 10e6
+# Blobs that are replicated at the same time; fewer than a connection takes calls, so that none of them waits
+# behind others until it seems that nobody answers.
+SPREADING_MAX: Final = 16
+# Seconds between two lines in the log about missing copies: every push lacks some while a member is down.
+LOG_INTERVAL: Final = 60.0
+# For an origin to say whether its disk has a blob, in seconds.
+HELD_PATIENCE: Final = 2.0
+# Origins that are asked for one blob; a cluster has a few.
+ASKED_MAX: Final = 16
+# Seconds for which an address that was found to be this process counts as such: it may move to another host.
+OWN_BELIEVED: Final = 60.0
+
+
+class Replication:
+    """Copies to and from the other members of the ring of origins."""
+
+    def __init__(
+        self,
+        pool: RpcPool,
+        members: Membership,
+        host: SwarmHost,
+        copies: int,
+        metrics: Metrics,
+    ) -> None:
+        self._pool = pool
+        self._members = members
+        self._host = host
+        self._copies = copies
+        self._logged_at = -math.inf
+        self._spreading = trio.CapacityLimiter(SPREADING_MAX)
+        # Members that turned out to be this process, and when.
+        self._own: dict[str, float] = {}
+        self._missing = metrics.counter(
+            "write_back_replicas_missing_total",
+            "Copies that a blob lacked on other origins when it was acknowledged.",
+        )
+        self._alone = metrics.counter(
+            "write_back_unreplicated_total",
+            "Blobs that no other origin had when they were acknowledged, although others are configured.",
+        )
+
+    # --- writing ------------------------------------------------------------------------------
+
+    async def spread(self, metainfo: Metainfo, namespace: str) -> None:
+        """Have the owners of a blob of this disk take copies of it; with fewer, go on and count that."""
+        order = self._members.order(str(metainfo.digest))
+        wanted = min(self._copies, len(order))
+        if self._copies == 1 or all(map(self._is_own, order)):
+            return
+        holders: list[str] = []
+        failures: dict[str, str] = {}
+        candidates = enumerate(order, start=1)
+
+        async def fill_one_place() -> None:
+            for rank, address in candidates:
+                failure = await self._copy_to(address, metainfo, namespace, rank)
+                if not failure:
+                    holders.append(address)
+                    return
+                failures[address] = failure
+
+        async with self._spreading:
+            with trio.move_on_after(PATIENCE + metainfo.length / SLOWEST_RATE):
+                async with trio.open_nursery() as nursery:
+                    for _ in range(wanted):
+                        nursery.start_soon(fill_one_place)
+        self._count(metainfo.digest, wanted, holders, failures)
+
+    def _count(
+        self, digest: Digest, wanted: int, holders: list[str], failures: dict[str, str]
+    ) -> None:
+        others = [each for each in self._members.members if not self._is_own(each)]
+        if len(holders) < wanted:
+            self._missing.inc(wanted - len(holders))
+            if trio.current_time() - self._logged_at >= LOG_INTERVAL:
+                self._logged_at = trio.current_time()
+                log.warning(
+                    "replicas_missing",
+                    digest=str(digest),
+                    wanted=wanted,
+                    holders=holders,
+                    failures=failures,
+                )
+        if others and all(map(self._is_own, holders)):
+            self._alone.inc()
+
+    async def _copy_to(self, address: str, metainfo: Metainfo, namespace: str, rank: int) -> str:
+        """Wait until a member has a blob; returns why it does not, or nothing."""
+        if self._is_own(address):
+            return ""
+        request = api.ReplicateRequest(metainfo, namespace, self._host.contact, rank, POLL)
+        received, heard_at = 0, trio.current_time()
+        while True:
+            try:
+                reply = await self._pool.call(
+                    address, api.REPLICATE_BLOB, request, timeout=POLL + ANSWER_PATIENCE
+                )
+            except RpcUnavailable as error:
+                self._members.record_failure(address, error.reason)
+                return error.reason
+            except SwarmpullError as error:
+                self._members.record_success(address)
+                return str(error)
+            self._members.record_success(address)
+            if reply.itself:
+                self._own[address] = trio.current_time()
+            if reply.itself or reply.stored:
+                return ""
+            if reply.received > received:
+                received, heard_at = reply.received, trio.current_time()
+            elif trio.current_time() - heard_at > STALLED:
+                return f"no piece for {STALLED:g} s, after {received} bytes"
+
+    # --- reading ------------------------------------------------------------------------------
+
+    async def length(self, digest: Digest) -> int | None:
+        """The length in bytes of a blob on another origin's disk; None when none has it."""
+        found = await self._ask_all(digest)
+        return found[0][1].metainfo.length if found else None
+
+    async def is_ahead(self, key: Key, rank: int) -> bool:
+        """Whether an origin that answers is to write a blob to the backend before ``rank``."""
+        ranks = [held.write_back_rank for _, held in await self._ask_all(*key)]
+        return any(other is not None and other < rank for other in ranks)
+
+    async def fetch(self, digest: Digest) -> bool:
+        """Get a blob from another origin's disk, through the swarm; False when none can give it."""
+        for address, held in await self._ask_all(digest):
+            try:
+                await self._host.adopt(held.metainfo, "", _dialable(held.seeder, address))
+            except SwarmpullError as error:
+                log.info("replica_not_read", digest=str(digest), origin=address, reason=str(error))
+            else:
+                log.info("replica_read", digest=str(digest), origin=address)
+                return True
+        return False
+
+    async def _ask_all(
+        self, digest: Digest, namespace: str = ""
+    ) -> list[tuple[str, api.HeldReply]]:
+        """The other origins whose disks have a blob, in the order of the ring.
+
+        Those that did not answer of late are left out: a client waits, and most blobs that are asked for here
+        are nowhere.
+        """
+        unhealthy = set(self._members.unhealthy())
+        order = [
+            address
+            for address in self._members.order(str(digest))
+            if address not in unhealthy and not self._is_own(address)
+        ]
+        found: dict[str, api.HeldReply] = {}
+
+        async def ask(address: str) -> None:
+            held = await self._ask(address, api.HeldRequest(digest, namespace))
+            if held is not None:
+                found[address] = held
+
+        async with trio.open_nursery() as nursery:
+            for address in order[:ASKED_MAX]:
+                nursery.start_soon(ask, address)
+        return [(address, found[address]) for address in order if address in found]
+
+    async def _ask(self, address: str, request: api.HeldRequest) -> api.HeldReply | None:
+        try:
+            held = await self._pool.call(address, api.HELD_BLOB, request, timeout=HELD_PATIENCE)
+        except RpcUnavailable as error:
+            self._members.record_failure(address, error.reason)
+            return None
+        except SwarmpullError:
+            self._members.record_success(address)
+            return None
+        self._members.record_success(address)
+        if held.seeder.peer_id == self._host.contact.peer_id:
+            self._own[address] = trio.current_time()
+            return None
+        return held
+
+    def _is_own(self, address: str) -> bool:
+        found_at = self._own.get(address, -math.inf)
+        return trio.current_time() - found_at < OWN_BELIEVED
+
+
+def _dialable(seeder: PeerContact, address: str) -> PeerContact:
+    """A seeder that does not advertise a host is where its calls are answered."""
+    return seeder if seeder.host else attrs.evolve(seeder, host=parse_address(address)[0])
