@@ -73,7 +73,7 @@ async def _respond(call: Call, digest: Digest) -> None:
     request, send, headers = call.request, call.send, _headers(digest)
     etag = f'"{digest}"'
     async with call.service.open_blob(call.repository, digest, upstream=call.upstream) as reader:
-        if request.header("if-none-match") == etag:
+        if _names(request.header("if-none-match"), etag):
             await send_response(request, send, Response(304, headers))
             return
         # Content never changes under a digest, so another validator in If-Range names other content.
@@ -84,12 +84,19 @@ async def _respond(call: Call, digest: Digest) -> None:
             raise _unsatisfiable(error) from error
         if ranges is None:
             await start_response(send, 200, (*headers, ("Content-Length", str(reader.length))))
-            await _send_body(reader, send, digest, [(b"", ByteRange(0, reader.length))])
+            whole = ByteRange(0, reader.length, is_rest=True)
+            await _send_body(reader, send, digest, [(b"", whole)])
         elif len(ranges) == 1:
             await start_response(send, 206, (*headers, *_single(ranges[0], reader.length)))
             await _send_body(reader, send, digest, [(b"", ranges[0])])
         else:
             await _send_multipart(reader, send, digest, ranges)
+
+
+def _names(header: str | None, etag: str) -> bool:
+    """Whether an ``If-None-Match`` names this content; the comparison is the weak one (RFC 9110, 13.1.2)."""
+    texts = [] if header is None else [text.strip(" \t") for text in header.split(",")]
+    return any(text == "*" or text.removeprefix("W/") == etag for text in texts)
 
 
 def _single(byte_range: ByteRange, length: int) -> Headers:
@@ -129,12 +136,18 @@ async def _send_body(
     parts: Sequence[tuple[bytes, ByteRange]],
     epilogue: bytes = b"",
 ) -> None:
-    """Send what follows the head: preambles and ranges, to the end, or cut short and never padded."""
+    """Send what follows the head: preambles and ranges, to the end, or cut short and never padded.
+
+    A range with an end is a part for somebody who knows what it must be (the footer of a layer that is read
+    lazily, say): it does not wait for the rest of the blob.  What goes on to the end completes a pull.
+    """
     try:
         for preamble, byte_range in parts:
             head, offset = preamble, byte_range.start
+            early = not byte_range.is_rest and byte_range.length < reader.length
             while offset < byte_range.stop:
-                chunk = await reader.read_at(offset, min(CHUNK_BYTES, byte_range.stop - offset))
+                size = min(CHUNK_BYTES, byte_range.stop - offset)
+                chunk = await reader.read_at(offset, size, early=early)
                 # One send for a small part: a client may ask for thousands of them.
                 await send_chunk(send, head + chunk if head else chunk)
                 head = b""

@@ -222,6 +222,7 @@ async def run_agent(
                 metrics,
                 announce=cluster.tracker.announce,
                 watch=cluster.tracker.watch,
+                unread_timeout=settings.unread_timeout,
             ) as host,
             trio.open_nursery() as nursery,
         ):

@@ -8,6 +8,7 @@ nursery and ends in an event.  Connections are in `swarmpull.roles.peer_connecti
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections import deque
@@ -65,6 +66,9 @@ WATCHES_MAX: Final = 16
 # For which one watch waits, in seconds: seldom enough to cost nothing.
 WATCH_SECONDS: Final = 30.0
 
+# The least time for which a download goes on unread, in seconds: whoever it begins for comes a moment later.
+UNREAD_MIN: Final = 1.0
+
 # What a tracker may ask for, in seconds: it must neither be flooded nor forget us.
 INTERVAL_MIN: Final = 1.0
 INTERVAL_MAX: Final = 600.0
@@ -98,6 +102,7 @@ class SwarmHost:
         announce: Announce | None,
         watch: Watch | None,
         metrics: SwarmMetrics,
+        unread_timeout: float = math.inf,
     ) -> None:
         self.contact = contact
         self.address = address
@@ -113,6 +118,7 @@ class SwarmHost:
         self._announcing = 0
         self._watch = watch
         self._watches: dict[Digest, trio.CancelScope] = {}
+        self._unread_timeout = max(unread_timeout, UNREAD_MIN)
         self._connections = PeerConnections(self, scheduler, nursery, buffers, rates, metrics)
         self._starting: SharedWork[Download] = SharedWork(nursery)
         self._downloads: dict[Digest, Download] = {}
@@ -295,6 +301,8 @@ class SwarmHost:
         download = Download(metainfo, partial_blob, self._reader_moved, self._reader_closed)
         self._downloads[digest] = download
         self._open.add(download)
+        if self._unread_timeout < math.inf:
+            self._nursery.start_soon(self._give_up_unread, download)
         log.info(
             "download_started",
             digest=str(digest),
@@ -310,6 +318,17 @@ class SwarmHost:
             )
         )
         return download
+
+    async def _give_up_unread(self, download: Download) -> None:
+        """End a download that nobody reads, keeping its pieces; one that has all of them is finished."""
+        digest = download.metainfo.digest
+        while await download.wait_unread(self._unread_timeout):
+            if self._downloads.get(digest) is not download or download.partial.complete:
+                return
+            log.info("download_unread", digest=str(digest), seconds=self._unread_timeout)
+            self.metrics.downloads.labels("unread").inc()
+            self._end(download, DownloadFailed(str(digest), "nobody reads it any more"))
+            self.dispatch(ev.TorrentRemoved(digest))
 
     def _reader_moved(self, digest: Digest, reader: int, index: int) -> None:
         self.dispatch(ev.ReaderMoved(digest, reader, index))
@@ -528,11 +547,12 @@ async def open_swarm_host(
     *,
     announce: Announce | None = None,
     watch: Watch | None = None,
+    unread_timeout: float = math.inf,
 ) -> AsyncIterator[SwarmHost]:
     """Listen for peers and run the swarm of a store for the length of the block.
 
     ``announce`` tells a tracker and ``watch`` waits there for peers; None for a host that peers find without
-    one.
+    one.  A download that nobody reads for ``unread_timeout`` seconds ends; its pieces are kept.
 
     Raises:
         StartupError: the peer port cannot be had.
@@ -556,7 +576,17 @@ async def open_swarm_host(
     failure: Exception | None = None
     async with trio.open_nursery() as nursery:
         host = SwarmHost(
-            scheduler, store, contact, address, nursery, buffers, rates, announce, watch, counters
+            scheduler,
+            store,
+            contact,
+            address,
+            nursery,
+            buffers,
+            rates,
+            announce,
+            watch,
+            counters,
+            unread_timeout,
         )
         try:
             await nursery.start(host.serve, listeners, config.max_total_connections)

@@ -38,7 +38,7 @@ class SwarmMetrics:
         for kind in PeerKind:
             self.pieces_received.labels(kind.value)
             self.bytes_received.labels(kind.value)
-        for outcome in ("complete", "failed"):
+        for outcome in ("complete", "failed", "unread"):
             self.downloads.labels(outcome)
 
     def received_by_source(self) -> tuple[dict[str, int], dict[str, int]]:

@@ -74,8 +74,14 @@ class BlobHandle:
         """The descriptor, valid until `close`.  Raises ValueError when closed."""
         return self._file.fileno()
 
-    async def read_at(self, offset: int, size: int) -> bytes:
-        """``size`` bytes from ``offset``, fewer only where the blob ends.
+    async def read_at(
+        self,
+        offset: int,
+        size: int,
+        *,
+        early: bool = False,  # noqa: ARG002
+    ) -> bytes:
+        """``size`` bytes from ``offset``, fewer only where the blob ends; ``early``: all is verified here.
 
         Raises:
             ValueError: ``offset`` is not inside the blob, or the handle is closed.

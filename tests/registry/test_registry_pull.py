@@ -218,7 +218,7 @@ async def test_a_large_blob_is_read_in_few_steps(registry: Registry) -> None:
     reads: list[int] = []
 
     class Counting(WaitingReader):
-        async def read_at(self, offset: int, size: int) -> bytes:
+        async def read_at(self, offset: int, size: int, *, early: bool = False) -> bytes:
             reads.append(size)
             return await super().read_at(offset, size)
 
