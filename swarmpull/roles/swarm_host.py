@@ -37,6 +37,7 @@ from swarmpull.roles.downloads import Download
 from swarmpull.roles.peer_connections import ArrivedPiece, PeerConnections
 from swarmpull.roles.rates import Rates, TokenBucket
 from swarmpull.roles.shared_work import SharedWork
+from swarmpull.roles.small_blobs import SmallBlob
 from swarmpull.roles.swarm_metrics import SwarmMetrics
 from swarmpull.store.blobs import BlobStore
 from swarmpull.store.holds import Pin
@@ -65,6 +66,9 @@ ANNOUNCE_TIMEOUT: Final = 10.0
 WATCHES_MAX: Final = 16
 # For which one watch waits, in seconds: seldom enough to cost nothing.
 WATCH_SECONDS: Final = 30.0
+
+# Small blobs that are in memory until the store has them, of 64 KiB each; the next ones wait.
+SMALL_BLOBS_MAX: Final = 64
 
 # The least time for which a download goes on unread, in seconds: whoever it begins for comes a moment later.
 UNREAD_MIN: Final = 1.0
@@ -120,7 +124,9 @@ class SwarmHost:
         self._watches: dict[Digest, trio.CancelScope] = {}
         self._unread_timeout = max(unread_timeout, UNREAD_MIN)
         self._connections = PeerConnections(self, scheduler, nursery, buffers, rates, metrics)
-        self._starting: SharedWork[Download] = SharedWork(nursery)
+        self._starting: SharedWork[Download | SmallBlob] = SharedWork(nursery)
+        self._small: dict[Digest, SmallBlob] = {}
+        self._small_places = trio.Semaphore(SMALL_BLOBS_MAX)
         self._downloads: dict[Digest, Download] = {}
         # Downloads whose partial is open, and may be so after their end.
         self._open: set[Download] = set()
@@ -147,9 +153,12 @@ class SwarmHost:
         """The download of a blob that is under way, if any."""
         return self._downloads.get(digest)
 
-    async def download(self, digest: Digest, namespace: str, find: FindPeers) -> Download:
+    async def download(
+        self, digest: Digest, namespace: str, find: FindPeers
+    ) -> Download | SmallBlob:
         """Begin to download a blob, or join the download that is under way.
 
+        A small blob may come with its metainfo; then all of it is there, and on its way into the store.
         ``find`` gets the metainfo and the first peers; it is called once however many want the blob, and
         goes on when those who wait give up.
 
@@ -157,7 +166,7 @@ class SwarmHost:
             BlobNotFound: nobody has it.
             SwarmpullError: whatever else ``find`` raises, or the store for want of room.
         """
-        under_way = self._downloads.get(digest)
+        under_way = self._downloads.get(digest) or self._small.get(digest)
         if under_way is not None:
             return under_way
         return await self._starting.run(digest, partial(self._find_and_begin, namespace, find))
@@ -171,7 +180,7 @@ class SwarmHost:
         digest = metainfo.digest
         if self._store.has(digest):
             return
-        download = self._downloads.get(digest)
+        download: Download | SmallBlob | None = self._downloads.get(digest)
         if download is None:
             download = await self._starting.run(
                 digest, partial(self._begin, metainfo, namespace, announce=False)
@@ -272,7 +281,9 @@ class SwarmHost:
 
     # --- downloads ----------------------------------------------------------------------------
 
-    async def _find_and_begin(self, namespace: str, find: FindPeers, digest: Digest) -> Download:
+    async def _find_and_begin(
+        self, namespace: str, find: FindPeers, digest: Digest
+    ) -> Download | SmallBlob:
         request = AnnounceRequest(
             digest, namespace, self.contact, AnnounceState.LEECHING, want_metainfo=True
         )
@@ -281,6 +292,9 @@ class SwarmHost:
             metainfo = reply.metainfo
             if metainfo is None or metainfo.digest != digest:
                 raise InvalidMetainfo(str(digest), "the answer was about another blob")
+            small = SmallBlob.verified(metainfo, reply.content)
+            if small is not None:
+                return await self._take_small(small, namespace)
             announce = self._announce is not None
             download = await self._begin(metainfo, namespace, digest, announce=announce)
         except SwarmpullError as error:
@@ -288,6 +302,34 @@ class SwarmHost:
             raise
         self.dispatch(_replied(digest, reply))
         return download
+
+    async def _take_small(self, blob: SmallBlob, namespace: str) -> SmallBlob:
+        """Have a small blob stored, and hand it out meanwhile; waits while too many are in memory."""
+        await self._small_places.acquire()
+        self.metrics.small_blobs.inc()
+        self.metrics.small_blob_bytes.inc(blob.metainfo.length)
+        self._small[blob.metainfo.digest] = blob
+        self._nursery.start_soon(self._store_small, blob, namespace)
+        return blob
+
+    async def _store_small(self, blob: SmallBlob, namespace: str) -> None:
+        metainfo = blob.metainfo
+        failure: SwarmpullError | None = _shutting_down(metainfo.digest)
+        try:
+            with self._store.hold(metainfo.digest, Pin.SENDING):
+                async with self._store.create() as writer:
+                    await writer.write(blob.content)
+                    await writer.commit(metainfo.digest)
+                self.seed(metainfo, namespace)
+            failure = None
+        except (StoreFull, StoreUnavailable) as error:
+            # Whoever asked for it has it from memory; the next one asks the tracker again.
+            log.warning("blob_not_kept", digest=str(metainfo.digest), reason=str(error))
+            failure = error
+        finally:
+            del self._small[metainfo.digest]
+            self._small_places.release()
+            blob.end(failure)
 
     async def _begin(
         self, metainfo: Metainfo, namespace: str, digest: Digest, *, announce: bool

@@ -16,8 +16,12 @@ import h11
 import pytest
 import trio
 
+from swarmpull.config import SwarmConfig
 from swarmpull.registry.client import put_rates
+from swarmpull.roles import swarm_host
 from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN
+from swarmpull.swarm.peers import PeerKind
+from swarmpull.swarm.scheduler import SwarmLimits
 
 from .peers import Content, make_content
 from .roles import Cluster, whole_cluster
@@ -363,16 +367,27 @@ async def test_head_tells_the_length_and_begins_nothing(pull: Pull) -> None:
     assert (await pull.cluster.status("agent"))["torrents"] == []
 
 
-async def test_a_download_that_fails_cuts_every_reader_short(pull: Pull) -> None:
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A download that gets nothing for a second fails."""
+
+    def limits(_config: SwarmConfig, _kind: PeerKind) -> SwarmLimits:
+        return SwarmLimits(stall_timeout=1.0)
+
+    monkeypatch.setattr(swarm_host, "limits_of", limits)
+
+
+async def test_a_download_that_fails_cuts_every_reader_short(impatient: None, pull: Pull) -> None:
     async with (
         pull.request(*DOCKER) as whole,
         pull.request(*SOCI, byte_range(20 * MIB, 30 * MIB)) as part,
     ):
         pull.check(part, 20 * MIB, 30 * MIB)
-        await pull.cluster.roles["agent"].kill()
         for exchange in (whole, part):
             with pytest.raises((h11.RemoteProtocolError, trio.BrokenResourceError)):
                 await exchange.read()
+
+    assert await pull.cluster.metric("agent", 'downloads_total{outcome="failed"}') == 1
 
 
 def multipart_of(pull: Pull, exchange: Exchange, body: bytes) -> list[tuple[int, bytes]]:
