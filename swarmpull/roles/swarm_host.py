@@ -317,9 +317,7 @@ class SwarmHost:
         failure: SwarmpullError | None = _shutting_down(metainfo.digest)
         try:
             with self._store.hold(metainfo.digest, Pin.SENDING):
-                async with self._store.create() as writer:
-                    await writer.write(blob.content)
-                    await writer.commit(metainfo.digest)
+                await self._store.put(metainfo, blob.content)
                 self.seed(metainfo, namespace)
             failure = None
         except (StoreFull, StoreUnavailable) as error:

@@ -248,6 +248,26 @@ class BlobStore:
         finally:
             await spool.remove()
 
+    async def put(self, metainfo: Metainfo, content: bytes) -> BlobStat:
+        """Keep a small blob that is in memory, in one step; durable on return.
+
+        Args:
+            metainfo: of the blob.
+            content: all of it, which the caller has verified against digest and metainfo.
+
+        Raises:
+            StoreFull, StoreUnavailable: nothing is visible.
+        """
+        room = Room(self.janitor.admit, self._ledger, TEMPORARY)
+        needed = len(content)
+        try:
+            await room.grow(needed)
+            return await self._disk.run(
+                self._tree.put, metainfo, content, room.leave, needed=needed
+            )
+        finally:
+            room.leave()
+
     async def open_partial(self, metainfo: Metainfo) -> PartialBlob:
         """Begin to fetch a blob by piece, or resume: its ``have`` are the pieces that are there already.
 

@@ -94,6 +94,15 @@ class ContentTree:
         sync_directory(target.parent)
         return BlobStat(digest, metainfo.length)
 
+    def put(self, metainfo: Metainfo, content: bytes, left: Callable[[], object]) -> BlobStat:
+        """Make verified content in memory visible as a blob.  As `install` otherwise."""
+        source = self.temporary_path()
+        try:
+            source.write_bytes(content)
+            return self.install(source, metainfo, left)
+        finally:
+            remove(source)
+
     def save_metainfo(self, metainfo: Metainfo) -> None:
         """Write the sidecar; not flushed, see `swarmpull.store.sidecars`."""
         target = self.sidecar_path(metainfo.digest)

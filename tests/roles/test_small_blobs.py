@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
@@ -14,7 +14,7 @@ from swarmpull.digest import Digest
 from swarmpull.errors import StoreFull
 from swarmpull.roles import swarm_host
 from swarmpull.roles.small_blobs import SmallBlob
-from swarmpull.store.blobs import BlobStore
+from swarmpull.store.blobs import BlobStat, BlobStore
 from swarmpull.swarm.peers import AnnounceState, PeerContact
 from swarmpull.wire.api import INLINE_BYTES_MAX, AnnounceReply, AnnounceRequest
 
@@ -149,11 +149,11 @@ def test_only_what_matches_digest_and_pieces_is_taken(metainfo, content) -> None
 async def test_a_full_disk_does_not_take_it_from_whoever_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(store: BlobStore):
+    async def full(store: BlobStore, *_: object) -> None:
         raise StoreFull(store.name, 100)
 
     async with running_node(tmp_path / "agent") as node:
-        monkeypatch.setattr(BlobStore, "create", full)
+        monkeypatch.setattr(BlobStore, "put", full)
         blob = await node.host.download(LARGEST.digest, "", finder(LARGEST).find)
         reader = blob.reader()
         assert reader is not None
@@ -171,17 +171,15 @@ async def test_blobs_beyond_those_that_may_be_in_memory_wait_for_the_disk(
     monkeypatch.setattr(swarm_host, "SMALL_BLOBS_MAX", 2)
     contents = [make_content(100, seed=number) for number in range(3)]
     disk = trio.Event()
-    create = BlobStore.create
+    put = BlobStore.put
 
     async with running_node(tmp_path / "agent") as node, trio.open_nursery() as nursery:
 
-        @asynccontextmanager
-        async def waiting(store: BlobStore):
+        async def waiting(store: BlobStore, *blob: Any) -> BlobStat:
             await disk.wait()
-            async with create(store) as writer:
-                yield writer
+            return await put(store, *blob)
 
-        monkeypatch.setattr(BlobStore, "create", waiting)
+        monkeypatch.setattr(BlobStore, "put", waiting)
         begun: list[Digest] = []
 
         async def get(content: Content) -> None:
