@@ -269,8 +269,8 @@ class AgentConfig:
     unread_timeout: Lifetime = attrs.field(
         default=NEVER,
         metadata=_meaning(
-            "How long a download goes on that nobody reads any more, 1s at least; its pieces are kept, and the "
-            "next request resumes it. Clients that lost their connection may take 10 s to come back. "
+            "How long a download goes on that nobody reads any more, 1s at least; its pieces are kept, "
+            "and the next request resumes it. Clients that lost their connection may take 10 s to come back. "
             "never: every download is finished."
         ),
     )

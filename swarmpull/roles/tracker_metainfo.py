@@ -145,9 +145,9 @@ class MetainfoSource:
         metrics.gauge("tracker_metainfo_cache_bytes", "Metainfo kept in memory.").set_function(
             lambda: self._cache.size
         )
-        metrics.gauge(
-            "tracker_content_cache_bytes", "Small blobs kept in memory."
-        ).set_function(lambda: self._contents.size)
+        metrics.gauge("tracker_content_cache_bytes", "Small blobs kept in memory.").set_function(
+            lambda: self._contents.size
+        )
         metrics.gauge(
             "tracker_metainfo_fetches", "Digests that origins are being asked for."
         ).set_function(lambda: len(self._fetches))

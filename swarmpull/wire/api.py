@@ -15,7 +15,6 @@ from swarmpull.swarm.metainfo import Metainfo
 from swarmpull.swarm.peers import AnnounceState, PeerContact
 from swarmpull.wire.rpc import Method
 
-
 # Up to here a blob travels whole with its metainfo: two calls instead of a connection and a piece exchange.
 INLINE_BYTES_MAX: Final = 64 << 10
 

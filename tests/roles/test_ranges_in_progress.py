@@ -140,7 +140,8 @@ class Pull:
 
     async def finished(self) -> None:
         """Wait for the download that somebody began: one, of every byte once, whoever has left."""
-        while not await self.cluster.metric("agent", 'downloads_total{outcome="complete"}'):
+        complete = 'downloads_total{outcome="complete"}'
+        while not await self.cluster.metric("agent", complete):  # noqa: ASYNC110 - no event of ours
             await trio.sleep(0.02)
         assert await self.cluster.metric("agent", 'downloads_total{outcome="failed"}') == 0
         received = (await self.cluster.status("agent"))["bytes_received"]

@@ -18,7 +18,7 @@ from swarmpull.store.blobs import BlobStat, BlobStore
 from swarmpull.swarm.peers import AnnounceState, PeerContact
 from swarmpull.wire.api import INLINE_BYTES_MAX, AnnounceReply, AnnounceRequest
 
-from .peers import Content, Finder, make_content, running_node
+from .peers import Content, Finder, make_content, running_node, until
 from .roles import whole_cluster
 
 REPOSITORY = "team/app"
@@ -104,8 +104,7 @@ async def test_a_small_blob_is_seeded_like_any_other(tmp_path: Path) -> None:
 
         assert await second.stored(LARGEST)
         assert second.received()["agent"] == len(LARGEST.data)
-        while not told:
-            await trio.sleep(0.01)
+        await until(lambda: bool(told))
         assert told == [AnnounceState.COMPLETE]
 
 
