@@ -249,7 +249,9 @@ class BlobStore:
             await spool.remove()
 
     async def put(self, metainfo: Metainfo, content: bytes) -> BlobStat:
-        """Keep a small blob that is in memory, in one step; durable on return.
+        """Keep a small blob that is in memory, in one step.
+
+        For a cache: after a power failure it may be gone, though never wrong.
 
         Args:
             metainfo: of the blob.
