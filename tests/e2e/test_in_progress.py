@@ -14,7 +14,7 @@ from typing import Final
 import pytest
 
 from . import web
-from .clients import Containerd, Docker, Host, require, snapshotter
+from .clients import Containerd, Docker, Host, require, snapshotter, storage_driver
 from .images import Image, ImageFactory
 from .program import Cluster
 from .recording import Recording, recorded
@@ -153,3 +153,28 @@ def test_docker_resumes_after_a_cut(
     assert docker.inspect(name)["Id"] == image.parts[0].digest
     assert resumed(recording), "it went on where it was cut"
     count.check_one_download_of(image)
+
+
+def test_podman_pulls_zstd_chunked_by_ranges(
+    separate_cluster: Cluster,
+    slow_agent: int,
+    images: ImageFactory,
+    host: Host,
+    other_host: Host,
+) -> None:
+    require("podman", root=True)
+    host.podman("pull", "--quiet", images.text("chunked-slow").reference)
+    source = host.podman("image", "list", "--quiet", "--no-trunc").split()[0]
+    name = f"127.0.0.1:{separate_cluster.ports.origin_registry}/team/chunked-slow:v1"
+    pushing = ("push", "--quiet", "--tls-verify=false", "--compression-format", "zstd:chunked")
+    host.podman(*pushing, source, name)
+    port = separate_cluster.registries[slow_agent - 1]
+
+    with recorded(port) as recording:
+        name = f"127.0.0.1:{recording.port}/team/chunked-slow:v1"
+        other_host.podman("pull", "--quiet", "--tls-verify=false", name)
+
+    [found] = json.loads(other_host.podman("image", "inspect", name))
+    assert f"sha256:{found['Id']}".endswith(source.removeprefix("sha256:"))
+    if storage_driver() == "overlay":  # podman reads in parts with this one only
+        assert resumed(recording), "it read the table of contents, and then what it lacked"
