@@ -336,8 +336,8 @@ def tracker_calls(bench: Bench) -> dict[str, float]:
     return {
         "announces, leeching": bench.metric("tracker", 'tracker_announces_total{state="leeching"}'),
         "announces, complete": bench.metric("tracker", 'tracker_announces_total{state="complete"}'),
-        "metainfo from the origin": bench.metric(
-            "tracker", 'tracker_metainfo_requests_total{source="fetch"}'
+        "announces for which the tracker had to ask an origin": bench.metric(
+            "tracker", "tracker_metainfo_fetch_seconds_count"
         ),
     }
 
