@@ -267,6 +267,14 @@ class AgentConfig:
         default=Path("swarmpull-data/agent"),
         metadata=_meaning("Directory of the agent's cache.", default="<data_dir>/agent"),
     )
+    unread_timeout: Lifetime = attrs.field(
+        default=NEVER,
+        metadata=_meaning(
+            "How long a download goes on that nobody reads any more, 1s at least; its pieces are kept, "
+            "and the next request resumes it. Clients that lost their connection may take 10 s to come back. "
+            "never: every download is finished."
+        ),
+    )
     store: StoreConfig = attrs.field(
         factory=StoreConfig,
         metadata=_meaning("How long and how much the agent keeps on its disk."),

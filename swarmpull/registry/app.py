@@ -22,6 +22,7 @@ from swarmpull.registry.asgi import (
     answer_lifespan,
     send_response,
 )
+from swarmpull.registry.body_memory import BodyMemory
 from swarmpull.registry.calls import Call, Handler
 from swarmpull.registry.errors import Code, RegistryError, translate
 from swarmpull.registry.names import check_upstream
@@ -41,11 +42,12 @@ class RegistryLimits:
     """Bounds of one registry listener.
 
     Attributes:
-        requests: under way at once; further ones get 429 and are to be repeated.  A download holds one
-            chunk (`downloads.CHUNK_BYTES`), so this bounds the memory too.
+        requests: under way at once; further ones get 429 and are to be repeated.
+        bodies_bytes: of response bodies in memory; see `swarmpull.registry.body_memory`.
     """
 
     requests: int = 1024
+    bodies_bytes: int = 32 << 20
 
 
 # HEAD stands beside GET wherever the answer has a body that the server leaves out.
@@ -92,6 +94,7 @@ class _RegistryApp:
     def __init__(self, service: RegistryService, limits: RegistryLimits) -> None:
         self._service = service
         self._limits = limits
+        self._memory = BodyMemory(limits.bodies_bytes)
         self._active = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -134,7 +137,7 @@ class _RegistryApp:
         upstream = check_upstream(request.query("ns"))
         if upstream is not None:
             reply.add_header(b"oci-namespace", upstream.encode())
-        call = Call(self._service, request, reply, route, upstream)
+        call = Call(self._service, request, reply, route, upstream, self._memory)
         if route.endpoint in _UPLOADS or request.method in _WRITING:
             call.check_takes_pushes()
         return await _HANDLERS[route.endpoint, request.method](call)

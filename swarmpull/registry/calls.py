@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 import attrs
 
 from swarmpull.registry.asgi import Request, Response, Send
+from swarmpull.registry.body_memory import BodyMemory
 from swarmpull.registry.errors import Code, RegistryError
 from swarmpull.registry.routes import Route
 from swarmpull.registry.service import RegistryService
@@ -23,6 +24,7 @@ class Call:
         send: for handlers that send their response themselves.
         route: what it addresses.
         upstream: the registry that the client takes us for (the ``ns`` parameter), or None.
+        memory: what its body takes from while it is sent.
     """
 
     service: RegistryService
@@ -30,6 +32,7 @@ class Call:
     send: Send
     route: Route
     upstream: str | None
+    memory: BodyMemory
 
     @property
     def repository(self) -> str | None:

@@ -38,10 +38,14 @@ class RangeNotSatisfiable(SwarmpullError):
 
 @attrs.frozen
 class ByteRange:
-    """The bytes from ``start`` (included) to ``stop`` (excluded); never empty."""
+    """The bytes from ``start`` (included) to ``stop`` (excluded); never empty.
+
+    ``is_rest`` tells that the request named no end: it is for all that is left, as when a pull resumes.
+    """
 
     start: int
     stop: int
+    is_rest: bool = attrs.field(default=False, eq=False)
 
     @property
     def length(self) -> int:
@@ -99,7 +103,9 @@ def _parse_spec(text: str, length: int) -> ByteRange | None:
     end = _number(last) if last else length - 1
     if last and end < start:
         raise RangeNotSatisfiable(length, "it ends before it begins")
-    return ByteRange(start, min(end + 1, length)) if start < length else None
+    if start >= length:
+        return None
+    return ByteRange(start, min(end + 1, length), is_rest=not last)
 
 
 def _number(digits: str) -> int:

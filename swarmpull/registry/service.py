@@ -24,10 +24,12 @@ class BlobReader(Protocol):
     @property
     def length(self) -> int: ...
 
-    async def read_at(self, offset: int, size: int) -> bytes:
+    async def read_at(self, offset: int, size: int, *, early: bool = False) -> bytes:
         """At least one and at most ``size`` bytes from ``offset``; waits until they are verified.
 
-        ``offset`` is below ``length``.  Raises DownloadFailed, StoreUnavailable: the response is then cut.
+        ``offset`` is below ``length``.  The last bytes come when the whole blob was verified, so that nobody
+        reads all of a wrong one; ``early`` waits for their piece only, for who wants just that part.
+        Raises DownloadFailed, StoreUnavailable: the response is then cut.
         """
         ...
 

@@ -64,7 +64,9 @@ class BlobFinder:
         except trio.TooSlowError:
             log.info("tracker_slow", digest=str(request.digest), waited=TRACKER_PATIENCE)
         reply = await self._origins.get_metainfo(request.digest, request.namespace)
-        return AnnounceReply((reply.seeder,), TRACKERLESS_INTERVAL, reply.metainfo)
+        return AnnounceReply(
+            (reply.seeder,), TRACKERLESS_INTERVAL, reply.metainfo, content=reply.content
+        )
 
 
 class AgentRegistry(Repositories):
@@ -222,6 +224,7 @@ async def run_agent(
                 metrics,
                 announce=cluster.tracker.announce,
                 watch=cluster.tracker.watch,
+                unread_timeout=settings.unread_timeout,
             ) as host,
             trio.open_nursery() as nursery,
         ):

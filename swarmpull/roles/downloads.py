@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from itertools import count
 from typing import Final
@@ -45,6 +46,7 @@ class Download:
         self._closable = trio.Event()
         self._error: SwarmpullError | None = None
         self._readers = 0
+        self._readers_changed = trio.Event()
 
     @property
     def failed(self) -> bool:
@@ -66,6 +68,7 @@ class Download:
             self._verified.set()
             self._ended.set()
             self._waiting.unpark_all()
+            self._readers_changed.set()
             self._check_closable()
 
     async def wait(self) -> None:
@@ -86,25 +89,39 @@ class Download:
         """Return when the partial may be closed: the download has failed, or has ended unread."""
         await self._closable.wait()
 
+    async def wait_unread(self, seconds: float) -> bool:
+        """Return True when nobody has read it for ``seconds``; False when it has ended before."""
+        while not self._ended.is_set():
+            self._readers_changed = trio.Event()
+            with trio.move_on_after(math.inf if self._readers else seconds) as scope:
+                await self._readers_changed.wait()
+            if scope.cancelled_caught:
+                return True
+        return False
+
     def reader(self) -> DownloadReader | None:
         """A new reader, to be closed; None once the download has ended: look into the store then."""
         if self._ended.is_set():
             return None
         self._readers += 1
+        self._readers_changed.set()
         return DownloadReader(self, next(_reader_numbers))
 
-    async def wait_piece(self, index: int, reader: int) -> None:
-        """Return when a piece is stored; until then it is urgent.  Raises what `wait` does."""
+    def move_reader(self, reader: int, index: int) -> None:
+        """A reader has come to a piece: that one and those just ahead are urgent."""
+        if not self._ended.is_set():
+            self._on_reader_moved(self.metainfo.digest, reader, index)
+
+    async def wait_piece(self, index: int) -> None:
+        """Return when a piece is stored.  Raises what `wait` does."""
         self._raise_if_failed()
-        if self._has(index):
-            return
-        self._on_reader_moved(self.metainfo.digest, reader, index)
         while not self._has(index):
             await self._waiting.park()
             self._raise_if_failed()
 
     def close_reader(self, reader: int) -> None:
         self._readers -= 1
+        self._readers_changed.set()
         self._on_reader_closed(self.metainfo.digest, reader)
         self._check_closable()
 
@@ -127,17 +144,18 @@ class DownloadReader:
     def __init__(self, download: Download, number: int) -> None:
         self._download = download
         self._number = number
+        self._position = -1
         self._closed = False
 
     @property
     def length(self) -> int:
         return self._download.metainfo.length
 
-    async def read_at(self, offset: int, size: int) -> bytes:
+    async def read_at(self, offset: int, size: int, *, early: bool = False) -> bytes:
         """At least one and at most ``size`` bytes from ``offset``, which is below ``length``.
 
         The last bytes of the blob are held back until the whole of it has matched its digest: who has
-        read all of it has read the right blob.
+        read all of it has read the right blob.  ``early`` gives them as soon as their piece is verified.
 
         Raises:
             DownloadFailed: the piece will not come, or the blob is not what its digest says.
@@ -145,13 +163,16 @@ class DownloadReader:
         """
         metainfo = self._download.metainfo
         first = offset // metainfo.piece_length
-        await self._download.wait_piece(first, self._number)
+        if first != self._position:
+            self._position = first
+            self._download.move_reader(self._number, first)
+        await self._download.wait_piece(first)
         have = self._download.partial.have >> first
         stored_in_a_row = (~have & (have + 1)).bit_length() - 1
         stop = min(
             offset + size, metainfo.length, (first + stored_in_a_row) * metainfo.piece_length
         )
-        if stop == metainfo.length:
+        if stop == metainfo.length and not early:
             await self._download.wait_verified()
         return await self._download.partial.read_at(offset, stop - offset)
 

@@ -176,10 +176,17 @@ class OriginCalls:
     ) -> api.MetainfoReply:
         """Get the blob to the disk, seed it, and say so."""
         _check_namespace(request.namespace)
+        content = None
         with self._content.store.hold(request.digest, Pin.SENDING):
             metainfo = await self._content.metainfo(request.digest)
             self._host.seed(metainfo, request.namespace)
-        return api.MetainfoReply(metainfo, self._contact(context))
+            if metainfo.length <= api.INLINE_BYTES_MAX:
+                content = await self._read_whole(request.digest)
+        return api.MetainfoReply(metainfo, self._contact(context), content)
+
+    async def _read_whole(self, digest: Digest) -> bytes:
+        with self._content.store.open(digest) as handle:
+            return await handle.read_at(0, handle.length) if handle.length else b""
 
     async def adopt_blob(self, request: api.AdoptRequest, context: RpcContext) -> api.Empty:
         """Fetch a blob from the agent that took the push, and accept it."""

@@ -8,6 +8,7 @@ nursery and ends in an event.  Connections are in `swarmpull.roles.peer_connecti
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections import deque
@@ -36,6 +37,7 @@ from swarmpull.roles.downloads import Download
 from swarmpull.roles.peer_connections import ArrivedPiece, PeerConnections
 from swarmpull.roles.rates import Rates, TokenBucket
 from swarmpull.roles.shared_work import SharedWork
+from swarmpull.roles.small_blobs import SmallBlob
 from swarmpull.roles.swarm_metrics import SwarmMetrics
 from swarmpull.store.blobs import BlobStore
 from swarmpull.store.holds import Pin
@@ -64,6 +66,12 @@ ANNOUNCE_TIMEOUT: Final = 10.0
 WATCHES_MAX: Final = 16
 # For which one watch waits, in seconds: seldom enough to cost nothing.
 WATCH_SECONDS: Final = 30.0
+
+# Small blobs that are in memory until the store has them, of 64 KiB each; the next ones wait.
+SMALL_BLOBS_MAX: Final = 64
+
+# The least time for which a download goes on unread, in seconds: whoever it begins for comes a moment later.
+UNREAD_MIN: Final = 1.0
 
 # What a tracker may ask for, in seconds: it must neither be flooded nor forget us.
 INTERVAL_MIN: Final = 1.0
@@ -98,6 +106,7 @@ class SwarmHost:
         announce: Announce | None,
         watch: Watch | None,
         metrics: SwarmMetrics,
+        unread_timeout: float = math.inf,
     ) -> None:
         self.contact = contact
         self.address = address
@@ -113,8 +122,11 @@ class SwarmHost:
         self._announcing = 0
         self._watch = watch
         self._watches: dict[Digest, trio.CancelScope] = {}
+        self._unread_timeout = max(unread_timeout, UNREAD_MIN)
         self._connections = PeerConnections(self, scheduler, nursery, buffers, rates, metrics)
-        self._starting: SharedWork[Download] = SharedWork(nursery)
+        self._starting: SharedWork[Download | SmallBlob] = SharedWork(nursery)
+        self._small: dict[Digest, SmallBlob] = {}
+        self._small_places = trio.Semaphore(SMALL_BLOBS_MAX)
         self._downloads: dict[Digest, Download] = {}
         # Downloads whose partial is open, and may be so after their end.
         self._open: set[Download] = set()
@@ -145,9 +157,12 @@ class SwarmHost:
         """The download of a blob that is under way, if any."""
         return self._downloads.get(digest)
 
-    async def download(self, digest: Digest, namespace: str, find: FindPeers) -> Download:
+    async def download(
+        self, digest: Digest, namespace: str, find: FindPeers
+    ) -> Download | SmallBlob:
         """Begin to download a blob, or join the download that is under way.
 
+        A small blob may come with its metainfo; then all of it is there, and on its way into the store.
         ``find`` gets the metainfo and the first peers; it is called once however many want the blob, and
         goes on when those who wait give up.
 
@@ -155,7 +170,7 @@ class SwarmHost:
             BlobNotFound: nobody has it.
             SwarmpullError: whatever else ``find`` raises, or the store for want of room.
         """
-        under_way = self._downloads.get(digest)
+        under_way = self._downloads.get(digest) or self._small.get(digest)
         if under_way is not None:
             return under_way
         return await self._starting.run(digest, partial(self._find_and_begin, namespace, find))
@@ -169,7 +184,7 @@ class SwarmHost:
         digest = metainfo.digest
         if self._store.has(digest):
             return
-        download = self._downloads.get(digest)
+        download: Download | SmallBlob | None = self._downloads.get(digest)
         if download is None:
             download = await self._starting.run(
                 digest, partial(self._begin, metainfo, namespace, announce=False)
@@ -270,7 +285,9 @@ class SwarmHost:
 
     # --- downloads ----------------------------------------------------------------------------
 
-    async def _find_and_begin(self, namespace: str, find: FindPeers, digest: Digest) -> Download:
+    async def _find_and_begin(
+        self, namespace: str, find: FindPeers, digest: Digest
+    ) -> Download | SmallBlob:
         request = AnnounceRequest(
             digest, namespace, self.contact, AnnounceState.LEECHING, want_metainfo=True
         )
@@ -279,6 +296,9 @@ class SwarmHost:
             metainfo = reply.metainfo
             if metainfo is None or metainfo.digest != digest:
                 raise InvalidMetainfo(str(digest), "the answer was about another blob")
+            small = SmallBlob.verified(metainfo, reply.content)
+            if small is not None:
+                return await self._take_small(small, namespace)
             announce = self._announce is not None
             download = await self._begin(metainfo, namespace, digest, announce=announce)
         except SwarmpullError as error:
@@ -286,6 +306,32 @@ class SwarmHost:
             raise
         self.dispatch(_replied(digest, reply))
         return download
+
+    async def _take_small(self, blob: SmallBlob, namespace: str) -> SmallBlob:
+        """Have a small blob stored, and hand it out meanwhile; waits while too many are in memory."""
+        await self._small_places.acquire()
+        self.metrics.small_blobs.inc()
+        self.metrics.small_blob_bytes.inc(blob.metainfo.length)
+        self._small[blob.metainfo.digest] = blob
+        self._nursery.start_soon(self._store_small, blob, namespace)
+        return blob
+
+    async def _store_small(self, blob: SmallBlob, namespace: str) -> None:
+        metainfo = blob.metainfo
+        failure: SwarmpullError | None = _shutting_down(metainfo.digest)
+        try:
+            with self._store.hold(metainfo.digest, Pin.SENDING):
+                await self._store.put(metainfo, blob.content)
+                self.seed(metainfo, namespace)
+            failure = None
+        except (StoreFull, StoreUnavailable) as error:
+            # Whoever asked for it has it from memory; the next one asks the tracker again.
+            log.warning("blob_not_kept", digest=str(metainfo.digest), reason=str(error))
+            failure = error
+        finally:
+            del self._small[metainfo.digest]
+            self._small_places.release()
+            blob.end(failure)
 
     async def _begin(
         self, metainfo: Metainfo, namespace: str, digest: Digest, *, announce: bool
@@ -299,6 +345,8 @@ class SwarmHost:
         download = Download(metainfo, partial_blob, self._reader_moved, self._reader_closed)
         self._downloads[digest] = download
         self._open.add(download)
+        if self._unread_timeout < math.inf:
+            self._nursery.start_soon(self._give_up_unread, download)
         log.info(
             "download_started",
             digest=str(digest),
@@ -314,6 +362,17 @@ class SwarmHost:
             )
         )
         return download
+
+    async def _give_up_unread(self, download: Download) -> None:
+        """End a download that nobody reads, keeping its pieces; one that has all of them is finished."""
+        digest = download.metainfo.digest
+        while await download.wait_unread(self._unread_timeout):
+            if self._downloads.get(digest) is not download or download.partial.complete:
+                return
+            log.info("download_unread", digest=str(digest), seconds=self._unread_timeout)
+            self.metrics.downloads.labels("unread").inc()
+            self._end(download, DownloadFailed(str(digest), "nobody reads it any more"))
+            self.dispatch(ev.TorrentRemoved(digest))
 
     def _reader_moved(self, digest: Digest, reader: int, index: int) -> None:
         self.dispatch(ev.ReaderMoved(digest, reader, index))
@@ -543,11 +602,12 @@ async def open_swarm_host(
     *,
     announce: Announce | None = None,
     watch: Watch | None = None,
+    unread_timeout: float = math.inf,
 ) -> AsyncIterator[SwarmHost]:
     """Listen for peers and run the swarm of a store for the length of the block.
 
     ``announce`` tells a tracker and ``watch`` waits there for peers; None for a host that peers find without
-    one.
+    one.  A download that nobody reads for ``unread_timeout`` seconds ends; its pieces are kept.
 
     Raises:
         StartupError: the peer port cannot be had.
@@ -571,7 +631,17 @@ async def open_swarm_host(
     failure: Exception | None = None
     async with trio.open_nursery() as nursery:
         host = SwarmHost(
-            scheduler, store, contact, address, nursery, buffers, rates, announce, watch, counters
+            scheduler,
+            store,
+            contact,
+            address,
+            nursery,
+            buffers,
+            rates,
+            announce,
+            watch,
+            counters,
+            unread_timeout,
         )
         try:
             await nursery.start(host.serve, listeners, config.max_total_connections)

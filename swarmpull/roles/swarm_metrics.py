@@ -31,6 +31,12 @@ class SwarmMetrics:
         self.pieces_rejected = metrics.counter(
             "pieces_rejected_total", "Pieces that did not match their hash."
         )
+        self.small_blobs = metrics.counter(
+            "small_blobs_received_total", "Blobs that came whole with their metainfo."
+        )
+        self.small_blob_bytes = metrics.counter(
+            "small_blob_bytes_received_total", "Bytes of those blobs."
+        )
         self.downloads = metrics.counter(
             "downloads_total", "Downloads that ended, by outcome.", ["outcome"]
         )
@@ -38,7 +44,7 @@ class SwarmMetrics:
         for kind in PeerKind:
             self.pieces_received.labels(kind.value)
             self.bytes_received.labels(kind.value)
-        for outcome in ("complete", "failed"):
+        for outcome in ("complete", "failed", "unread"):
             self.downloads.labels(outcome)
 
     def received_by_source(self) -> tuple[dict[str, int], dict[str, int]]:

@@ -71,18 +71,21 @@ class Tracker:
         contact = _contact(request, context)
         digest, state = request.digest, request.state
         self._announces.labels(state.value).inc()
-        metainfo = None
+        metainfo = content = None
         if request.want_metainfo and state is not AnnounceState.STOPPED:
             # What is cached may be answered while somebody has the blob; else an origin must get it.
             metainfo = await self._metainfo.get(
                 digest, request.namespace, use_cache=self._table.seeders(digest) > 0
             )
+            content = self._metainfo.content(digest)
         handout = self._table.announce(digest, contact, state, trio.current_time())
         if state is AnnounceState.LEECHING:
             self._handouts.observe(len(handout.peers))
             if not self._table.has_origin(digest):
                 self._metainfo.seek_origin(digest, request.namespace)
-        return api.AnnounceReply(handout.peers, handout.interval, metainfo, handout.position)
+        return api.AnnounceReply(
+            handout.peers, handout.interval, metainfo, handout.position, content
+        )
 
     async def watch(self, request: api.WatchRequest, _: RpcContext) -> api.WatchReply:
         """Answer when somebody has appeared, or when there is no more waiting."""

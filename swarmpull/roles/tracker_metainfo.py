@@ -22,6 +22,7 @@ from swarmpull.roles.cluster import OriginClient
 from swarmpull.swarm.metainfo import Metainfo
 from swarmpull.swarm.peers import PeerContact
 from swarmpull.telemetry import Metrics
+from swarmpull.wire.api import INLINE_BYTES_MAX
 
 log = structlog.get_logger()
 
@@ -40,6 +41,7 @@ class MetainfoLimits:
 
     Attributes:
         bytes_max: of cached metainfo; the least recently used goes.  A blob of 10 GB has 80 KB.
+        content_bytes_max: of cached small blobs, which travel with their metainfo; likewise.
         ttl: of cached metainfo; it never changes, but the blob may be deleted.
         not_found_ttl: how long "no such blob" is repeated without asking: a push may come any moment.
         ask_interval: between two calls for one digest that are made only to learn of an origin.
@@ -47,6 +49,7 @@ class MetainfoLimits:
     """
 
     bytes_max: int = attrs.field(default=128 << 20, validator=attrs.validators.gt(0))
+    content_bytes_max: int = attrs.field(default=64 << 20, validator=attrs.validators.gt(0))
     ttl: float = attrs.field(default=300.0, validator=attrs.validators.gt(0))
     not_found_ttl: float = attrs.field(default=1.0, validator=attrs.validators.ge(0))
     ask_interval: float = attrs.field(default=5.0, validator=attrs.validators.gt(0))
@@ -121,6 +124,9 @@ class MetainfoSource:
         self._cache: TtlCache[Digest, Metainfo] = TtlCache(
             ttl=limits.ttl, capacity=limits.bytes_max
         )
+        self._contents: TtlCache[Digest, bytes] = TtlCache(
+            ttl=limits.ttl, capacity=limits.content_bytes_max
+        )
         self._absent: TtlCache[tuple[Digest, str], BlobNotFound] = TtlCache(
             ttl=limits.not_found_ttl, capacity=16 * limits.fetches_max
         )
@@ -138,6 +144,9 @@ class MetainfoSource:
         )
         metrics.gauge("tracker_metainfo_cache_bytes", "Metainfo kept in memory.").set_function(
             lambda: self._cache.size
+        )
+        metrics.gauge("tracker_content_cache_bytes", "Small blobs kept in memory.").set_function(
+            lambda: self._contents.size
         )
         metrics.gauge(
             "tracker_metainfo_fetches", "Digests that origins are being asked for."
@@ -164,6 +173,10 @@ class MetainfoSource:
             raise
         self._requests.labels("fetch").inc()
         return metainfo
+
+    def content(self, digest: Digest) -> bytes | None:
+        """The blob itself if it is small and was got with its metainfo; whoever takes it verifies it."""
+        return self._contents.get(digest, trio.current_time())
 
     def seek_origin(self, digest: Digest, namespace: str) -> None:
         """Ask for the origin of a blob in the background, unless that was done just now."""
@@ -216,6 +229,9 @@ class MetainfoSource:
             fetch.result = reply.metainfo
             cost = len(reply.metainfo.piece_hashes) + ENTRY_BYTES
             self._cache.put(digest, reply.metainfo, now, cost=cost)
+            if reply.content is not None and len(reply.content) <= INLINE_BYTES_MAX:
+                cost = len(reply.content) + ENTRY_BYTES
+                self._contents.put(digest, reply.content, now, cost=cost)
             self._seconds.observe(now - started_at)
             self._on_seeder(digest, reply.seeder)
         finally:

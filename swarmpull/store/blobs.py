@@ -74,8 +74,14 @@ class BlobHandle:
         """The descriptor, valid until `close`.  Raises ValueError when closed."""
         return self._file.fileno()
 
-    async def read_at(self, offset: int, size: int) -> bytes:
-        """``size`` bytes from ``offset``, fewer only where the blob ends.
+    async def read_at(
+        self,
+        offset: int,
+        size: int,
+        *,
+        early: bool = False,  # noqa: ARG002
+    ) -> bytes:
+        """``size`` bytes from ``offset``, fewer only where the blob ends; ``early``: all is verified here.
 
         Raises:
             ValueError: ``offset`` is not inside the blob, or the handle is closed.
@@ -241,6 +247,28 @@ class BlobStore:
             yield BlobWriter(spool, self._tree, self._disk)
         finally:
             await spool.remove()
+
+    async def put(self, metainfo: Metainfo, content: bytes) -> BlobStat:
+        """Keep a small blob that is in memory, in one step.
+
+        For a cache: after a power failure it may be gone, though never wrong.
+
+        Args:
+            metainfo: of the blob.
+            content: all of it, which the caller has verified against digest and metainfo.
+
+        Raises:
+            StoreFull, StoreUnavailable: nothing is visible.
+        """
+        room = Room(self.janitor.admit, self._ledger, TEMPORARY)
+        needed = len(content)
+        try:
+            await room.grow(needed)
+            return await self._disk.run(
+                self._tree.put, metainfo, content, room.leave, needed=needed
+            )
+        finally:
+            room.leave()
 
     async def open_partial(self, metainfo: Metainfo) -> PartialBlob:
         """Begin to fetch a blob by piece, or resume: its ``have`` are the pieces that are there already.

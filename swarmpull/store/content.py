@@ -70,7 +70,12 @@ class ContentTree:
             return None
 
     def install(
-        self, source: Path, metainfo: Metainfo, left: Callable[[], object] = lambda: None
+        self,
+        source: Path,
+        metainfo: Metainfo,
+        left: Callable[[], object] = lambda: None,
+        *,
+        flush_name: bool = True,
     ) -> BlobStat:
         """Make a verified file visible as a blob; durable on return, and ``source`` is gone.
 
@@ -79,6 +84,7 @@ class ContentTree:
 
         Args:
             left: takes ``source`` out of the books at the moment at which it becomes a blob.
+            flush_name: whether the blob must be there after a power failure, too.
         """
         digest = metainfo.digest
         target = self.blob_path(digest)
@@ -91,8 +97,21 @@ class ContentTree:
             source.rename(target)
             self.ledger.put(Kind.BLOB, digest, Record(metainfo.length, now, now))
             left()
-        sync_directory(target.parent)
+        if flush_name:
+            sync_directory(target.parent)
         return BlobStat(digest, metainfo.length)
+
+    def put(self, metainfo: Metainfo, content: bytes, left: Callable[[], object]) -> BlobStat:
+        """Make verified content in memory visible as a blob, as `install` does, but for a cache.
+
+        After a power failure the blob may be gone, though never wrong.
+        """
+        source = self.temporary_path()
+        try:
+            source.write_bytes(content)
+            return self.install(source, metainfo, left, flush_name=False)
+        finally:
+            remove(source)
 
     def save_metainfo(self, metainfo: Metainfo) -> None:
         """Write the sidecar; not flushed, see `swarmpull.store.sidecars`."""

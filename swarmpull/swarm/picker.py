@@ -123,13 +123,22 @@ class Picker:
         return self._rng.choice(self._availability.rarest(self._sample(candidates)))
 
     def _first_in_windows(self, candidates: int) -> int | None:
+        """The candidate nearest ahead of a reader; of equally near ones, that of whoever waited longest.
+
+        The readers are in that order: many of one blob would else be served one after the other.
+        """
         nearest: tuple[int, int] | None = None
-        for position in self._readers.values():
+        for reader, position in self._readers.items():
             ahead = (candidates >> position) & bitfield.full(self._limits.window)
             if ahead:
-                distance = (ahead & -ahead).bit_length() - 1
-                nearest = min(nearest or (distance, position), (distance, position))
-        return None if nearest is None else nearest[0] + nearest[1]
+                distance = bitfield.lowest(ahead)
+                if nearest is None or distance < nearest[0]:
+                    nearest = distance, reader
+        if nearest is None:
+            return None
+        distance, reader = nearest
+        position = self._readers[reader] = self._readers.pop(reader)
+        return position + distance
 
     def _sample(self, candidates: int) -> list[int]:
         if candidates.bit_count() <= SAMPLE_MAX:

@@ -15,6 +15,9 @@ from swarmpull.swarm.metainfo import Metainfo
 from swarmpull.swarm.peers import AnnounceState, PeerContact
 from swarmpull.wire.rpc import Method
 
+# Up to here a blob travels whole with its metainfo: two calls instead of a connection and a piece exchange.
+INLINE_BYTES_MAX: Final = 64 << 10
+
 
 @attrs.frozen
 class Empty:
@@ -52,12 +55,14 @@ class AnnounceReply:
         interval: seconds until the next announce is due.
         metainfo: when it was wanted.
         position: where a watch goes on from this handout; None from a tracker that offers none.
+        content: the whole blob, when metainfo was wanted and it has at most INLINE_BYTES_MAX; to be verified.
     """
 
     peers: tuple[PeerContact, ...]
     interval: float
     metainfo: Metainfo | None = None
     position: int | None = None
+    content: bytes | None = attrs.field(default=None, repr=False)
 
 
 @attrs.frozen
@@ -135,10 +140,14 @@ class BlobStatReply:
 
 @attrs.frozen
 class MetainfoReply:
-    """Metainfo, and the origin that seeds the blob from now on."""
+    """Metainfo, and the origin that seeds the blob from now on.
+
+    ``content`` is the whole blob when it has at most INLINE_BYTES_MAX.
+    """
 
     metainfo: Metainfo
     seeder: PeerContact
+    content: bytes | None = attrs.field(default=None, repr=False)
 
 
 @attrs.frozen

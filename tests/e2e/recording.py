@@ -17,14 +17,24 @@ class Recording:
 
     Attributes:
         port: where the relay listens.
+        cut: whether a connection was cut.
     """
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, cut_after: int | None) -> None:
         self.port = port
+        self.cut = False
+        self._cut_after = cut_after
         self._sent: list[bytes] = []
 
     def add(self, data: bytes) -> None:
         self._sent.append(data)
+
+    def is_to_be_cut(self, answered: int) -> bool:
+        """Whether the connection that has brought so many bytes ends here: the first that comes so far."""
+        if self.cut or self._cut_after is None or answered < self._cut_after:
+            return False
+        self.cut = True
+        return True
 
     def header_values(self, name: str) -> list[str]:
         """The values of a header in all requests, in the order in which they came."""
@@ -34,10 +44,13 @@ class Recording:
 
 
 @contextlib.contextmanager
-def recorded(port: int) -> Iterator[Recording]:
-    """Relay a port of this machine for the length of a block."""
+def recorded(port: int, *, cut_after: int | None = None) -> Iterator[Recording]:
+    """Relay a port of this machine for the length of a block.
+
+    The first connection that has brought ``cut_after`` bytes is cut, once.
+    """
     with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as threads:
-        recording = Recording(listener.getsockname()[1])
+        recording = Recording(listener.getsockname()[1], cut_after)
 
         def accept() -> None:
             while True:
@@ -63,6 +76,7 @@ def relay(client: socket.socket, port: int, recording: Recording) -> None:
     """Pass bytes both ways until one side has ended."""
     with client, socket.create_connection(("127.0.0.1", port)) as server:
         other = {client: server, server: client}
+        answered = 0
         while True:
             for source in select.select(list(other), [], [])[0]:
                 try:
@@ -74,3 +88,7 @@ def relay(client: socket.socket, port: int, recording: Recording) -> None:
                     return
                 if source is client:
                     recording.add(data)
+                else:
+                    answered += len(data)
+                    if recording.is_to_be_cut(answered):
+                        return

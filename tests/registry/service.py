@@ -172,7 +172,7 @@ class FailingReader:
         self._fail_at = fail_at
         self._error = error
 
-    async def read_at(self, offset: int, size: int) -> bytes:
+    async def read_at(self, offset: int, size: int, *, early: bool = False) -> bytes:
         if offset >= self._fail_at:
             raise self._error
         return await self._reader.read_at(offset, min(size, self._fail_at - offset))
@@ -194,7 +194,7 @@ class WaitingReader:
         self._reader = reader
         self._wait_at = wait_at
 
-    async def read_at(self, offset: int, size: int) -> bytes:
+    async def read_at(self, offset: int, size: int, *, early: bool = False) -> bytes:
         if offset < self._wait_at:
             return await self._reader.read_at(offset, min(size, self._wait_at - offset))
         self.waiting.set()

@@ -11,7 +11,8 @@ import trio
 
 from swarmpull.digest import Digest
 from swarmpull.errors import BackendUnavailable, DownloadFailed
-from swarmpull.registry.downloads import CHUNK_BYTES
+from swarmpull.registry.app import RegistryLimits
+from swarmpull.registry.body_memory import CHUNK_BYTES, CHUNK_BYTES_MIN
 from swarmpull.registry.manifests import OCI_MANIFEST
 
 from .conftest import Registry
@@ -218,7 +219,7 @@ async def test_a_large_blob_is_read_in_few_steps(registry: Registry) -> None:
     reads: list[int] = []
 
     class Counting(WaitingReader):
-        async def read_at(self, offset: int, size: int) -> bytes:
+        async def read_at(self, offset: int, size: int, *, early: bool = False) -> bytes:
             reads.append(size)
             return await super().read_at(offset, size)
 
@@ -226,6 +227,35 @@ async def test_a_large_blob_is_read_in_few_steps(registry: Registry) -> None:
     digest = await registry.add_blob("a", CONTENT)
     assert (await registry.request("GET", f"/v2/a/blobs/{digest}")).body == CONTENT
     assert reads == [CHUNK_BYTES, CHUNK_BYTES, len(CONTENT) - 2 * CHUNK_BYTES]
+
+
+async def test_many_at_once_read_in_small_steps(registry: Registry) -> None:
+    """What all of them hold in memory is bounded."""
+    held: list[int] = []
+    everybody = trio.Event()
+
+    class Counting(WaitingReader):
+        async def read_at(self, offset: int, size: int, *, early: bool = False) -> bytes:
+            held.append(size)
+            if len(held) == 64:
+                everybody.set()
+            await everybody.wait()
+            return await super().read_at(offset, size)
+
+    registry.service.wrap = lambda reader: Counting(reader, reader.length)
+    digest = await registry.add_blob("a", CONTENT)
+
+    async def get() -> None:
+        async with registry.connect() as connection:
+            await connection.request("GET", f"/v2/a/blobs/{digest}")
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(64):
+            nursery.start_soon(get)
+        await everybody.wait()
+        assert sum(held) <= RegistryLimits().bodies_bytes + 64 * CHUNK_BYTES_MIN
+        assert (held[0], held[-1]) == (CHUNK_BYTES, CHUNK_BYTES_MIN)
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize(

@@ -403,7 +403,7 @@ async def test_a_download_that_takes_hours_is_not_cut(
     digest = await registry.add_blob("a", content)
 
     class Slow(WaitingReader):
-        async def read_at(self, offset: int, size: int) -> bytes:
+        async def read_at(self, offset: int, size: int, *, early: bool = False) -> bytes:
             await trio.sleep(3600)
             return content[offset : offset + (1 << 17)]
 

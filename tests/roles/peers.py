@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import time
@@ -128,6 +129,7 @@ async def running_node(
     config: SwarmConfig | None = None,
     announce: Callable[[AnnounceRequest], Awaitable[AnnounceReply]] | None = None,
     watch: Callable[[WatchRequest], Awaitable[WatchReply]] | None = None,
+    unread_timeout: float = math.inf,
 ) -> AsyncIterator[Node]:
     with trio.fail_after(DEADLINE):
         async with (
@@ -140,6 +142,7 @@ async def running_node(
                 Metrics(),
                 announce=announce,
                 watch=watch,
+                unread_timeout=unread_timeout,
             ) as host,
         ):
             yield Node(host, store)

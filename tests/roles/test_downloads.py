@@ -111,6 +111,57 @@ async def test_the_last_bytes_are_held_back_until_the_blob_is_verified(play: Pla
     assert got == [play.content.piece(2)]
 
 
+async def test_who_wants_only_the_end_does_not_wait_for_the_rest(play: Play) -> None:
+    await play.store(2)
+
+    with trio.fail_after(5):
+        footer = await play.reader().read_at(2 * PIECE_LENGTH_MIN + 7, TAIL - 7, early=True)
+
+    assert footer == play.content.piece(2)[7:]
+    assert play.moves == [2]
+
+
+async def test_the_window_follows_a_reader_through_what_is_stored(play: Play) -> None:
+    for index in (0, 1):
+        await play.store(index)
+    reader = play.reader()
+
+    for offset in (0, 100, PIECE_LENGTH_MIN, PIECE_LENGTH_MIN + 100):
+        await reader.read_at(offset, 100)
+
+    assert play.moves == [0, 1], "once for each piece, before it has to wait for one"
+
+
+async def test_unread_is_a_download_whose_last_reader_left_some_time_ago(
+    play: Play, autojump_clock: trio.testing.MockClock
+) -> None:
+    first, second = play.reader(), play.reader()
+    unread_at: list[float] = []
+
+    async def watch() -> None:
+        assert await play.download.wait_unread(30.0)
+        unread_at.append(trio.current_time())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        await trio.sleep(100)
+        first.close()
+        await trio.sleep(100)
+        second.close()
+        await trio.sleep(20)
+        third = play.reader()  # as a client that comes back
+        await trio.sleep(100)
+        third.close()
+
+    assert unread_at == [trio.current_time()] == pytest.approx([350.0])
+
+
+async def test_a_download_that_has_ended_is_not_unread(play: Play) -> None:
+    play.download.end()
+
+    assert not await play.download.wait_unread(0.0)
+
+
 async def test_the_last_bytes_do_not_wait_for_the_disk(play: Play) -> None:
     for index in range(3):
         await play.store(index)

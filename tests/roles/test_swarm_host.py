@@ -252,6 +252,46 @@ async def test_a_download_goes_on_when_its_only_reader_leaves(
         assert await leecher.stored(content)
 
 
+async def test_an_unread_download_ends_when_it_is_told_to_and_is_resumed(
+    tmp_path: Path, content: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(swarm_host, "UNREAD_MIN", 0.05)
+
+    async def only_two(peer: ScriptedPeer, stream: PeerStream) -> None:
+        for _ in range(2):
+            index = await peer.hear_claim(stream)
+            await peer.send_bytes(stream, index, content.piece(index))
+        while True:
+            await peer.hear_claim(stream)
+
+    async with (
+        running_node(tmp_path / "seeder") as seeder,
+        running_node(tmp_path / "leecher", unread_timeout=0.0) as leecher,
+        trio.open_nursery() as nursery,
+    ):
+        await seeder.seed(content)
+        contact = await nursery.start(ScriptedPeer(content, only_two).serve)
+        download = await leecher.host.download(
+            content.digest, "", Finder(content.metainfo, (contact,)).find
+        )
+        reader = download.reader()
+        assert reader is not None
+        for index in range(2):
+            await reader.read_at(index * PIECE_LENGTH_MIN, 10)
+        reader.close()
+
+        with pytest.raises(DownloadFailed, match="nobody reads"):
+            await download.wait()
+
+        assert leecher.host.torrents() == []
+        again = await leecher.host.download(
+            content.digest, "", Finder(content.metainfo, (seeder.contact,)).find
+        )
+        assert await read_all(leecher, again) == content.data
+        assert sum(leecher.received().values()) == len(content.data), "no piece came twice"
+        nursery.cancel_scope.cancel()
+
+
 async def test_a_reader_outlives_the_download_and_the_partial_closes_after_it(
     tmp_path: Path, content: Content
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
@@ -17,8 +18,10 @@ from swarmpull.errors import (
     StartupError,
     StoreUnavailable,
 )
+from swarmpull.store import content as content_module
 from swarmpull.store.blobs import BlobStat, BlobStore, open_store
 from swarmpull.store.hashing import PieceHasher
+from swarmpull.store.ledger import TEMPORARY
 from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN as PIECE
 from swarmpull.swarm.metainfo import Metainfo
 
@@ -54,6 +57,35 @@ async def test_a_blob_comes_back_as_it_was_written(store, content_of, length, al
     assert await read_all(store, content.digest) == content.data
     assert await store.metainfo(content.digest) == content.metainfo
     assert list(store.list()) == [stat]
+
+
+@pytest.mark.parametrize("length", [0, 1, 50_000])
+async def test_a_small_blob_is_put_in_one_step(store, content_of, length) -> None:
+    content = content_of(length)
+
+    for _ in range(2):  # once more is no error
+        stat = await store.put(content.metainfo, content.data)
+        assert stat == BlobStat(content.digest, length)
+
+    assert await read_all(store, content.digest) == content.data
+    assert await store.metainfo(content.digest) == content.metainfo
+    assert store.janitor.bytes("blob") == length
+    assert store.janitor.bytes(TEMPORARY) == 0
+    assert list((store.root / "temporary").iterdir()) == []
+
+
+async def test_a_put_that_the_disk_refuses_leaves_nothing(store, blob, monkeypatch) -> None:
+    def fail(path) -> None:
+        raise OSError(errno.EIO, "the disk is gone")
+
+    monkeypatch.setattr(content_module, "sync_file", fail)
+
+    with pytest.raises(StoreUnavailable):
+        await store.put(blob.metainfo, blob.data)
+
+    assert not store.has(blob.digest)
+    assert store.janitor.bytes(TEMPORARY) == 0
+    assert list((store.root / "temporary").iterdir()) == []
 
 
 async def test_what_is_not_committed_is_not_visible_and_does_not_remain(store, blob) -> None:

@@ -71,9 +71,9 @@ def test_the_rarest_piece_is_picked(peers, candidates, picks):
         ((7,), "######..", {4}),
         # the reader who waits the least far from what there is comes first
         ((0, 4), ".#..#...", {4}),
-        ((0, 4), "..#...##", {2}),
-        # two readers at the same distance: the one that is further back
-        ((1, 5), ".#...#..", {1}),
+        # two readers at the same distance: they take turns
+        ((0, 4), "..#...##", {2, 6}),
+        ((1, 5), ".#...#..", {1, 5}),
         # a window that reaches beyond the end of the blob
         ((6,), "#......#", {7}),
     ],
@@ -88,6 +88,19 @@ def test_a_reader_gets_its_share_of_the_choices_and_the_swarm_the_rest():
     counts = picked(picker, "####", times=2000)
     assert set(counts) == {0, 3}
     assert 850 < counts[0] < 1150
+
+
+def test_readers_that_are_equally_near_take_turns_wherever_they_are():
+    picker = make_picker({"a": "#" * 40}, readers=(0, 10, 30), share=1.0)
+    left, turns = bits("#" * 40), []
+    for _ in range(9):
+        index = picker.pick(left)
+        turns.append(index)
+        left &= ~(1 << index)
+        # Each piece comes at once, and its reader moves on: the one at the front must not have all of them.
+        picker.move_reader((0, 10, 30).index(index - index % 10), index + 1)
+
+    assert turns == [0, 10, 30, 1, 11, 31, 2, 12, 32]
 
 
 def test_a_window_of_no_pieces_or_no_share_leaves_rarest_first_alone():
