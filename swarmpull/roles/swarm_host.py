@@ -134,6 +134,7 @@ class SwarmHost:
         self._events: deque[ev.Event] = deque()
         self._dispatching = False
         self._deadline_moved = trio.Event()
+        self._awaited_deadline = math.inf
         self._something_ended = trio.Event()
 
     # --- for roles ----------------------------------------------------------------------------
@@ -234,8 +235,9 @@ class SwarmHost:
                     self._perform(action)
         finally:
             self._dispatching = False
-        self.metrics.connections.set(self._scheduler.connection_count)
-        self._deadline_moved.set()
+        # Later is no reason to wake: the one that is waited for comes, and is found to have moved.
+        if self._scheduler.next_deadline() < self._awaited_deadline:
+            self._deadline_moved.set()
 
     async def serve(
         self,
@@ -253,10 +255,10 @@ class SwarmHost:
         """Report each deadline of the core when it has come."""
         while True:
             self._deadline_moved = trio.Event()
-            deadline = self._scheduler.next_deadline()
+            self._awaited_deadline = deadline = self._scheduler.next_deadline()
             with trio.move_on_at(deadline):
                 await self._deadline_moved.wait()
-            if trio.current_time() >= deadline:
+            if trio.current_time() >= self._scheduler.next_deadline():
                 self.dispatch(ev.DeadlinePassed())
 
     def _perform(self, action: act.Action) -> None:
@@ -623,6 +625,7 @@ async def open_swarm_host(
         rng=random.Random(),
         limits=limits_of(config, kind),
     )
+    counters.connections.set_function(lambda: scheduler.connection_count)
     contact = PeerContact(peer_id, listen.advertise, port, kind)
     # As many pieces again as are claimed may be waiting for their hash and the disk.
     buffers = PieceBuffers(2 * config.inbound_pieces * PIECE_LENGTH_MIN)
