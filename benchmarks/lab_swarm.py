@@ -222,7 +222,7 @@ def end(groups: Mapping[str, Sequence[Server | Conversation]]) -> dict[str, Grou
 
 
 def _pull(blob: Blob, *, read_all: bool) -> list[str]:
-    part = [] if read_all else ["--range", "-1"]
+    part = [] if read_all else ["--range", f"{blob.size - 1}-"]
     return [
         *(*CURL, "--max-time", str(blob.seconds_max), "--output", "/dev/null", *part),
         *("--write-out", WRITE_OUT, f"http://{AGENT_REGISTRY}/blobs/{blob.digest}"),
