@@ -260,6 +260,11 @@ class BackendUnavailable(SwarmpullError):
         return f"backend {self.backend} failed on {self.key}: {self.reason}"
 
 
+@attrs.define(slots=False)
+class ObjectReplaced(BackendUnavailable):
+    """The object is not the one any more that was found first."""
+
+
 # --- the network ------------------------------------------------------------------------------
 
 
