@@ -158,7 +158,6 @@ class TrackerClient:
         timeout = request.seconds + LOOKUP_TIMEOUT
         return await self._ring.call_first(str(request.digest), api.WATCH, request, timeout=timeout)
 
-
     async def hashes(self, request: HashesRequest) -> Growth:
         """Wait for more piece hashes of a blob that an origin is still fetching.
 

@@ -4,22 +4,37 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
+import structlog
 import trio
 
 from swarmpull.digest import Digest
-from swarmpull.errors import InvalidMetainfo, SwarmpullError
-from swarmpull.swarm.metainfo import PIECE_HASH_BYTES, BlobShape, GrowingMetainfo
-from swarmpull.wire.api import Growth
+from swarmpull.errors import InvalidMetainfo, RpcFailed, RpcUnavailable, SwarmpullError
+from swarmpull.swarm.metainfo import PIECE_HASH_BYTES, BlobShape, GrowingMetainfo, Metainfo
+from swarmpull.wire.api import Growth, HashesRequest
+
+log = structlog.get_logger()
 
 # Of one reply: 128 KiB of hashes.
 ENTRIES_MAX: Final = 4096
 # Replies that tell of new hashes, in a second, over all who wait for those of one blob.  With more waiting
 # each hears less often, and of more pieces at a time.
 REPLIES_PER_SECOND: Final = 4000
+# For which one call waits, in seconds.
+POLL_SECONDS: Final = 30.0
+# Until the next call after one that brought nothing or failed, in seconds: as many wait there as may, or
+# nobody answers.
+POLL_PAUSE: Final = 1.0
+# For which nobody needs to answer until there is no more hope, in seconds.
+POLL_PATIENCE: Final = 60.0
+# The source of complete metainfo, whose log is in the order of the pieces everywhere.
+COMPLETE: Final = "complete"
+
+AskForHashes = Callable[[HashesRequest], Awaitable[Growth]]
+
 _random: Final = random.SystemRandom()
 
 
@@ -32,9 +47,9 @@ class HashLog:
         waiting: how many wait for more.
     """
 
-    def __init__(self, metainfo: GrowingMetainfo) -> None:
+    def __init__(self, metainfo: GrowingMetainfo, source: str = "") -> None:
         self.metainfo = metainfo
-        self.source = f"{_random.getrandbits(64):016x}"
+        self.source = source or f"{_random.getrandbits(64):016x}"
         self.waiting = 0
         self._error: SwarmpullError | None = None
         self._grown = trio.Event()
@@ -64,13 +79,13 @@ class HashLog:
 
     def since(self, source: str, position: int) -> Growth:
         """What is known after a position; from the beginning when it is one of another log."""
-        shape = self.metainfo
-        if source != self.source or not 0 <= position <= shape.position:
+        known = self.metainfo
+        if source != self.source or not 0 <= position <= known.position:
             position = 0
-        entries = shape.entries_since(position, ENTRIES_MAX)
+        entries = known.entries_since(position, ENTRIES_MAX)
         return Growth(
-            shape.length,
-            shape.piece_length,
+            known.length,
+            known.piece_length,
             self.source,
             position + len(entries),
             tuple(index for index, _ in entries),
@@ -102,11 +117,12 @@ class HashLog:
                 await self._grown.wait()
         return self.metainfo.piece_hash(index) is not None
 
-    async def wait_complete(self) -> None:
-        """Return when every hash is known.  Raises SwarmpullError: why they will not be."""
-        while not self.metainfo.is_complete:
+    async def wait_complete(self) -> Metainfo:
+        """The metainfo once every hash is known.  Raises SwarmpullError: why they will not be."""
+        while (metainfo := self.metainfo.complete()) is None:
             self._raise_if_failed()
             await self._grown.wait()
+        return metainfo
 
     async def _until_after(self, source: str, position: int) -> None:
         while source == self.source and self.metainfo.position <= position and not self._error:
@@ -133,3 +149,72 @@ def log_of(digest: Digest, growth: Growth) -> HashLog:
     log = HashLog(GrowingMetainfo(digest, growth.length, growth.piece_length))
     log.add(growth)
     return log
+
+
+def complete_growth(metainfo: Metainfo, request: HashesRequest) -> Growth:
+    """The answer of somebody who has complete metainfo."""
+    log = HashLog(GrowingMetainfo.from_shape(metainfo), COMPLETE)
+    return log.since(request.source, request.position)
+
+
+class HashPolls:
+    """The calls that wait for hashes at one role.
+
+    At the limit, and while the role drains, a call is answered at once with what is known.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._scopes: set[trio.CancelScope] = set()
+        self._ended = False
+
+    def __len__(self) -> int:
+        return len(self._scopes)
+
+    async def answer(self, log: HashLog, request: HashesRequest) -> Growth:
+        """Wait as the caller asks.  Raises SwarmpullError: why there will be no more."""
+        seconds = min(request.seconds, POLL_SECONDS)
+        if self._ended or len(self._scopes) >= self._limit:
+            seconds = 0.0
+        with trio.CancelScope() as scope:
+            self._scopes.add(scope)
+            try:
+                return await log.wait_since(request.source, request.position, seconds)
+            finally:
+                self._scopes.discard(scope)
+        return log.since(request.source, request.position)
+
+    def end(self) -> None:
+        """Answer all who wait, and let nobody wait from now on."""
+        self._ended = True
+        for scope in self._scopes:
+            scope.cancel()
+
+
+async def follow_growth(
+    known: HashLog, namespace: str, ask: AskForHashes, growth: Growth | None = None
+) -> None:
+    """Ask for hashes until all are known; ``growth`` is what was asked for before and is known.
+
+    Raises:
+        InvalidMetainfo: what was said contradicts what was known.
+        RpcUnavailable, RpcFailed: nobody has answered for a minute.
+        SwarmpullError: there will be no more, and why.
+    """
+    digest = known.metainfo.digest
+    source, position = (growth.source, growth.position) if growth else ("", 0)
+    hope_until = trio.current_time() + POLL_PATIENCE
+    while not known.metainfo.is_complete:
+        try:
+            growth = await ask(HashesRequest(digest, namespace, source, position, POLL_SECONDS))
+        except (RpcUnavailable, RpcFailed) as error:
+            if trio.current_time() >= hope_until:
+                raise
+            log.info("hashes_not_told", digest=str(digest), reason=str(error))
+            await trio.sleep(POLL_PAUSE)
+            continue
+        known.add(growth)
+        hope_until = trio.current_time() + POLL_PATIENCE
+        if (source, position) == (growth.source, growth.position):
+            await trio.sleep(POLL_PAUSE)
+        source, position = growth.source, growth.position

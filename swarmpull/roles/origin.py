@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Final
 
 import attrs
 import structlog
@@ -20,6 +21,8 @@ from swarmpull.registry.service import BlobReader, StoredManifest
 from swarmpull.ring.membership import Membership
 from swarmpull.roles.addresses import RoleAddresses
 from swarmpull.roles.cluster import IndexClient, RingClient
+from swarmpull.roles.cold_blobs import ColdBlobs
+from swarmpull.roles.hash_log import HashPolls, complete_growth
 from swarmpull.roles.origin_content import OriginContent
 from swarmpull.roles.repositories import Repositories
 from swarmpull.roles.role_store import open_role_store
@@ -29,12 +32,15 @@ from swarmpull.roles.swarm_status import swarm_status, unreachable
 from swarmpull.store.backends import open_backend
 from swarmpull.store.holds import Pin
 from swarmpull.store.uploads import UploadStore
-from swarmpull.swarm.peers import PeerKind
+from swarmpull.swarm.peers import PeerContact, PeerKind
 from swarmpull.telemetry import Metrics
 from swarmpull.wire import api
 from swarmpull.wire.rpc import RpcContext, RpcService, open_rpc_pool
 
 log = structlog.get_logger()
+
+# Calls that wait for piece hashes, of all blobs: of trackers and other origins one for each blob.
+HASH_POLLS_MAX: Final = 1000
 
 
 class OriginRegistry(Repositories):
@@ -53,7 +59,7 @@ class OriginRegistry(Repositories):
     ) -> StoredManifest:
         descriptor = await self.resolve(repository, reference, upstream=upstream)
         with self._content.store.hold(descriptor.digest, Pin.READING):
-            await self._content.ensure_local(descriptor.digest)
+            await self._content.ensure_local(descriptor.digest, repository)
             with self._content.store.open(descriptor.digest) as handle:
                 content = await handle.read_at(0, handle.length)
         return StoredManifest(descriptor, content)
@@ -77,11 +83,8 @@ class OriginRegistry(Repositories):
         upstream: str | None,  # noqa: ARG002
     ) -> AsyncIterator[BlobReader]:
         await self.check_membership(repository, digest)
-        # Held from before it comes, so that it cannot go before it is opened.
-        with self._content.store.hold(digest, Pin.READING):
-            await self._content.ensure_local(digest)
-            with self._content.store.open(digest) as handle:
-                yield handle
+        async with self._content.open(digest, repository or "") as reader:
+            yield reader
 
     async def accept_blob(self, repository: str | None, digest: Digest) -> None:
         with self._content.store.hold(digest, Pin.NOT_WRITTEN_BACK):
@@ -137,11 +140,14 @@ class OriginCalls:
         self._content = content
         self._registry = registry
         self._host = host
+        self._polls = HashPolls(HASH_POLLS_MAX)
 
     def service(self) -> RpcService:
         service = RpcService()
         service.register(api.STAT_BLOB, self.stat_blob)
         service.register(api.GET_METAINFO, self.get_metainfo)
+        service.register(api.HASHES_OF_ORIGIN, self.hashes)
+        service.register(api.URGE, self.urge)
         service.register(api.ADOPT_BLOB, self.adopt_blob)
         service.register(api.PUT_MANIFEST, self.put_manifest)
         return service
@@ -152,15 +158,49 @@ class OriginCalls:
     async def get_metainfo(
         self, request: api.BlobRequest, context: RpcContext
     ) -> api.MetainfoReply:
-        """Get the blob to the disk, seed it, and say so."""
+        """Begin to get the blob to the disk, seed it from then on, and say so."""
         _check_namespace(request.namespace)
-        with self._content.store.hold(request.digest, Pin.SENDING):
-            metainfo = await self._content.metainfo(request.digest)
-            self._host.seed(metainfo, request.namespace)
+        digest = request.digest
+        with self._content.store.hold(digest, Pin.SENDING):
+            if not request.growing:
+                await self._content.ensure_local(digest, request.namespace, decide=request.decide)
+            download = await self._content.cold.begin(
+                digest, request.namespace, decide=request.decide
+            )
+            if download is None:
+                metainfo = await self._content.store.metainfo(digest)
+                self._host.seed(metainfo, request.namespace)
+                return api.MetainfoReply(metainfo, self._contact(context))
+            known = download.metainfo.complete()
+            growth = download.hashes.since("", 0) if known is None else None
+            return api.MetainfoReply(known, self._contact(context), growth)
+
+    def _contact(self, context: RpcContext) -> PeerContact:
+        """Where peers find this origin: as its caller does, unless it is configured."""
         contact = self._host.contact
-        if not contact.host:
-            contact = attrs.evolve(contact, host=context.local_host)
-        return api.MetainfoReply(metainfo, contact)
+        return contact if contact.host else attrs.evolve(contact, host=context.local_host)
+
+    async def hashes(self, request: api.HashesRequest, _context: RpcContext) -> api.Growth:
+        """Answer when more piece hashes are known than the caller has; a blob that is not here is got."""
+        _check_namespace(request.namespace)
+        digest = request.digest
+        with self._content.store.hold(digest, Pin.SENDING):
+            download = await self._content.cold.begin(
+                digest, request.namespace, decide=request.decide
+            )
+            if download is not None:
+                return await self._polls.answer(download.hashes, request)
+            return complete_growth(await self._content.store.metainfo(digest), request)
+
+    async def urge(self, request: api.UrgeRequest, _context: RpcContext) -> api.Empty:
+        """Fetch some pieces of a blob first, if it is being fetched."""
+        await self._content.cold.urge(request.digest, request.indices)
+        return api.Empty()
+
+    async def end_polls(self, drain: trio.Event) -> None:
+        """Answer all calls that wait for hashes once ``drain`` is set: they would hold it up."""
+        await drain.wait()
+        self._polls.end()
 
     async def adopt_blob(self, request: api.AdoptRequest, context: RpcContext) -> api.Empty:
         """Fetch a blob from the agent that took the push, and make it durable."""
@@ -171,7 +211,7 @@ class OriginCalls:
             source = attrs.evolve(source, host=context.remote_host)
         with self._content.store.hold(digest, Pin.NOT_WRITTEN_BACK):
             try:
-                await self._content.ensure_local(digest)
+                await self._content.ensure_local(digest, request.namespace, decide=True)
             except (BlobNotFound, BackendUnavailable) as error:
                 if isinstance(error, BackendUnavailable) and not self._content.is_corrupt(digest):
                     raise
@@ -211,6 +251,7 @@ async def run_origin(
     """
     metrics = Metrics()
     indexes = Membership(config.cluster.indexes, name="index")
+    origins = Membership(config.cluster.origins, name="origin")
     backend = await open_backend(settings.backend.url)
     async with (
         open_role_store("origin", settings.data_dir, settings.store, metrics) as store,
@@ -219,12 +260,24 @@ async def run_origin(
         trio.open_nursery() as nursery,
     ):
         nursery.start_soon(indexes.run)
+        nursery.start_soon(origins.run)
         nursery.start_soon(store.janitor.run)
         index = IndexClient(RingClient(pool, indexes, "index"))
-        content = OriginContent(store, backend, nursery, metrics)
-        host.recall = content.ensure_local
+        cold = ColdBlobs(
+            store,
+            backend,
+            host,
+            RingClient(pool, origins),
+            nursery,
+            metrics,
+            fetch_connections=settings.fetch_connections,
+        )
+        content = OriginContent(store, backend, host, cold, nursery, metrics)
+        host.recall = partial(cold.begin, namespace="", decide=False)
+        host.urge = cold.urge
         registry = OriginRegistry(content, index)
         calls = OriginCalls(content, registry, host)
+        nursery.start_soon(calls.end_polls, drain)
         await serve_role(
             "origin",
             settings,

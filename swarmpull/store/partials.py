@@ -30,7 +30,13 @@ from swarmpull.store.content import BlobStat, ContentTree
 from swarmpull.store.disk import Disk, OpenFile
 from swarmpull.store.durable import Data, read_exactly, remove, write_all
 from swarmpull.store.eviction import Kind
-from swarmpull.store.hashing import FileHasher, Hasher, hash_piece, hash_stored_piece, new_piece_hasher
+from swarmpull.store.hashing import (
+    FileHasher,
+    Hasher,
+    hash_piece,
+    hash_stored_piece,
+    new_piece_hasher,
+)
 from swarmpull.store.ledger import Record
 from swarmpull.store.piece_records import MISSING, STORED, PieceRecords
 from swarmpull.store.scanning import STEP_BYTES
@@ -220,6 +226,7 @@ class PartialBlob:
         self._ahead = trio.CancelScope()
         self._committed: BlobStat | None = None
         self._removed = False
+        self._condemned = False
         self._released = False
         self._on_release = on_release
 
@@ -250,7 +257,8 @@ class PartialBlob:
     async def store_piece(self, index: int, data: Data) -> bool:
         """Verify one piece and store it; False, and nothing written, when it does not match its hash.
 
-        Nor does a piece whose hash is not known.  ``data`` must not change until this returns.  A piece that is stored already is not written again.
+        One whose hash is not known does not match either.  ``data`` must not change until this returns.  A
+        piece that is stored already is not written again.
 
         Raises:
             IndexError: the blob has no such piece.
@@ -333,14 +341,20 @@ class PartialBlob:
             await self._remove_files()
         await self.aclose()
 
+    def condemn(self) -> None:
+        """Have `aclose` remove what was fetched; nothing happens to a committed blob."""
+        self._condemned = True
+
     async def aclose(self) -> None:
-        """Close it and keep what was fetched; closing twice is allowed.
+        """Close it and keep what was fetched, unless it is condemned; closing twice is allowed.
 
         Reads and writes under way still end; a commit under way ends with the blob or with ValueError.
         """
         self.close_files()
         with trio.CancelScope(shield=True):
             async with self._ending:
+                if self._condemned:
+                    await self._remove_files()
                 self._release()
 
     def close_files(self) -> None:

@@ -1,11 +1,12 @@
 """The record of a partial blob: which pieces are stored, and what they hash to.
 
-``magic | length of digest text (1) | digest text | length (8) | piece length (4) | BLAKE3 of all before (32) |
-hashes (32 each) | marks (1 each)``, integers big-endian.  The mark of a piece is 1 when it is stored; a byte,
-not a bit, so that two threads that store neighbouring pieces never write the same byte.
+``magic | length of digest text (1) | digest text | length (8) | piece length (4) |
+BLAKE3 of all before (32) | hashes (32 each) | marks (1 each)``, integers big-endian.
 
-The hash of a piece is written with the piece and before its mark: most partials begin before all hashes are
-known.  Only hashes of marked pieces mean anything, and those pieces are verified at every opening.
+The mark of a piece is 1 when it is stored; a byte, not a bit, so that two threads that store neighbouring
+pieces never write the same byte.  The hash of a piece is written with the piece and before its mark: most
+partials begin before all hashes are known.  Only hashes of marked pieces mean anything, and those pieces are
+verified at every opening.
 """
 
 from __future__ import annotations
@@ -68,6 +69,4 @@ def decode(data: bytes) -> PieceRecords:
     marks_offset = hashes_offset + shape.piece_count * PIECE_HASH_BYTES
     marks = data[marks_offset : marks_offset + shape.piece_count]
     have = sum(1 << index for index, mark in enumerate(marks) if mark == STORED[0])
-    return PieceRecords(
-        shape, hashes_offset, marks_offset, data[hashes_offset:marks_offset], have
-    )
+    return PieceRecords(shape, hashes_offset, marks_offset, data[hashes_offset:marks_offset], have)

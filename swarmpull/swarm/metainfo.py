@@ -167,10 +167,16 @@ class GrowingMetainfo(BlobShape):
         return False
 
     def add_all(self, metainfo: Metainfo) -> None:
-        """All hashes are known.  Raises InvalidMetainfo: of another shape, or as `add` does."""
+        """All hashes are known.  Raises InvalidMetainfo, and nothing changes, when the two contradict."""
         self.check_shape(metainfo)
+        if not self.agrees_with(metainfo):
+            raise InvalidMetainfo(str(self.digest), "hashes that are known differ from these")
         for index in range(self.piece_count):
             self.add(index, metainfo.piece_hash(index))
+
+    def agrees_with(self, metainfo: Metainfo) -> bool:
+        """Whether all hashes that are known are the same there, for a blob of the same shape."""
+        return all(metainfo.piece_hash(index) == known for index, known in self._hashes.items())
 
     def check_shape(self, other: BlobShape) -> None:
         """Raise InvalidMetainfo unless the other one is about the same pieces of the same blob."""

@@ -36,7 +36,9 @@ class Origins:
     outcomes: dict[str, SwarmpullError] = attrs.Factory(dict)
     calls: list[tuple[Digest, str, float]] = attrs.Factory(list)
 
-    async def get_metainfo(self, digest: Digest, namespace: str) -> api.MetainfoReply:
+    async def get_metainfo(
+        self, digest: Digest, namespace: str, *, growing: bool = False
+    ) -> api.MetainfoReply:
         self.calls.append((digest, namespace, trio.current_time()))
         await trio.sleep(self.delay)
         if namespace in self.outcomes:

@@ -29,7 +29,7 @@ class ObjectStat:
     """An object and its length in bytes.
 
     Attributes:
-        version: names this content of the object, for `Backend.open`; empty when the backend has no such name.
+        version: names this content of the object, for `Backend.open`; empty when a backend has no such name.
     """
 
     key: str
