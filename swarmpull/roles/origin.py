@@ -210,14 +210,24 @@ class OriginCalls:
         if not source.host:
             source = attrs.evolve(source, host=context.remote_host)
         with self._content.store.hold(digest, Pin.NOT_WRITTEN_BACK):
-            try:
-                await self._content.ensure_local(digest, request.namespace, decide=True)
-            except (BlobNotFound, BackendUnavailable) as error:
-                if isinstance(error, BackendUnavailable) and not self._content.is_corrupt(digest):
-                    raise
+            if not await self._got_from_backend(digest, request.namespace):
                 await self._host.adopt(request.metainfo, request.namespace, source)
             await self._registry.accept_blob(request.namespace or None, digest)
         return api.Empty()
+
+    async def _got_from_backend(self, digest: Digest, namespace: str) -> bool:
+        """Whether the backend had a blob that is to be adopted; False while it is on its way already."""
+        if self._host.downloading(digest) is not None:
+            return False
+        try:
+            await self._content.ensure_local(digest, namespace, decide=True)
+        except BlobNotFound:
+            return False
+        except BackendUnavailable:
+            if self._content.is_corrupt(digest):
+                return False
+            raise
+        return True
 
     async def put_manifest(
         self, request: api.PutManifestRequest, _context: RpcContext

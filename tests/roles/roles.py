@@ -122,11 +122,11 @@ class Cluster:
         self._learn(indexes=(role.address("rpc"),))
         return role
 
-    async def start_origin(self, **store: Any) -> Role:
-        """``store``: settings of its store that are not the default."""
+    async def start_origin(self, *, port: int = 0, **store: Any) -> Role:
+        """``port``: for its RPC; ``store``: settings of its store that are not the default."""
         settings = OriginConfig(
             registry=LISTEN,
-            rpc=LISTEN,
+            rpc=ListenerConfig(listen=Address("127.0.0.1", port)),
             peer=PEER,
             admin=LISTEN,
             backend=BackendConfig(url=(self.root / "backend").as_uri()),
