@@ -261,6 +261,11 @@ class BackendUnavailable(SwarmpullError):
 
 
 @attrs.define(slots=False)
+class ObjectCorrupt(BackendUnavailable):
+    """The object is not what its name says: what came of it is of no use to anybody."""
+
+
+@attrs.define(slots=False)
 class ObjectReplaced(BackendUnavailable):
     """The object is not the one any more that was found first."""
 
@@ -331,6 +336,7 @@ REMOTE_ERRORS: Final[dict[str, type[SwarmpullError]]] = {
         StoreUnavailable,
         ObjectNotFound,
         BackendUnavailable,
+        ObjectCorrupt,
         DownloadFailed,
     )
 }

@@ -106,6 +106,15 @@ class ColdBlobs:
             return await self._beginning.run(digest, partial(self._begin, namespace))
         return await self._asking.run(digest, partial(self._ask, namespace))
 
+    async def recall(self, digest: Digest) -> None:
+        """Begin to get a blob that a peer wants to have from here.  Raises what `begin` does.
+
+        One that was found to be corrupt is not tried again for a peer: the next pull does that.
+        """
+        if digest in self.quarantine:
+            raise BlobNotFound(str(digest), self._backend.name)
+        await self.begin(digest, "", decide=False)
+
     async def urge(self, digest: Digest, indices: tuple[int, ...]) -> None:
         """Have pieces fetched first, if they are fetched here."""
         fetch = self._fetches.get(digest)

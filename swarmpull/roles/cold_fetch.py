@@ -21,6 +21,7 @@ from swarmpull.errors import (
     BackendUnavailable,
     DigestMismatch,
     InvalidMetainfo,
+    ObjectCorrupt,
     ObjectNotFound,
     ObjectReplaced,
     StoreFull,
@@ -45,6 +46,8 @@ CHUNK_TIMEOUT: Final = 30.0
 FAILURES_MAX: Final = 3
 # Seconds until a worker tries again, at most; twice as many after every failure.
 PAUSE: Final = 0.5
+# After these what was fetched is no part of the blob.
+USELESS: Final = (ObjectCorrupt, ObjectReplaced)
 
 
 class Quarantine:
@@ -68,13 +71,13 @@ class Quarantine:
     def __contains__(self, digest: Digest) -> bool:
         return digest in self._digests
 
-    def put(self, digest: Digest, key: str, what: str) -> BackendUnavailable:
+    def put(self, digest: Digest, key: str, what: str) -> ObjectCorrupt:
         """An object was found to be corrupt; returns the error for those who wanted it."""
         self._digests.add(digest)
         self._found.inc()
         log.error("backend_object_corrupt", digest=str(digest), key=key, reason=what)
         reason = f"the object is corrupt, {what}: push the blob again"
-        return BackendUnavailable(self._backend, key, reason)
+        return ObjectCorrupt(self._backend, key, reason)
 
     def release(self, digest: Digest) -> None:
         """The object is right after all, or was replaced."""
@@ -188,7 +191,7 @@ class ColdFetch:
             except BackendUnavailable as error:
                 failures = failures + 1 if self._published == published else 1
                 published = self._published
-                if failures >= FAILURES_MAX or isinstance(error, ObjectReplaced):
+                if failures >= FAILURES_MAX or isinstance(error, USELESS):
                     self._fail(error)
                     return
                 log.info("range_not_fetched", digest=str(self.digest), reason=str(error))
@@ -222,8 +225,7 @@ class ColdFetch:
             if run.next in self._wrong:
                 # Not the connection's fault: what was known of the blob, or the object, is wrong.
                 what = f"piece {run.next} is not what it was"
-                failure = self._quarantine.put(self.digest, self._found.key, what)
-                raise ObjectReplaced(failure.backend, failure.key, failure.reason) from error
+                raise self._quarantine.put(self.digest, self._found.key, what) from error
             self._wrong.add(run.next)
             reason = f"piece {run.next} does not match its hash"
             raise BackendUnavailable(self._backend.name, self._found.key, reason) from error
@@ -280,5 +282,4 @@ class ColdFetch:
         return self._quarantine.put(self.digest, self._found.key, f"it hashes to {error.actual}")
 
     def _fail(self, error: SwarmpullError) -> None:
-        # What an object had before it was replaced is not a part of what it has now.
-        self._host.give_up(self.download, error, keep=not isinstance(error, ObjectReplaced))
+        self._host.give_up(self.download, error, keep=not isinstance(error, USELESS))

@@ -72,6 +72,7 @@ class Download:
     def confirm(self) -> None:
         """The whole blob has matched its digest; what is left is to make it durable."""
         self._verified.set()
+        self.hashes.settle()
 
     def end(self, error: SwarmpullError | None = None) -> None:
         """The blob is in the store, or the download has failed; the first end counts."""

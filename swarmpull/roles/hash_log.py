@@ -45,12 +45,14 @@ class HashLog:
         metainfo: what is known.
         source: names this log; positions in another one mean nothing here.
         waiting: how many wait for more.
+        is_settled: whether the whole blob has matched its digest, so that all hashes are right.
     """
 
     def __init__(self, metainfo: GrowingMetainfo, source: str = "") -> None:
         self.metainfo = metainfo
         self.source = source or f"{_random.getrandbits(64):016x}"
         self.waiting = 0
+        self.is_settled = False
         self._error: SwarmpullError | None = None
         self._grown = trio.Event()
 
@@ -71,9 +73,14 @@ class HashLog:
             own.add(index, growth.hashes[start : start + PIECE_HASH_BYTES])
         self.grew()
 
+    def settle(self) -> None:
+        """The whole blob has matched its digest."""
+        self.is_settled = True
+        self.grew()
+
     def fail(self, error: SwarmpullError) -> None:
-        """There will be no more; the first reason counts."""
-        if self._error is None:
+        """There will be no more, or what there was is wrong; the first end counts."""
+        if self._error is None and not self.is_settled:
             self._error = error
             self.grew()
 
@@ -83,13 +90,15 @@ class HashLog:
         if source != self.source or not 0 <= position <= known.position:
             position = 0
         entries = known.entries_since(position, ENTRIES_MAX)
+        position += len(entries)
         return Growth(
             known.length,
             known.piece_length,
             self.source,
-            position + len(entries),
+            position,
             tuple(index for index, _ in entries),
             b"".join(piece_hash for _, piece_hash in entries),
+            self.is_settled and position == known.piece_count,
         )
 
     async def wait_since(self, source: str, position: int, seconds: float) -> Growth:
@@ -117,17 +126,22 @@ class HashLog:
                 await self._grown.wait()
         return self.metainfo.piece_hash(index) is not None
 
-    async def wait_complete(self) -> Metainfo:
-        """The metainfo once every hash is known.  Raises SwarmpullError: why they will not be."""
-        while (metainfo := self.metainfo.complete()) is None:
+    async def wait_settled(self) -> Metainfo:
+        """The metainfo once the blob has matched its digest.  Raises SwarmpullError: why it does not."""
+        while True:
             self._raise_if_failed()
+            metainfo = self.metainfo.complete()
+            if metainfo is not None and self.is_settled:
+                return metainfo
             await self._grown.wait()
-        return metainfo
 
     async def _until_after(self, source: str, position: int) -> None:
-        while source == self.source and self.metainfo.position <= position and not self._error:
-            if self.metainfo.is_complete:
-                return
+        while (
+            source == self.source
+            and self.metainfo.position <= position
+            and not self.is_settled
+            and self._error is None
+        ):
             await self._grown.wait()
 
     @contextmanager
@@ -139,7 +153,7 @@ class HashLog:
             self.waiting -= 1
 
     def _raise_if_failed(self) -> None:
-        if self._error is not None and not self.metainfo.is_complete:
+        if self._error is not None:
             # An exception collects the traceback of whoever raises it: each raises its own.
             raise copy.copy(self._error)
 
@@ -154,6 +168,7 @@ def log_of(digest: Digest, growth: Growth) -> HashLog:
 def complete_growth(metainfo: Metainfo, request: HashesRequest) -> Growth:
     """The answer of somebody who has complete metainfo."""
     log = HashLog(GrowingMetainfo.from_shape(metainfo), COMPLETE)
+    log.settle()
     return log.since(request.source, request.position)
 
 
@@ -194,7 +209,7 @@ class HashPolls:
 async def follow_growth(
     known: HashLog, namespace: str, ask: AskForHashes, growth: Growth | None = None
 ) -> None:
-    """Ask for hashes until all are known; ``growth`` is what was asked for before and is known.
+    """Ask for hashes until they are settled; ``growth`` is what was asked for before and is known.
 
     Raises:
         InvalidMetainfo: what was said contradicts what was known.
@@ -204,7 +219,7 @@ async def follow_growth(
     digest = known.metainfo.digest
     source, position = (growth.source, growth.position) if growth else ("", 0)
     hope_until = trio.current_time() + POLL_PATIENCE
-    while not known.metainfo.is_complete:
+    while not known.is_settled:
         try:
             growth = await ask(HashesRequest(digest, namespace, source, position, POLL_SECONDS))
         except (RpcUnavailable, RpcFailed) as error:
@@ -214,6 +229,9 @@ async def follow_growth(
             await trio.sleep(POLL_PAUSE)
             continue
         known.add(growth)
+        if growth.settled:
+            known.settle()
+            return
         hope_until = trio.current_time() + POLL_PATIENCE
         if (source, position) == (growth.source, growth.position):
             await trio.sleep(POLL_PAUSE)

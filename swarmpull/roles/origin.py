@@ -171,9 +171,8 @@ class OriginCalls:
                 metainfo = await self._content.store.metainfo(digest)
                 self._host.seed(metainfo, request.namespace)
                 return api.MetainfoReply(metainfo, self._contact(context))
-            known = download.metainfo.complete()
-            growth = download.hashes.since("", 0) if known is None else None
-            return api.MetainfoReply(known, self._contact(context), growth)
+            growth = download.hashes.since("", 0)
+            return api.MetainfoReply(None, self._contact(context), growth)
 
     def _contact(self, context: RpcContext) -> PeerContact:
         """Where peers find this origin: as its caller does, unless it is configured."""
@@ -283,7 +282,7 @@ async def run_origin(
             fetch_connections=settings.fetch_connections,
         )
         content = OriginContent(store, backend, host, cold, nursery, metrics)
-        host.recall = partial(cold.begin, namespace="", decide=False)
+        host.recall = cold.recall
         host.urge = cold.urge
         registry = OriginRegistry(content, index)
         calls = OriginCalls(content, registry, host)

@@ -27,6 +27,7 @@ from swarmpull.errors import (
     DigestMismatch,
     DownloadFailed,
     InvalidMetainfo,
+    ObjectCorrupt,
     SwarmpullError,
 )
 from swarmpull.roles.buffers import PieceBuffers
@@ -336,7 +337,7 @@ class SwarmHost:
         except SwarmpullError as error:
             log.info("download_not_started", digest=str(digest), reason=str(error))
             raise
-        if follow is not None and not metainfo.is_complete:
+        if follow is not None and reply.growth is not None:
             self._nursery.start_soon(self._follow, download, namespace, follow, reply.growth)
         self.dispatch(_replied(digest, reply))
         return download
@@ -349,8 +350,9 @@ class SwarmHost:
             try:
                 await follow_growth(download.hashes, namespace, ask, growth)
             except SwarmpullError as error:
-                # After a contradiction nobody can say which of its pieces are right.
-                self.give_up(download, error, keep=not isinstance(error, InvalidMetainfo))
+                # Nobody can say which of its pieces are right.
+                is_wrong = isinstance(error, InvalidMetainfo | ObjectCorrupt)
+                self.give_up(download, error, keep=not is_wrong)
 
     async def _begin(
         self,

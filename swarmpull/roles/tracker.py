@@ -83,7 +83,7 @@ class Tracker:
         if request.want_metainfo and state is not AnnounceState.STOPPED:
             # What is cached may be answered while somebody has the blob; else an origin must get it.
             use_cache = self._table.seeders(digest) > 0
-            get = self._metainfo.get if request.growing else self._metainfo.get_complete
+            get = self._metainfo.get if request.growing else self._metainfo.get_settled
             found = await get(digest, request.namespace, use_cache=use_cache)
             if isinstance(found, HashLog):
                 growth = found.since("", 0)

@@ -189,11 +189,11 @@ class MetainfoSource:
         if len(self._fetches) < self._limits.fetches_max:
             self._begin(digest, namespace)
 
-    async def get_complete(self, digest: Digest, namespace: str, *, use_cache: bool) -> Metainfo:
-        """The same, once all of it is known.  Raises also why it will not be."""
+    async def get_settled(self, digest: Digest, namespace: str, *, use_cache: bool) -> Metainfo:
+        """The same, once all of it is known to be right.  Raises also why it will not be."""
         found = await self.get(digest, namespace, use_cache=use_cache)
         if isinstance(found, HashLog):
-            return await found.wait_complete()
+            return await found.wait_settled()
         return found
 
     async def _fetched(self, digest: Digest, namespace: str) -> Metainfo | HashLog:

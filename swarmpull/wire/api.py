@@ -37,6 +37,8 @@ class Growth:
         position: how many entries of the log there are up to the last one here.
         indices: the pieces whose hashes these are; at most 4096.
         hashes: 32 bytes for each of them, joined.
+        settled: these are the last ones, and the whole blob has matched its digest.  Until then it may still
+            turn out to be wrong, or not to come, and asking for more says so.
     """
 
     length: int
@@ -45,11 +47,12 @@ class Growth:
     position: int
     indices: tuple[int, ...]
     hashes: bytes = attrs.field(repr=False)
+    settled: bool = False
 
 
 @attrs.frozen
 class HashesRequest:
-    """Wait until more hashes of a blob are known than the caller has.
+    """Wait until more hashes of a blob are known than the caller has, or how it ends.
 
     Attributes:
         digest: the blob.
@@ -81,7 +84,7 @@ class AnnounceRequest:
         peer: the announcer; an empty host means "as you see me".
         state: leeching, complete or stopped.
         want_metainfo: also return the metainfo (the first announce of a download).
-        growing: the announcer takes metainfo that grows; else the answer waits until it is complete.
+        growing: the announcer takes metainfo that grows; else the answer waits until it is settled.
     """
 
     digest: Digest
@@ -99,9 +102,9 @@ class AnnounceReply:
     Attributes:
         peers: at most 50: completed agents, then origins, then agents in progress; never the announcer.
         interval: seconds until the next announce is due.
-        metainfo: when it was wanted and is complete.
+        metainfo: when it was wanted, of a blob that some origin has.
         position: where a watch goes on from this handout; None from a tracker that offers none.
-        growth: when metainfo was wanted and is not complete; `HASHES` tells of more.
+        growth: when metainfo was wanted of a blob that is being fetched; `HASHES` tells of more.
     """
 
     peers: tuple[PeerContact, ...]
@@ -176,7 +179,7 @@ class BlobStatReply:
 class MetainfoReply:
     """Metainfo, and the origin that seeds the blob from now on.
 
-    Either ``metainfo``, or ``growth`` while the blob is on its way and its hashes are not all known.
+    Either ``metainfo``, or ``growth`` while the blob is on its way.
     """
 
     metainfo: Metainfo | None

@@ -122,7 +122,9 @@ class Cluster:
         self._learn(indexes=(role.address("rpc"),))
         return role
 
-    async def start_origin(self, *, port: int = 0, **store: Any) -> Role:
+    async def start_origin(
+        self, name: str = "origin", *, port: int = 0, fetch_connections: int = 4, **store: Any
+    ) -> Role:
         """``port``: for its RPC; ``store``: settings of its store that are not the default."""
         settings = OriginConfig(
             registry=LISTEN,
@@ -130,11 +132,13 @@ class Cluster:
             peer=PEER,
             admin=LISTEN,
             backend=BackendConfig(url=(self.root / "backend").as_uri()),
-            data_dir=self.root / "origin",
+            fetch_connections=fetch_connections,
+            data_dir=self.root / name,
             store=StoreConfig(**store),
         )
-        role = await self.start("origin", run_origin, settings)
-        self._learn(origins=(role.address("rpc"),))
+        role = await self.start(name, run_origin, settings)
+        if role.address("rpc") not in self.config.cluster.origins:
+            self._learn(origins=(role.address("rpc"),))
         return role
 
     async def start_tracker(self) -> Role:
