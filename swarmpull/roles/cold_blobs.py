@@ -37,8 +37,8 @@ CONNECTIONS_MAX: Final = 12
 # Blobs of one piece that are copied at the same time; each costs a connection to the backend, and more at
 # once would only make each of them slower.
 COPIES_MAX: Final = 16
-# For which another origin may think about whether it has a blob, in seconds.
-ASK_TIMEOUT: Final = 5.0
+# Seconds for another origin to ask the backend about a blob, or to copy a small one.
+ASK_TIMEOUT: Final = 15.0
 # Between two looks at a download from another origin, in seconds.  One that has no peer at two in a row is
 # continued from the backend.
 LOOK_INTERVAL: Final = 3.0

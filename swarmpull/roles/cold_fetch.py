@@ -21,6 +21,7 @@ from swarmpull.errors import (
     BackendUnavailable,
     DigestMismatch,
     InvalidMetainfo,
+    InvalidRange,
     ObjectCorrupt,
     ObjectNotFound,
     ObjectReplaced,
@@ -34,6 +35,7 @@ from swarmpull.store.backends.base import Backend, ObjectStat
 from swarmpull.store.backends.metainfo import load_metainfo, save_metainfo
 from swarmpull.store.fetch_plan import FetchPlan, Run
 from swarmpull.swarm import bitfield
+from swarmpull.swarm.torrent import URGES_MAX
 from swarmpull.telemetry import Metrics
 
 log = structlog.get_logger()
@@ -135,9 +137,10 @@ class ColdFetch:
         return self.download.metainfo.digest
 
     def urge(self, indices: tuple[int, ...]) -> None:
-        """Readers wait for these pieces."""
-        for index in indices:
-            self.plan.urge(index)
+        """Readers wait for these pieces; what may come from other hosts is not trusted to exist."""
+        for index in indices[:URGES_MAX]:
+            if 0 <= index < self.download.metainfo.piece_count:
+                self.plan.urge(index)
         self._wake()
 
     async def run(self) -> None:
@@ -218,8 +221,9 @@ class ColdFetch:
     async def _fetch(self, run: Run) -> None:
         try:
             await self._read(run)
-        except ObjectNotFound as error:
-            reason = "the object was deleted while it was fetched"
+        except (ObjectNotFound, InvalidRange) as error:
+            is_gone = isinstance(error, ObjectNotFound)
+            reason = f"the object was {'deleted' if is_gone else 'replaced'} while it was fetched"
             raise ObjectReplaced(self._backend.name, self._found.key, reason) from error
         except WrongPiece as error:
             if run.next in self._wrong:

@@ -188,7 +188,8 @@ class HashPolls:
 
     async def answer(self, log: HashLog, request: HashesRequest) -> Growth:
         """Wait as the caller asks.  Raises SwarmpullError: why there will be no more."""
-        seconds = min(request.seconds, POLL_SECONDS)
+        # Written so that NaN becomes the usual time.
+        seconds = request.seconds if 0.0 <= request.seconds < POLL_SECONDS else POLL_SECONDS
         if self._ended or len(self._scopes) >= self._limit:
             seconds = 0.0
         with trio.CancelScope() as scope:
@@ -230,6 +231,8 @@ async def follow_growth(
             continue
         known.add(growth)
         if growth.settled:
+            if not known.metainfo.is_complete:
+                raise InvalidMetainfo(str(digest), "the log is said to end, and hashes are missing")
             known.settle()
             return
         hope_until = trio.current_time() + POLL_PATIENCE

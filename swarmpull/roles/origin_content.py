@@ -15,10 +15,10 @@ import trio
 
 from swarmpull.digest import Digest
 from swarmpull.errors import (
-    BackendUnavailable,
     BlobNotFound,
     ObjectNotFound,
     StoreUnavailable,
+    SwarmpullError,
 )
 from swarmpull.registry.service import BlobReader
 from swarmpull.roles.cold_blobs import ColdBlobs
@@ -154,7 +154,7 @@ class OriginContent:
             metainfo = await self.store.metainfo(digest)
             if metainfo.piece_count > 1:
                 await save_metainfo(self.backend, metainfo)
-        except (BackendUnavailable, BlobNotFound, StoreUnavailable) as error:
+        except SwarmpullError as error:
             log.info("metainfo_not_saved", digest=str(digest), reason=str(error))
 
     async def _copy_to_backend(self, digest: Digest, key: str) -> None:

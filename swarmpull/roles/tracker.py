@@ -103,6 +103,7 @@ class Tracker:
 
         Raises what `MetainfoSource.get` does, and why there will be no more hashes.
         """
+        _check_namespace(request.namespace)
         found = await self._metainfo.get(request.digest, request.namespace, use_cache=True)
         if isinstance(found, HashLog):
             return await self._polls.answer(found, request)
@@ -145,9 +146,13 @@ def _contact(request: api.AnnounceRequest, context: RpcContext) -> PeerContact:
         raise ProtocolError(f"peer host {contact.host[:80]!r} is not a host name or an address")
     if not 0 < contact.port <= 65535:
         raise ProtocolError(f"peer port {contact.port} is not a TCP port")
-    if len(request.namespace) > _NAMESPACE_LENGTH_MAX:
-        raise ProtocolError(f"a namespace of {len(request.namespace)} characters")
+    _check_namespace(request.namespace)
     return contact
+
+
+def _check_namespace(namespace: str) -> None:
+    if len(namespace) > _NAMESPACE_LENGTH_MAX:
+        raise ProtocolError(f"a namespace of {len(namespace)} characters")
 
 
 async def run_tracker(

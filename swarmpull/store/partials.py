@@ -297,9 +297,10 @@ class PartialBlob:
         known = self.metainfo.piece_hash(index)
         if known is not None and known != actual:
             return False
+        # At once, so that nobody adds another one while it is written down.
+        self.metainfo.add(index, actual)
         with self._pieces.use() as record:
             await self._disk.run(self._mark_stored, record, index, actual)
-        self.metainfo.add(index, actual)
         self._piece_stored(index)
         return True
 

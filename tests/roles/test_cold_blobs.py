@@ -377,6 +377,21 @@ async def test_a_connection_that_stalls_is_given_up_and_its_range_read_again(
     assert reply.content == content.data
 
 
+async def test_absurd_urges_do_not_harm_the_origin(cluster, backend, content) -> None:
+    await put(backend, content)
+    backend.allow(0)
+    origins = Membership(cluster.config.cluster.origins, name="origin")
+    client = OriginClient(RingClient(cluster.pool, origins))
+    await client.get_metainfo(content.digest, growing=True)
+
+    await client.urge(content.digest, (-1, PIECES, 1 << 62, 5))
+    await client.urge(Digest.of(b"another"), (0,))
+
+    backend.allow()
+    reply = await cluster.client.get(url_of(cluster, "origin", content.digest))
+    assert reply.content == content.data
+
+
 # --- metainfo beside the blob ---------------------------------------------------------------------
 
 

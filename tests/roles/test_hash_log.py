@@ -12,6 +12,7 @@ from swarmpull.errors import BackendUnavailable, InvalidMetainfo, RpcUnavailable
 from swarmpull.roles.hash_log import (
     ENTRIES_MAX,
     POLL_PATIENCE,
+    POLL_SECONDS,
     HashLog,
     HashPolls,
     complete_growth,
@@ -244,3 +245,20 @@ async def test_calls_that_wait_are_answered_when_the_role_drains(autojump_clock)
     assert trio.current_time() == 0
     growth = await polls.answer(log, request(log.source, 1))
     assert (growth.position, trio.current_time()) == (1, 0)
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -1.0, 1e9])
+async def test_an_absurd_time_to_wait_is_the_usual_one(autojump_clock, seconds) -> None:
+    polls, log = HashPolls(10), log_with(3, 1)
+    await polls.answer(log, request(log.source, 1, seconds))
+    assert trio.current_time() == pytest.approx(POLL_SECONDS)
+
+
+async def test_a_source_that_says_it_is_settled_and_is_not_complete_is_not_believed() -> None:
+    growth = Growth(3 * PIECE, PIECE, "s", 3, (0,), hash_of(0), settled=True)
+
+    async def ask(_: HashesRequest) -> Growth:
+        return growth
+
+    with pytest.raises(InvalidMetainfo, match="hashes are missing"):
+        await follow_growth(log_with(3), "", ask)
