@@ -126,9 +126,12 @@ class FetchPlan:
 
     def _urgent_run(self) -> Run | None:
         free = self.missing & ~self._taken()
-        for index in list(self._urgent):
+        for index in self._urgent:
             if free >> index & 1:
-                return Run(index, index + _length(free, index, URGENT_RUN), urgent=True)
+                longest = URGENT_RUN
+                while longest < self._run_max and index + longest in self._urgent:
+                    longest += 1
+                return Run(index, index + _length(free, index, longest), urgent=True)
         return None
 
     def _earliest_run(self) -> Run | None:

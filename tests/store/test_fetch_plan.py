@@ -95,6 +95,15 @@ def test_an_urgent_piece_is_fetched_before_all_others():
     assert taken(plan) == (1, 2)
 
 
+def test_urgent_pieces_in_a_row_are_fetched_with_one_request():
+    plan = plan_of(50, workers=4)
+    plan.next_run()
+    for index in (40, 41, 42, 43, 45):
+        plan.urge(index)
+    assert taken(plan) == (40, 44)
+    assert taken(plan) == (45, 47)
+
+
 def test_an_urgent_piece_takes_the_connection_of_the_run_that_has_most_left():
     plan = plan_of(100, workers=2)
     short, long = plan.next_run(), None
