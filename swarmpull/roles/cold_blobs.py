@@ -115,11 +115,20 @@ class ColdBlobs:
             raise BlobNotFound(str(digest), self._backend.name)
         await self.begin(digest, "", decide=False)
 
-    async def urge(self, digest: Digest, indices: tuple[int, ...]) -> None:
-        """Have pieces fetched first, if they are fetched here."""
+    def urge(self, digest: Digest, indices: tuple[int, ...]) -> bool:
+        """Have pieces fetched first; False if they are not fetched here."""
         fetch = self._fetches.get(digest)
         if fetch is not None:
             fetch.urge(indices)
+        return fetch is not None
+
+    async def urge_for_readers(self, digest: Digest, indices: tuple[int, ...]) -> None:
+        """Have pieces that are read here fetched first, by this origin or the one that owns the blob.
+
+        Raises RpcUnavailable, RpcFailed.
+        """
+        if not self.urge(digest, indices) and self._origins is not None:
+            await OriginClient(self._origins).urge(digest, indices)
 
     # --- from another origin ------------------------------------------------------------------
 

@@ -193,7 +193,7 @@ class OriginCalls:
 
     async def urge(self, request: api.UrgeRequest, _context: RpcContext) -> api.Empty:
         """Fetch some pieces of a blob first, if it is being fetched."""
-        await self._content.cold.urge(request.digest, request.indices)
+        self._content.cold.urge(request.digest, request.indices)
         return api.Empty()
 
     async def end_polls(self, drain: trio.Event) -> None:
@@ -283,7 +283,7 @@ async def run_origin(
         )
         content = OriginContent(store, backend, host, cold, nursery, metrics)
         host.recall = cold.recall
-        host.urge = cold.urge
+        host.urge = cold.urge_for_readers
         registry = OriginRegistry(content, index)
         calls = OriginCalls(content, registry, host)
         nursery.start_soon(calls.end_polls, drain)

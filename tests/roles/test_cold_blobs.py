@@ -469,15 +469,22 @@ async def test_a_push_leaves_its_metainfo_in_the_backend_too(cluster, backend, c
 
 @pytest.fixture
 async def origins(tmp_path: Path, backend: Gated) -> AsyncIterator[Cluster]:
-    """Three origins that know one another, and a tracker."""
+    """Three origins that know one another and read two ranges at a time, and a tracker."""
     ports = free_ports(3)
     async with cluster_under(tmp_path) as cluster:
         await cluster.start_index()
         cluster._learn(origins=tuple(f"127.0.0.1:{port}" for port in ports))
         for number, port in enumerate(ports):
-            await cluster.start_origin(f"origin-{number}", port=port)
+            await cluster.start_origin(f"origin-{number}", port=port, fetch_connections=2)
         await cluster.start_tracker()
         yield cluster
+
+
+def by_preference(cluster: Cluster, digest: Digest) -> tuple[str, str]:
+    """The origin that owns a blob, and the second in the order of the ring."""
+    order = Membership(cluster.config.cluster.origins, name="origin").order(str(digest))
+    names = {cluster.roles[f"origin-{n}"].address("rpc"): f"origin-{n}" for n in range(3)}
+    return names[order[0]], names[order[1]]
 
 
 async def test_one_copy_leaves_the_bucket_whoever_is_asked(origins, backend, content) -> None:
@@ -498,14 +505,28 @@ async def test_one_copy_leaves_the_bucket_whoever_is_asked(origins, backend, con
     assert backend.read == len(content.data)
 
 
+async def test_a_reader_at_another_origin_has_its_piece_fetched_first(
+    origins, backend, content
+) -> None:
+    await put(backend, content)
+    _, other = by_preference(origins, content.digest)
+    backend.pace = 0.1
+    start = (PIECES - 2) * PIECE
+
+    reply = await origins.client.get(
+        url_of(origins, other, content.digest), headers={"Range": f"bytes={start}-{start + 9}"}
+    )
+
+    assert reply.content == content.data[start : start + 10]
+    assert backend.read < 7 * PIECE, "in order it would have been the ninth"
+
+
 async def test_an_origin_that_is_left_alone_goes_on_from_the_backend(
     origins, backend, content, monkeypatch
 ) -> None:
     monkeypatch.setattr(cold_blobs, "LOOK_INTERVAL", 0.1)
     await put(backend, content)
-    order = Membership(origins.config.cluster.origins, name="origin").order(str(content.digest))
-    by_address = {origins.roles[f"origin-{n}"].address("rpc"): f"origin-{n}" for n in range(3)}
-    owner, other = by_address[order[0]], by_address[order[1]]
+    owner, other = by_preference(origins, content.digest)
     backend.allow(0, 1, 2)
 
     async with origins.client.stream("GET", url_of(origins, other, content.digest)) as reply:
