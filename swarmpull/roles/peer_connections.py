@@ -207,6 +207,8 @@ class PeerConnections:
             if isinstance(hello, Bye):
                 _log_bye(hello, digest, contact, said="by the peer")
                 return False
+            if hello.peer_id != contact.peer_id:
+                self._host.dispatch(ev.DialFailed(digest, contact.peer_id, is_gone=True))
             if hello.digest != digest or hello.peer_id != contact.peer_id:
                 raise ProtocolError("another peer or torrent than the one that was dialled")
             greeted = True

@@ -172,6 +172,14 @@ class ConnectionTable:
             self._host.taken -= 1
             self._back_off(peer_id, now, unreachable=True)
 
+    def forget(self, peer_id: str) -> None:
+        """A peer is no more: do not try it again.
+
+        Each try would count against us at whoever answers there now, and who backs off from us is no help.
+        """
+        self._known.pop(peer_id, None)
+        self._tried_at.pop(peer_id, None)
+
     def lost(self, peer_id: str, now: float) -> None:
         """An active connection ended: leave the peer alone for a moment."""
         del self._active[peer_id]

@@ -113,10 +113,14 @@ class PeerConnected:
 
 @attrs.frozen
 class DialFailed:
-    """A peer could not be reached, or ended the connection before its Hello."""
+    """A peer could not be reached, or ended the connection before its Hello.
+
+    ``is_gone``: another peer answered there, so the process was restarted and this one is no more.
+    """
 
     digest: Digest
     peer_id: str
+    is_gone: bool = False
 
 
 @attrs.frozen

@@ -393,6 +393,8 @@ class Scheduler:
         if torrent is None:
             return
         torrent.connections.dial_failed(event.peer_id, now)
+        if event.is_gone:
+            torrent.connections.forget(event.peer_id)
         self._dial(torrent, now)
         self._reschedule(torrent)
 
