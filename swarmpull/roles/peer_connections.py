@@ -207,10 +207,12 @@ class PeerConnections:
             if isinstance(hello, Bye):
                 _log_bye(hello, digest, contact, said="by the peer")
                 return False
+            if hello.digest != digest:
+                raise ProtocolError("another torrent than the one that was dialled")
             if hello.peer_id != contact.peer_id:
+                # The process was restarted; whoever answers there now will do as well.
                 self._host.dispatch(ev.DialFailed(digest, contact.peer_id, is_gone=True))
-            if hello.digest != digest or hello.peer_id != contact.peer_id:
-                raise ProtocolError("another peer or torrent than the one that was dialled")
+                contact = contact_of(hello, contact.host)
             greeted = True
             announced = bitfield.from_bytes(own.have, own.piece_count)
             await self._carry(stream, hello, contact, announced, torrent.shape)

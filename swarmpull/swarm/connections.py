@@ -173,10 +173,7 @@ class ConnectionTable:
             self._back_off(peer_id, now, unreachable=True)
 
     def forget(self, peer_id: str) -> None:
-        """A peer is no more: do not try it again.
-
-        Each try would count against us at whoever answers there now, and who backs off from us is no help.
-        """
+        """A peer is no more: do not try it again."""
         self._known.pop(peer_id, None)
         self._tried_at.pop(peer_id, None)
 

@@ -398,7 +398,7 @@ def test_a_late_piece_report_blames_nobody_in_the_next_life_of_a_torrent():
 
 
 def test_a_peer_that_is_no_more_is_not_dialled_again():
-    """Its process was restarted: the address is that of another peer, which would back off from us."""
+    """Its process was restarted: another peer answers there."""
     play = Play("....")
     play >> play.added()
     assert play >> play.found("a") == [play.dial("a")]
