@@ -303,6 +303,14 @@ class OriginConfig:
     backend: BackendConfig = attrs.field(
         factory=_default_backend, metadata=_meaning("Where the origin keeps blobs for good.")
     )
+    fetch_connections: int = attrs.field(
+        default=4,
+        validator=_at_least_one,
+        metadata=_meaning(
+            "Ranges of one blob that are read from the backend at the same time; "
+            "all blobs together have at most 12."
+        ),
+    )
     data_dir: Path = attrs.field(
         default=Path("swarmpull-data/origin"),
         metadata=_meaning("Directory of the origin's cache.", default="<data_dir>/origin"),

@@ -260,6 +260,16 @@ class BackendUnavailable(SwarmpullError):
         return f"backend {self.backend} failed on {self.key}: {self.reason}"
 
 
+@attrs.define(slots=False)
+class ObjectCorrupt(BackendUnavailable):
+    """The object is not what its name says: what came of it is of no use to anybody."""
+
+
+@attrs.define(slots=False)
+class ObjectReplaced(BackendUnavailable):
+    """The object is not the one any more that was found first."""
+
+
 # --- the network ------------------------------------------------------------------------------
 
 
@@ -326,6 +336,7 @@ REMOTE_ERRORS: Final[dict[str, type[SwarmpullError]]] = {
         StoreUnavailable,
         ObjectNotFound,
         BackendUnavailable,
+        ObjectCorrupt,
         DownloadFailed,
     )
 }

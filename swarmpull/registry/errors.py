@@ -83,6 +83,9 @@ _TRANSLATIONS: Final[dict[type[SwarmpullError], tuple[Code, int]]] = {
     # 503 sends container runtimes to their next mirror, and to a retry when there is none.
     errors.StoreUnavailable: (Code.UNAVAILABLE, 503),
     errors.BackendUnavailable: (Code.UNAVAILABLE, 503),
+    errors.ObjectCorrupt: (Code.UNAVAILABLE, 503),
+    errors.ObjectReplaced: (Code.UNAVAILABLE, 503),
+    errors.InvalidMetainfo: (Code.UNAVAILABLE, 503),
     errors.RpcUnavailable: (Code.UNAVAILABLE, 503),
     errors.RpcFailed: (Code.UNAVAILABLE, 503),
     errors.ProtocolError: (Code.UNAVAILABLE, 503),

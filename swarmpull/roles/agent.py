@@ -12,7 +12,7 @@ import trio
 
 from swarmpull.config import AgentConfig, Config
 from swarmpull.digest import Digest
-from swarmpull.errors import BlobNotFound, RpcUnavailable, StoreFull, StoreUnavailable
+from swarmpull.errors import BlobNotFound, RpcFailed, RpcUnavailable, StoreFull, StoreUnavailable
 from swarmpull.registry.app import create_registry_app
 from swarmpull.registry.manifests import Manifest
 from swarmpull.registry.service import BlobReader, StoredManifest
@@ -28,7 +28,7 @@ from swarmpull.store.holds import Pin
 from swarmpull.store.uploads import UploadStore
 from swarmpull.swarm.peers import PeerKind
 from swarmpull.telemetry import Metrics
-from swarmpull.wire.api import AnnounceReply, AnnounceRequest
+from swarmpull.wire.api import AnnounceReply, AnnounceRequest, Growth, HashesRequest
 from swarmpull.wire.rpc import open_rpc_pool
 
 log = structlog.get_logger()
@@ -63,10 +63,29 @@ class BlobFinder:
             log.warning("no_tracker", digest=str(request.digest), reason=str(error))
         except trio.TooSlowError:
             log.info("tracker_slow", digest=str(request.digest), waited=TRACKER_PATIENCE)
-        reply = await self._origins.get_metainfo(request.digest, request.namespace)
-        return AnnounceReply(
-            (reply.seeder,), TRACKERLESS_INTERVAL, reply.metainfo, content=reply.content
+        reply = await self._origins.get_metainfo(
+            request.digest, request.namespace, growing=request.growing
         )
+        return AnnounceReply(
+            (reply.seeder,),
+            TRACKERLESS_INTERVAL,
+            reply.metainfo,
+            content=reply.content,
+            growth=reply.growth,
+        )
+
+    async def follow(self, request: HashesRequest) -> Growth:
+        """Wait for more piece hashes of a blob that an origin is still fetching, as `find` does.
+
+        Raises:
+            RpcUnavailable, RpcFailed: nobody can say just now.
+            SwarmpullError: there will be no more.
+        """
+        try:
+            return await self._trackers.hashes(request)
+        except (RpcUnavailable, RpcFailed) as error:
+            log.info("no_tracker", digest=str(request.digest), reason=str(error))
+        return await self._origins.hashes(request)
 
 
 class AgentRegistry(Repositories):
@@ -163,7 +182,10 @@ class AgentRegistry(Repositories):
     async def _open(self, repository: str | None, digest: Digest) -> AsyncIterator[BlobReader]:
         """A blob of this host's store, or one on its way into it."""
         while not self._store.has(digest):
-            download = await self._host.download(digest, repository or "", self._finder.find)
+            finder = self._finder
+            download = await self._host.download(
+                digest, repository or "", finder.find, finder.follow
+            )
             reader = download.reader()
             if reader is not None:
                 try:
@@ -232,6 +254,7 @@ async def run_agent(
             await nursery.start(cluster.run)
             nursery.start_soon(store.janitor.run)
             nursery.start_soon(seed_cache, store, host)
+            host.urge = cluster.origin.urge
             registry = AgentRegistry(
                 store,
                 host,

@@ -25,6 +25,8 @@ from swarmpull.wire.api import (
     AnnounceReply,
     AnnounceRequest,
     Descriptor,
+    Growth,
+    HashesRequest,
     ListReply,
     MetainfoReply,
     PutManifestReply,
@@ -44,7 +46,7 @@ Rep = TypeVar("Rep")
 LOOKUP_TIMEOUT: Final = 10.0
 # A put or delete may wait for a busy backend, and is better answered late than done twice.
 WRITE_TIMEOUT: Final = 60.0
-# An origin may have to fetch the whole blob before it has its metainfo: 10 GB at 17 MB/s.
+# An origin may have to hash the whole blob before it has its metainfo: 10 GB at 17 MB/s.
 METAINFO_TIMEOUT: Final = 600.0
 # An origin answers when the blob is on its disk and on those of its replicas.
 ADOPT_TIMEOUT: Final = 3600.0
@@ -190,6 +192,18 @@ class TrackerClient:
         timeout = request.seconds + LOOKUP_TIMEOUT
         return await self._ring.call_first(str(request.digest), api.WATCH, request, timeout=timeout)
 
+    async def hashes(self, request: HashesRequest) -> Growth:
+        """Wait for more piece hashes of a blob that an origin is still fetching.
+
+        Raises:
+            RpcUnavailable: the tracker of this blob does not answer, or went away meanwhile.
+            RpcFailed: it does not know the method.
+            SwarmpullError: there will be no more: BlobNotFound, BackendUnavailable, ...
+        """
+        timeout = request.seconds + LOOKUP_TIMEOUT
+        key = str(request.digest)
+        return await self._ring.call_first(key, api.HASHES, request, timeout=timeout)
+
 
 class OriginClient:
     """What origins do for other roles; the owner of the blob is asked first."""
@@ -206,10 +220,21 @@ class OriginClient:
         return reply.length
 
     async def get_metainfo(
-        self, digest: Digest, namespace: str = "", *, timeout: float = METAINFO_TIMEOUT
+        self,
+        digest: Digest,
+        namespace: str = "",
+        *,
+        growing: bool = False,
+        decide: bool = False,
+        timeout: float = METAINFO_TIMEOUT,
     ) -> MetainfoReply:
-        """Metainfo and who seeds the blob from now on, always with a host.  Raises BlobNotFound."""
-        request = api.BlobRequest(digest, namespace)
+        """Metainfo and who seeds the blob from now on, always with a host.  Raises BlobNotFound.
+
+        Args:
+            growing: take metainfo of which more becomes known, while the origin is fetching the blob.
+            decide: the origin gets the blob from the backend itself, and asks no other one.
+        """
+        request = api.BlobRequest(digest, namespace, growing, decide)
         address, reply = await self._ring.call_member(
             str(digest), api.GET_METAINFO, request, timeout=timeout
         )
@@ -217,6 +242,29 @@ class OriginClient:
             return reply
         host, _ = parse_address(address)
         return attrs.evolve(reply, seeder=attrs.evolve(reply.seeder, host=host))
+
+    async def hashes(self, request: HashesRequest) -> Growth:
+        """Wait for more piece hashes of a blob that is still being fetched.
+
+        An origin that does not have it begins to get it, so any of them can answer.
+
+        Raises:
+            RpcUnavailable: no origin answers.
+            SwarmpullError: there will be no more: BlobNotFound, BackendUnavailable, ...
+        """
+        timeout = request.seconds + LOOKUP_TIMEOUT
+        key = str(request.digest)
+        return await self._ring.call(key, api.HASHES_OF_ORIGIN, request, timeout=timeout)
+
+    async def urge(self, digest: Digest, indices: tuple[int, ...]) -> None:
+        """Have the origin of a blob fetch these pieces first, if it is fetching it.
+
+        Raises:
+            RpcUnavailable: it does not answer.
+            RpcFailed: it does not know the method.
+        """
+        request = api.UrgeRequest(digest, indices)
+        await self._ring.call_first(str(digest), api.URGE, request, timeout=LOOKUP_TIMEOUT)
 
     async def adopt_blob(
         self,

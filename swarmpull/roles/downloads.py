@@ -11,9 +11,10 @@ from typing import Final
 import trio
 
 from swarmpull.digest import Digest
-from swarmpull.errors import SwarmpullError
+from swarmpull.errors import DigestMismatch, DownloadFailed, SwarmpullError
+from swarmpull.roles.hash_log import HashLog
 from swarmpull.store.partials import PartialBlob
-from swarmpull.swarm.metainfo import Metainfo
+from swarmpull.swarm.metainfo import GrowingMetainfo
 
 _reader_numbers: Final = count()
 
@@ -25,19 +26,22 @@ class Download:
     open until the last reader has left; one that failed is closed at once, and readers hear of it.
 
     Attributes:
-        metainfo: of the blob.
         partial: where its pieces are.
+        hashes: of the pieces, as far as they are known.
+        following: the task, if any, that learns of more hashes; ends with the download.
+        explain: makes the error that readers get when the whole blob is not what its digest says.
     """
 
     def __init__(
         self,
-        metainfo: Metainfo,
         partial: PartialBlob,
         on_reader_moved: Callable[[Digest, int, int], None],
         on_reader_closed: Callable[[Digest, int], None],
     ) -> None:
-        self.metainfo = metainfo
         self.partial = partial
+        self.hashes = HashLog(partial.metainfo)
+        self.following = trio.CancelScope()
+        self.explain: Callable[[DigestMismatch], SwarmpullError] = _unexpected_content
         self._on_reader_moved = on_reader_moved
         self._on_reader_closed = on_reader_closed
         self._waiting = trio.lowlevel.ParkingLot()
@@ -47,6 +51,16 @@ class Download:
         self._error: SwarmpullError | None = None
         self._readers = 0
         self._readers_changed = trio.Event()
+
+    @property
+    def metainfo(self) -> GrowingMetainfo:
+        """What is known of the blob."""
+        return self.partial.metainfo
+
+    @property
+    def ended(self) -> bool:
+        """Whether the blob is in the store, or will not be."""
+        return self._ended.is_set()
 
     @property
     def failed(self) -> bool:
@@ -60,6 +74,7 @@ class Download:
     def confirm(self) -> None:
         """The whole blob has matched its digest; what is left is to make it durable."""
         self._verified.set()
+        self.hashes.settle()
 
     def end(self, error: SwarmpullError | None = None) -> None:
         """The blob is in the store, or the download has failed; the first end counts."""
@@ -67,6 +82,9 @@ class Download:
             self._error = error
             self._verified.set()
             self._ended.set()
+            self.following.cancel()
+            if error is not None:
+                self.hashes.fail(error)
             self._waiting.unpark_all()
             self._readers_changed.set()
             self._check_closable()
@@ -79,6 +97,10 @@ class Download:
         """
         await self._ended.wait()
         self._raise_if_failed()
+
+    async def wait_ended(self) -> None:
+        """Return when the blob is in the store, or will not be."""
+        await self._ended.wait()
 
     async def wait_verified(self) -> None:
         """Return when the whole blob has matched its digest.  Raises what `wait` does."""
@@ -136,6 +158,11 @@ class Download:
     def _check_closable(self) -> None:
         if self._ended.is_set() and (self._error is not None or self._readers == 0):
             self._closable.set()
+
+
+def _unexpected_content(error: DigestMismatch) -> SwarmpullError:
+    reason = f"every piece matched the metainfo, but the {error}"
+    return DownloadFailed(error.expected, reason)
 
 
 class DownloadReader:

@@ -23,6 +23,8 @@ from swarmpull.ring.membership import Membership
 from swarmpull.roles.addresses import RoleAddresses
 from swarmpull.roles.backend_watch import BackendWatch
 from swarmpull.roles.cluster import IndexClient, RingClient
+from swarmpull.roles.cold_blobs import ColdBlobs
+from swarmpull.roles.hash_log import HashPolls, complete_growth
 from swarmpull.roles.origin_content import OriginContent
 from swarmpull.roles.replication import Replication
 from swarmpull.roles.repositories import Repositories
@@ -47,6 +49,8 @@ log = structlog.get_logger()
 # How long one call about a copy may wait, in seconds, and the last place in a ring that has a meaning.
 REPLICATION_WAIT_MAX: Final = 10.0
 RANK_MAX: Final = 100
+# Calls that wait for piece hashes, of all blobs: of trackers and other origins one for each blob.
+HASH_POLLS_MAX: Final = 1000
 
 
 class OriginRegistry(Repositories):
@@ -66,7 +70,7 @@ class OriginRegistry(Repositories):
     ) -> StoredManifest:
         descriptor = await self.resolve(repository, reference, upstream=upstream)
         with self._content.store.hold(descriptor.digest, Pin.READING):
-            await self._content.ensure_local(descriptor.digest)
+            await self._content.ensure_local(descriptor.digest, repository)
             with self._content.store.open(descriptor.digest) as handle:
                 content = await handle.read_at(0, handle.length)
         return StoredManifest(descriptor, content)
@@ -90,11 +94,8 @@ class OriginRegistry(Repositories):
         upstream: str | None,  # noqa: ARG002
     ) -> AsyncIterator[BlobReader]:
         await self.check_membership(repository, digest)
-        # Held from before it comes, so that it cannot go before it is opened.
-        with self._content.store.hold(digest, Pin.READING):
-            await self._content.ensure_local(digest)
-            with self._content.store.open(digest) as handle:
-                yield handle
+        async with self._content.open(digest, repository or "") as reader:
+            yield reader
 
     async def accept_blob(self, repository: str | None, digest: Digest) -> None:
         with self._content.store.hold(digest, Pin.NOT_WRITTEN_BACK):
@@ -157,11 +158,14 @@ class OriginCalls:
         self._write_back = write_back
         self._registry = registry
         self._host = host
+        self._polls = HashPolls(HASH_POLLS_MAX)
 
     def service(self) -> RpcService:
         service = RpcService()
         service.register(api.STAT_BLOB, self.stat_blob)
         service.register(api.GET_METAINFO, self.get_metainfo)
+        service.register(api.HASHES_OF_ORIGIN, self.hashes)
+        service.register(api.URGE, self.urge)
         service.register(api.ADOPT_BLOB, self.adopt_blob)
         service.register(api.REPLICATE_BLOB, self.replicate_blob)
         service.register(api.HELD_BLOB, self.held_blob)
@@ -174,19 +178,49 @@ class OriginCalls:
     async def get_metainfo(
         self, request: api.BlobRequest, context: RpcContext
     ) -> api.MetainfoReply:
-        """Get the blob to the disk, seed it, and say so."""
+        """Begin to get the blob to the disk, seed it from then on, and say so."""
         _check_namespace(request.namespace)
-        content = None
-        with self._content.store.hold(request.digest, Pin.SENDING):
-            metainfo = await self._content.metainfo(request.digest)
+        digest, content = request.digest, None
+        with self._content.store.hold(digest, Pin.SENDING):
+            if not request.growing:
+                await self._content.ensure_local(digest, request.namespace, decide=request.decide)
+            download = await self._content.cold.begin(
+                digest, request.namespace, decide=request.decide
+            )
+            if download is not None:
+                growth = download.hashes.since("", 0)
+                return api.MetainfoReply(None, self._contact(context), growth=growth)
+            metainfo = await self._content.store.metainfo(digest)
             self._host.seed(metainfo, request.namespace)
             if metainfo.length <= api.INLINE_BYTES_MAX:
-                content = await self._read_whole(request.digest)
+                content = await self._read_whole(digest)
         return api.MetainfoReply(metainfo, self._contact(context), content)
 
     async def _read_whole(self, digest: Digest) -> bytes:
         with self._content.store.open(digest) as handle:
             return await handle.read_at(0, handle.length) if handle.length else b""
+
+    async def hashes(self, request: api.HashesRequest, _context: RpcContext) -> api.Growth:
+        """Answer when more piece hashes are known than the caller has; a blob that is not here is got."""
+        _check_namespace(request.namespace)
+        digest = request.digest
+        with self._content.store.hold(digest, Pin.SENDING):
+            download = await self._content.cold.begin(
+                digest, request.namespace, decide=request.decide
+            )
+            if download is not None:
+                return await self._polls.answer(download.hashes, request)
+            return complete_growth(await self._content.store.metainfo(digest), request)
+
+    async def urge(self, request: api.UrgeRequest, _context: RpcContext) -> api.Empty:
+        """Fetch some pieces of a blob first, if it is being fetched."""
+        self._content.cold.urge(request.digest, request.indices)
+        return api.Empty()
+
+    async def end_polls(self, drain: trio.Event) -> None:
+        """Answer all calls that wait for hashes once ``drain`` is set: they would hold it up."""
+        await drain.wait()
+        self._polls.end()
 
     async def adopt_blob(self, request: api.AdoptRequest, context: RpcContext) -> api.Empty:
         """Fetch a blob from the agent that took the push, and accept it."""
@@ -288,8 +322,18 @@ async def run_origin(
         open_swarm_host(store, PeerKind.ORIGIN, settings.peer, config.swarm, metrics) as host,
         trio.open_nursery() as nursery,
     ):
-        content = OriginContent(store, backend, nursery, metrics)
         replication = Replication(pool, origins, host, settings.replicas, metrics)
+        cold = ColdBlobs(
+            store,
+            backend,
+            host,
+            RingClient(pool, origins),
+            nursery,
+            metrics,
+            fetch_connections=settings.fetch_connections,
+            elsewhere=replication,
+        )
+        content = OriginContent(store, backend, host, cold, nursery, metrics)
         write_back = WriteBack(queue, content, host, replication, metrics, settings.write_back)
         # After the queue has pinned its blobs.
         nursery.start_soon(store.janitor.run)
@@ -298,15 +342,16 @@ async def run_origin(
         nursery.start_soon(watch.run)
         for members in (indexes, origins):
             nursery.start_soon(members.run)
-        content.elsewhere = replication
-        host.recall = content.ensure_local
-        registry = OriginRegistry(
-            content, write_back, IndexClient(RingClient(pool, indexes, "index"))
-        )
+        host.recall = cold.recall
+        host.urge = cold.urge_for_readers
+        index = IndexClient(RingClient(pool, indexes, "index"))
+        registry = OriginRegistry(content, write_back, index)
+        calls = OriginCalls(content, write_back, registry, host)
+        nursery.start_soon(calls.end_polls, drain)
         await serve_role(
             "origin",
             settings,
-            OriginCalls(content, write_back, registry, host).service(),
+            calls.service(),
             metrics=metrics,
             readiness=lambda: [*unreachable(indexes), *watch.reasons()],
             status=lambda: {**swarm_status(host), **write_back.status()},

@@ -32,7 +32,7 @@ from swarmpull.roles.uplink import Uplink
 from swarmpull.swarm import bitfield
 from swarmpull.swarm import events as ev
 from swarmpull.swarm.messages import Bye, ByeReason, Hello, Message
-from swarmpull.swarm.metainfo import Metainfo
+from swarmpull.swarm.metainfo import BlobShape
 from swarmpull.swarm.peers import PeerContact
 from swarmpull.swarm.scheduler import Scheduler, contact_of
 from swarmpull.wire.listen import format_address, remote_host, serve_connections, set_keepalive
@@ -73,8 +73,8 @@ class ConnectionHost(Protocol):
 
     def dispatch(self, event: ev.Event) -> None: ...
 
-    async def metainfo_for(self, hello: Hello) -> Metainfo | None:
-        """The metainfo of a torrent that a peer asks for; None if the blob is not here."""
+    async def shape_for(self, hello: Hello) -> BlobShape | None:
+        """The shape of a torrent that a peer asks for; None if the blob is not here."""
         ...
 
     def open_for_sending(self, digest: Digest) -> int:
@@ -159,9 +159,9 @@ class PeerConnections:
             log.warning("piece_not_sent", digest=str(digest), piece=index, reason=str(error))
             link.close(ByeReason.BUSY, "the piece cannot be read just now")
             return
-        metainfo = torrent.metainfo
+        shape = torrent.shape
         self._uplink.begin(connection)
-        link.send_piece(index, file, metainfo.piece_offset(index), metainfo.piece_size(index))
+        link.send_piece(index, file, shape.piece_offset(index), shape.piece_size(index))
 
     def close(self, connection: int, reason: ByeReason, text: str) -> None:
         link = self._links.get(connection)
@@ -198,11 +198,11 @@ class PeerConnections:
                 hello = await peer_stream.receive_hello()
             if isinstance(hello, Bye):
                 return
-            metainfo = await self._host.metainfo_for(hello)
-            if metainfo is None:
+            shape = await self._host.shape_for(hello)
+            if shape is None:
                 await peer_stream.leave(Bye(ByeReason.UNKNOWN_TORRENT))
                 return
-            await self._carry(peer_stream, hello, contact_of(hello, host), None, metainfo)
+            await self._carry(peer_stream, hello, contact_of(hello, host), None, shape)
 
     async def _dial(self, digest: Digest, contact: PeerContact) -> None:
         stream = await _connect(digest, contact)
@@ -223,11 +223,15 @@ class PeerConnections:
             if isinstance(hello, Bye):
                 _log_bye(hello, digest, contact, said="by the peer")
                 return False
-            if hello.digest != digest or hello.peer_id != contact.peer_id:
-                raise ProtocolError("another peer or torrent than the one that was dialled")
+            if hello.digest != digest:
+                raise ProtocolError("another torrent than the one that was dialled")
+            if hello.peer_id != contact.peer_id:
+                # The process was restarted; whoever answers there now will do as well.
+                self._host.dispatch(ev.DialFailed(digest, contact.peer_id, is_gone=True))
+                contact = contact_of(hello, contact.host)
             greeted = True
             announced = bitfield.from_bytes(own.have, own.piece_count)
-            await self._carry(stream, hello, contact, announced, torrent.metainfo)
+            await self._carry(stream, hello, contact, announced, torrent.shape)
         return greeted
 
     # --- its life and its end -----------------------------------------------------------------
@@ -238,7 +242,7 @@ class PeerConnections:
         hello: Hello,
         contact: PeerContact,
         announced: int | None,
-        metainfo: Metainfo,
+        shape: BlobShape,
     ) -> None:
         number = next(self._numbers)
         owner = _Owner(
@@ -256,7 +260,7 @@ class PeerConnections:
         try:
             try:
                 self._host.dispatch(ev.PeerConnected(number, hello, contact, announced))
-                await link.run(metainfo)
+                await link.run(shape)
             finally:
                 # At once: what was claimed there is free for others while we say goodbye.
                 self._uplink.end(number)

@@ -18,7 +18,7 @@ import trio
 from swarmpull.digest import Digest
 from swarmpull.errors import ProtocolError, StoreUnavailable
 from swarmpull.swarm.messages import Bye, ByeReason, Have, Message, PieceChunk
-from swarmpull.swarm.metainfo import Metainfo
+from swarmpull.swarm.metainfo import BlobShape
 from swarmpull.swarm.peers import PeerContact
 from swarmpull.wire.streams import CHUNK_BYTES_MAX, PeerStream
 
@@ -216,7 +216,7 @@ class PeerLink:
 
     # --- the life of the connection -----------------------------------------------------------
 
-    async def run(self, metainfo: Metainfo) -> None:
+    async def run(self, metainfo: BlobShape) -> None:
         """Carry messages and pieces until either side ends the connection.
 
         What this side has begun to receive is given back and what it has begun to send is closed.
@@ -312,7 +312,7 @@ class PeerLink:
 
     # --- reading ------------------------------------------------------------------------------
 
-    async def _read(self, metainfo: Metainfo) -> None:
+    async def _read(self, metainfo: BlobShape) -> None:
         while True:
             message = await self._stream.receive()
             if isinstance(message, PieceChunk):
@@ -324,13 +324,13 @@ class PeerLink:
             if isinstance(message, Bye):
                 return
 
-    def _count_have(self, metainfo: Metainfo) -> None:
+    def _count_have(self, metainfo: BlobShape) -> None:
         # Each piece is told of once: a peer that goes on for ever would cost time and give nothing.
         self._haves += 1
         if self._haves > metainfo.piece_count:
             raise ProtocolError(f"more HAVEs than the {metainfo.piece_count} pieces of the blob")
 
-    async def _receive_chunk(self, metainfo: Metainfo, chunk: PieceChunk) -> None:
+    async def _receive_chunk(self, metainfo: BlobShape, chunk: PieceChunk) -> None:
         if self._incoming is None:
             self._incoming = await self._begin_piece(metainfo, chunk)
         piece = self._incoming
@@ -375,7 +375,7 @@ class PeerLink:
             self.close(ByeReason.STALLED, f"stopped inside piece {piece.index}")
             await trio.sleep_forever()  # until what `close` cancelled has ended
 
-    async def _begin_piece(self, metainfo: Metainfo, chunk: PieceChunk) -> _Incoming:
+    async def _begin_piece(self, metainfo: BlobShape, chunk: PieceChunk) -> _Incoming:
         if not self._owner.was_asked(self.number, chunk.index):
             raise ProtocolError(f"piece {chunk.index} was not claimed")
         size = metainfo.piece_size(chunk.index)

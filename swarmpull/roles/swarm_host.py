@@ -28,12 +28,14 @@ from swarmpull.errors import (
     DigestMismatch,
     DownloadFailed,
     InvalidMetainfo,
+    ObjectCorrupt,
     StoreFull,
     StoreUnavailable,
     SwarmpullError,
 )
 from swarmpull.roles.buffers import PieceBuffers
 from swarmpull.roles.downloads import Download
+from swarmpull.roles.hash_log import AskForHashes, follow_growth, log_of
 from swarmpull.roles.peer_connections import ArrivedPiece, PeerConnections
 from swarmpull.roles.rates import Rates, TokenBucket
 from swarmpull.roles.shared_work import SharedWork
@@ -46,12 +48,12 @@ from swarmpull.swarm import bitfield
 from swarmpull.swarm import events as ev
 from swarmpull.swarm.limits import HostLimits
 from swarmpull.swarm.messages import Hello
-from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN, Metainfo
+from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN, BlobShape, GrowingMetainfo, Metainfo
 from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
 from swarmpull.swarm.scheduler import Scheduler, SwarmLimits
 from swarmpull.swarm.torrent import TorrentStatistics
 from swarmpull.telemetry import Metrics
-from swarmpull.wire.api import AnnounceReply, AnnounceRequest, WatchReply, WatchRequest
+from swarmpull.wire.api import AnnounceReply, AnnounceRequest, Growth, WatchReply, WatchRequest
 from swarmpull.wire.listen import format_address, open_listeners
 
 log = structlog.get_logger()
@@ -73,6 +75,12 @@ SMALL_BLOBS_MAX: Final = 64
 # The least time for which a download goes on unread, in seconds: whoever it begins for comes a moment later.
 UNREAD_MIN: Final = 1.0
 
+# For which a piece that has arrived waits for its hash, in seconds; it keeps its buffer meanwhile.  The hash
+# comes by way of the tracker and is most often there first.
+HASH_PATIENCE: Final = 10.0
+# Calls that tell an origin of urgent pieces, at the same time; further needs are told with the next ones.
+URGES_MAX: Final = 16
+
 # What a tracker may ask for, in seconds: it must neither be flooded nor forget us.
 INTERVAL_MIN: Final = 1.0
 INTERVAL_MAX: Final = 600.0
@@ -90,8 +98,9 @@ class SwarmHost:
         address: where peers dial, as it was bound.
         rates: at which it sends and receives pieces; may be changed at any time.
         metrics: what it counts.
-        recall: brings a blob that a peer asks for into the store, or raises SwarmpullError; None for a host
-            that has no other place to get it from.
+        recall: begins to bring a blob that a peer asks for into the store, or raises SwarmpullError; None for
+            a host that has no other place to get it from.
+        urge: has pieces that readers wait for, and no peer has, fetched first; None if nobody can.
     """
 
     def __init__(
@@ -112,7 +121,9 @@ class SwarmHost:
         self.address = address
         self.rates = rates
         self.metrics = metrics
-        self.recall: Callable[[Digest], Awaitable[None]] | None = None
+        self.recall: Callable[[Digest], Awaitable[object]] | None = None
+        self.urge: Callable[[Digest, tuple[int, ...]], Awaitable[None]] | None = None
+        self._urging = trio.CapacityLimiter(URGES_MAX)
         self._scheduler = scheduler
         self._store = store
         self._nursery = nursery
@@ -159,22 +170,60 @@ class SwarmHost:
         return self._downloads.get(digest)
 
     async def download(
-        self, digest: Digest, namespace: str, find: FindPeers
+        self, digest: Digest, namespace: str, find: FindPeers, follow: AskForHashes | None = None
     ) -> Download | SmallBlob:
         """Begin to download a blob, or join the download that is under way.
 
         A small blob may come with its metainfo; then all of it is there, and on its way into the store.
         ``find`` gets the metainfo and the first peers; it is called once however many want the blob, and
-        goes on when those who wait give up.
+        goes on when those who wait give up.  When the metainfo is not complete, ``follow`` waits for more.
 
         Raises:
             BlobNotFound: nobody has it.
             SwarmpullError: whatever else ``find`` raises, or the store for want of room.
         """
-        under_way = self._downloads.get(digest) or self._small.get(digest)
+        under_way = self._under_way(digest)
         if under_way is not None:
             return under_way
-        return await self._starting.run(digest, partial(self._find_and_begin, namespace, find))
+        job = partial(self._find_and_begin, namespace, find, follow)
+        return await self._starting.run(digest, job)
+
+    async def fetch(self, metainfo: GrowingMetainfo, namespace: str) -> Download | SmallBlob:
+        """Begin to seed a blob whose pieces the caller gets from elsewhere, or join what is under way.
+
+        The caller stores pieces in the partial of the download and tells of each with `piece_fetched`.
+
+        Raises:
+            StoreFull, StoreUnavailable: the store has no room for it, or failed.
+        """
+        digest = metainfo.digest
+        under_way = self._under_way(digest)
+        if under_way is not None:
+            return under_way
+        job = partial(self._begin, metainfo, namespace, announce=False, fed=True)
+        return await self._starting.run(digest, job)
+
+    def feed(self, download: Download, namespace: str) -> None:
+        """From now on the caller gets the pieces of a download from elsewhere, as with `fetch`."""
+        download.following.cancel()
+        self._add_torrent(download, namespace, announce=False, fed=True)
+
+    def piece_fetched(self, download: Download, index: int) -> None:
+        """A piece that did not come from a peer is stored, and its hash is known."""
+        digest = download.metainfo.digest
+        if self._downloads.get(digest) is download:
+            download.hashes.grew()
+            download.progress()
+            self.dispatch(ev.PieceFetched(digest, index))
+
+    def give_up(self, download: Download, error: SwarmpullError, *, keep: bool = True) -> None:
+        """End a download; its readers get the error.  Without ``keep``, what it has fetched is removed."""
+        digest = download.metainfo.digest
+        if self._downloads.get(digest) is download:
+            if not keep:
+                download.partial.condemn()
+            self._fail(digest, error)
+            self.dispatch(ev.TorrentRemoved(digest))
 
     async def adopt(self, metainfo: Metainfo, namespace: str, source: PeerContact) -> None:
         """Download a blob from a peer that is known to have it; return when it is in the store.
@@ -185,12 +234,12 @@ class SwarmHost:
         digest = metainfo.digest
         if self._store.has(digest):
             return
-        download: Download | SmallBlob | None = self._downloads.get(digest)
+        download = self._under_way(digest)
         if download is None:
             download = await self._starting.run(
                 digest, partial(self._begin, metainfo, namespace, announce=False)
             )
-        if download.metainfo != metainfo:
+        if not _agree(download.metainfo, metainfo):
             # Of two that disagree about the pieces one is wrong; the blob's own digest will tell.
             raise InvalidMetainfo(
                 str(digest), "a download with other piece hashes is under way: try again later"
@@ -219,6 +268,9 @@ class SwarmHost:
     def torrents(self) -> list[TorrentStatistics]:
         """A snapshot of every torrent."""
         return self._scheduler.statistics()
+
+    def _under_way(self, digest: Digest) -> Download | SmallBlob | None:
+        return self._downloads.get(digest) or self._small.get(digest)
 
     # --- the core -----------------------------------------------------------------------------
 
@@ -280,6 +332,9 @@ class SwarmHost:
                 self._nursery.start_soon(self._tell_trackers, digest, namespace, state)
             case act.Watch(digest, position):
                 self._begin_watch(digest, position)
+            case act.Urge(digest, indices):
+                if self.urge is not None and self._urging.available_tokens:
+                    self._nursery.start_soon(self._urge, self.urge, digest, indices)
             case act.Finish(digest):
                 self._nursery.start_soon(self._finish, digest)
             case act.Fail(digest, reason):
@@ -288,24 +343,29 @@ class SwarmHost:
     # --- downloads ----------------------------------------------------------------------------
 
     async def _find_and_begin(
-        self, namespace: str, find: FindPeers, digest: Digest
+        self, namespace: str, find: FindPeers, follow: AskForHashes | None, digest: Digest
     ) -> Download | SmallBlob:
         request = AnnounceRequest(
-            digest, namespace, self.contact, AnnounceState.LEECHING, want_metainfo=True
+            digest,
+            namespace,
+            self.contact,
+            AnnounceState.LEECHING,
+            want_metainfo=True,
+            growing=follow is not None,
         )
         try:
             reply = await find(request)
-            metainfo = reply.metainfo
-            if metainfo is None or metainfo.digest != digest:
-                raise InvalidMetainfo(str(digest), "the answer was about another blob")
-            small = SmallBlob.verified(metainfo, reply.content)
+            small = _small_in(reply, digest)
             if small is not None:
                 return await self._take_small(small, namespace)
+            metainfo = _metainfo_in(reply, digest)
             announce = self._announce is not None
             download = await self._begin(metainfo, namespace, digest, announce=announce)
         except SwarmpullError as error:
             log.info("download_not_started", digest=str(digest), reason=str(error))
             raise
+        if follow is not None and reply.growth is not None:
+            self._nursery.start_soon(self._follow, download, namespace, follow, reply.growth)
         self.dispatch(_replied(digest, reply))
         return download
 
@@ -335,8 +395,26 @@ class SwarmHost:
             self._small_places.release()
             blob.end(failure)
 
+    async def _follow(
+        self, download: Download, namespace: str, ask: AskForHashes, growth: Growth | None
+    ) -> None:
+        """Learn the hashes that are not known yet; without them the download fails."""
+        with download.following:
+            try:
+                await follow_growth(download.hashes, namespace, ask, growth)
+            except SwarmpullError as error:
+                # Nobody can say which of its pieces are right.
+                is_wrong = isinstance(error, InvalidMetainfo | ObjectCorrupt)
+                self.give_up(download, error, keep=not is_wrong)
+
     async def _begin(
-        self, metainfo: Metainfo, namespace: str, digest: Digest, *, announce: bool
+        self,
+        metainfo: BlobShape,
+        namespace: str,
+        digest: Digest,
+        *,
+        announce: bool,
+        fed: bool = False,
     ) -> Download:
         for former in [d for d in self._open if d.metainfo.digest == digest and d.failed]:
             await former.partial.aclose()
@@ -344,7 +422,7 @@ class SwarmHost:
         if self._closing:
             await partial_blob.aclose()
             raise _shutting_down(digest)
-        download = Download(metainfo, partial_blob, self._reader_moved, self._reader_closed)
+        download = Download(partial_blob, self._reader_moved, self._reader_closed)
         self._downloads[digest] = download
         self._open.add(download)
         if self._unread_timeout < math.inf:
@@ -356,13 +434,7 @@ class SwarmHost:
             pieces=metainfo.piece_count,
             have=partial_blob.have.bit_count(),
         )
-        # The core may still seed it: the blob was deleted behind our back.
-        self.dispatch(ev.TorrentRemoved(digest))
-        self.dispatch(
-            ev.TorrentAdded(
-                metainfo, namespace, partial_blob.have, verified=False, announce=announce
-            )
-        )
+        self._add_torrent(download, namespace, announce=announce, fed=fed)
         return download
 
     async def _give_up_unread(self, download: Download) -> None:
@@ -375,6 +447,16 @@ class SwarmHost:
             self.metrics.downloads.labels("unread").inc()
             self._end(download, DownloadFailed(str(digest), "nobody reads it any more"))
             self.dispatch(ev.TorrentRemoved(digest))
+
+    def _add_torrent(
+        self, download: Download, namespace: str, *, announce: bool, fed: bool
+    ) -> None:
+        shape, have = download.metainfo, download.partial.have
+        # The core may still seed it: the blob was deleted behind our back.
+        self.dispatch(ev.TorrentRemoved(shape.digest))
+        self.dispatch(
+            ev.TorrentAdded(shape, namespace, have, verified=False, announce=announce, fed=fed)
+        )
 
     def _reader_moved(self, digest: Digest, reader: int, index: int) -> None:
         self.dispatch(ev.ReaderMoved(digest, reader, index))
@@ -394,9 +476,8 @@ class SwarmHost:
             download.confirm()
             await download.partial.commit()
         except DigestMismatch as error:
-            reason = f"every piece matched the metainfo, but the {error}"
-            failure = DownloadFailed(str(digest), reason)
-        except (StoreFull, StoreUnavailable) as error:
+            failure = download.explain(error)
+        except SwarmpullError as error:
             failure = error
         except ValueError:
             if self._downloads.get(digest) is download:
@@ -404,8 +485,7 @@ class SwarmHost:
         if self._downloads.get(digest) is not download:
             return  # it was given up meanwhile
         if failure is not None:
-            self._fail(digest, failure)
-            self.dispatch(ev.TorrentRemoved(digest))
+            self.give_up(download, failure)
             return
         log.info("download_complete", digest=str(digest), length=download.metainfo.length)
         self.metrics.downloads.labels("complete").inc()
@@ -487,22 +567,38 @@ class SwarmHost:
             del self._watches[digest]
             self.dispatch(ended)
 
+    async def _urge(
+        self,
+        urge: Callable[[Digest, tuple[int, ...]], Awaitable[None]],
+        digest: Digest,
+        indices: tuple[int, ...],
+    ) -> None:
+        async with self._urging:
+            try:
+                await urge(digest, indices)
+            except SwarmpullError as error:
+                # The core says so again as long as somebody waits.
+                log.info("urge_failed", digest=str(digest), reason=str(error))
+
     # --- for the connections ------------------------------------------------------------------
 
-    async def metainfo_for(self, hello: Hello) -> Metainfo | None:
-        """The metainfo of a torrent that a peer asks for; a blob of the store becomes a torrent.
+    async def shape_for(self, hello: Hello) -> BlobShape | None:
+        """The shape of a torrent that a peer asks for; a blob of the store becomes a torrent.
 
         A tracker may send peers to an origin for a while after it has evicted the blob: it is fetched again.
         """
         torrent = self._scheduler.torrent(hello.digest)
         if torrent is not None:
-            return torrent.metainfo
+            return torrent.shape
         if self.recall is not None and not self._store.has(hello.digest):
             try:
                 await self.recall(hello.digest)
             except SwarmpullError as error:
                 log.info("blob_not_recalled", digest=str(hello.digest), reason=str(error))
                 return None
+            torrent = self._scheduler.torrent(hello.digest)
+            if torrent is not None:
+                return torrent.shape
         with self._store.hold(hello.digest, Pin.SENDING):
             try:
                 metainfo = await self._store.metainfo(hello.digest)
@@ -531,7 +627,7 @@ class SwarmHost:
         self._something_ended.set()
 
     async def _store_piece(self, download: Download, piece: ArrivedPiece) -> None:
-        """Verify and store a piece, tell the core, and give the buffer back."""
+        """Verify and store a piece as soon as its hash is known, tell the core, and give the buffer back."""
         size = download.metainfo.piece_size(piece.index)
         data = memoryview(piece.buffer)[:size]
         try:
@@ -546,10 +642,12 @@ class SwarmHost:
     ) -> bool:
         digest, index = piece.digest, piece.index
         failure: SwarmpullError | None = None
-        stored = False
+        is_known = stored = False
         try:
-            stored = await download.partial.store_piece(index, data)
-        except (StoreFull, StoreUnavailable) as error:
+            if await download.hashes.wait_hash(index, HASH_PATIENCE):
+                is_known = True
+                stored = await download.partial.store_piece(index, data)
+        except SwarmpullError as error:
             failure = error
         except ValueError:
             if self._downloads.get(digest) is download:
@@ -557,18 +655,23 @@ class SwarmHost:
         if self._downloads.get(digest) is not download:
             return False  # it was given up meanwhile; another download of the blob may be under way
         if failure is not None:
-            self._fail(digest, failure)
-            self.dispatch(ev.TorrentRemoved(digest))
+            self.give_up(download, failure)
+        elif not is_known:
+            self.metrics.bytes_wasted.inc(len(data))
+            self.dispatch(ev.PieceLost(digest, index))
         elif stored:
             self._count_received(piece.sender.kind, len(data))
             download.progress()
             self.dispatch(ev.PieceStored(piece.connection, digest, index))
         else:
-            self.metrics.pieces_rejected.inc()
-            sender = format_address(piece.sender.host, piece.sender.port)
-            log.warning("piece_rejected", digest=str(digest), piece=index, peer=sender)
-            self.dispatch(ev.PieceRejected(piece.connection, digest, index))
+            self._piece_rejected(piece)
         return stored
+
+    def _piece_rejected(self, piece: ArrivedPiece) -> None:
+        self.metrics.pieces_rejected.inc()
+        sender = format_address(piece.sender.host, piece.sender.port)
+        log.warning("piece_rejected", digest=str(piece.digest), piece=piece.index, peer=sender)
+        self.dispatch(ev.PieceRejected(piece.connection, piece.digest, piece.index))
 
     def _count_received(self, kind: PeerKind, size: int) -> None:
         self.metrics.pieces_received.labels(kind.value).inc()
@@ -581,6 +684,33 @@ def _shutting_down(digest: Digest) -> DownloadFailed:
 
 def _replied(digest: Digest, reply: AnnounceReply) -> ev.AnnounceReplied:
     return ev.AnnounceReplied(digest, _sane(reply.interval), reply.peers, reply.position)
+
+
+def _metainfo_in(reply: AnnounceReply, digest: Digest) -> GrowingMetainfo:
+    """What a reply says of a blob.  Raises InvalidMetainfo: nothing, or what cannot be."""
+    if reply.metainfo is not None and reply.metainfo.digest == digest:
+        return GrowingMetainfo.from_shape(reply.metainfo)
+    if reply.metainfo is None and reply.growth is not None:
+        return log_of(digest, reply.growth).metainfo
+    raise InvalidMetainfo(str(digest), "the answer was about another blob")
+
+
+def _small_in(reply: AnnounceReply, digest: Digest) -> SmallBlob | None:
+    """The blob itself, if a reply brings all of it and it is right."""
+    if reply.metainfo is None or reply.metainfo.digest != digest:
+        return None
+    return SmallBlob.verified(reply.metainfo, reply.content)
+
+
+def _agree(known: Metainfo | GrowingMetainfo, metainfo: Metainfo) -> bool:
+    """Whether what is known of a blob does not contradict its metainfo."""
+    if isinstance(known, Metainfo):
+        return known == metainfo
+    try:
+        known.check_shape(metainfo)
+    except InvalidMetainfo:
+        return False
+    return known.agrees_with(metainfo)
 
 
 def _sane(interval: float) -> float:

@@ -22,6 +22,7 @@ from swarmpull.errors import ProtocolError
 from swarmpull.ring.membership import Membership
 from swarmpull.roles.addresses import RoleAddresses
 from swarmpull.roles.cluster import OriginClient, RingClient
+from swarmpull.roles.hash_log import HashLog, HashPolls, complete_growth
 from swarmpull.roles.serving import serve_role
 from swarmpull.roles.tracker_metainfo import MetainfoLimits, MetainfoSource
 from swarmpull.swarm.handout import HandoutLimits, HandoutStatistics, PeerTable
@@ -38,6 +39,8 @@ ORIGIN_LIFETIME: Final = 15.0
 # Every announce forgets whose time is up; this is for a tracker to which nobody talks any more.
 EXPIRY_PAUSE_MIN: Final = 1.0
 EXPIRY_PAUSE_MAX: Final = 30.0
+# Calls that wait for piece hashes, of all blobs: as many as may wait for peers.
+HASH_POLLS_MAX: Final = 10_000
 _HANDOUT_BUCKETS: Final = (0, 1, 2, 5, 10, 20, 49)
 _WATCH_BUCKETS: Final = (0.001, 0.01, 0.1, 0.5, 2.0, 10.0, 29.9)
 
@@ -54,6 +57,11 @@ class Tracker:
     def __init__(self, table: PeerTable, metainfo: MetainfoSource, metrics: Metrics) -> None:
         self._table = table
         self._metainfo = metainfo
+        self._polls = HashPolls(HASH_POLLS_MAX)
+        metrics.gauge(
+            "tracker_hash_polls",
+            "Agents that wait for piece hashes of a blob that is being fetched.",
+        ).set_function(lambda: len(self._polls))
         self._seconds = metrics.histogram(
             "tracker_watch_seconds", "Time for which one leecher waited for peers.", _WATCH_BUCKETS
         )
@@ -71,21 +79,39 @@ class Tracker:
         contact = _contact(request, context)
         digest, state = request.digest, request.state
         self._announces.labels(state.value).inc()
-        metainfo = content = None
+        metainfo = content = growth = None
         if request.want_metainfo and state is not AnnounceState.STOPPED:
             # What is cached may be answered while somebody has the blob; else an origin must get it.
-            metainfo = await self._metainfo.get(
-                digest, request.namespace, use_cache=self._table.seeders(digest) > 0
-            )
-            content = self._metainfo.content(digest)
+            use_cache = self._table.seeders(digest) > 0
+            get = self._metainfo.get if request.growing else self._metainfo.get_settled
+            found = await get(digest, request.namespace, use_cache=use_cache)
+            if isinstance(found, HashLog):
+                growth = found.since("", 0)
+            else:
+                metainfo, content = found, self._metainfo.content(digest)
         handout = self._table.announce(digest, contact, state, trio.current_time())
         if state is AnnounceState.LEECHING:
             self._handouts.observe(len(handout.peers))
             if not self._table.has_origin(digest):
                 self._metainfo.seek_origin(digest, request.namespace)
         return api.AnnounceReply(
-            handout.peers, handout.interval, metainfo, handout.position, content
+            handout.peers, handout.interval, metainfo, handout.position, content, growth
         )
+
+    async def hashes(self, request: api.HashesRequest, _: RpcContext) -> api.Growth:
+        """Answer when more piece hashes are known than the caller has.
+
+        Raises what `MetainfoSource.get` does, and why there will be no more hashes.
+        """
+        _check_namespace(request.namespace)
+        found = await self._metainfo.get(request.digest, request.namespace, use_cache=True)
+        if isinstance(found, HashLog):
+            return await self._polls.answer(found, request)
+        return complete_growth(found, request)
+
+    def end_polls(self) -> None:
+        """Answer all calls that wait for hashes: they would hold up the drain."""
+        self._polls.end()
 
     async def watch(self, request: api.WatchRequest, _: RpcContext) -> api.WatchReply:
         """Answer when somebody has appeared, or when there is no more waiting."""
@@ -120,9 +146,13 @@ def _contact(request: api.AnnounceRequest, context: RpcContext) -> PeerContact:
         raise ProtocolError(f"peer host {contact.host[:80]!r} is not a host name or an address")
     if not 0 < contact.port <= 65535:
         raise ProtocolError(f"peer port {contact.port} is not a TCP port")
-    if len(request.namespace) > _NAMESPACE_LENGTH_MAX:
-        raise ProtocolError(f"a namespace of {len(request.namespace)} characters")
+    _check_namespace(request.namespace)
     return contact
+
+
+def _check_namespace(namespace: str) -> None:
+    if len(namespace) > _NAMESPACE_LENGTH_MAX:
+        raise ProtocolError(f"a namespace of {len(namespace)} characters")
 
 
 async def run_tracker(
@@ -151,11 +181,12 @@ async def run_tracker(
             metrics=metrics,
         )
         background.start_soon(_expire, table)
-        background.start_soon(_end_watches, table, drain)
         tracker = Tracker(table, metainfo, metrics)
+        background.start_soon(_end_waits, table, tracker, drain)
         service = RpcService()
         service.register(api.ANNOUNCE, tracker.announce)
         service.register(api.WATCH, tracker.watch)
+        service.register(api.HASHES, tracker.hashes)
         await serve_role(
             "tracker",
             settings,
@@ -181,10 +212,11 @@ async def _expire(table: PeerTable) -> None:
         table.expire(trio.current_time())
 
 
-async def _end_watches(table: PeerTable, drain: trio.Event) -> None:
+async def _end_waits(table: PeerTable, tracker: Tracker, drain: trio.Event) -> None:
     """They would hold up the drain; who waits announces itself to another tracker soon."""
     await drain.wait()
     table.end_watches()
+    tracker.end_polls()
 
 
 def _readiness(members: Membership) -> list[str]:

@@ -1,4 +1,8 @@
-"""Metainfo for the tracker, from the origins: asked for once however many agents want it."""
+"""Metainfo for the tracker, from the origins: asked for once however many agents want it.
+
+While an origin is still fetching a blob, the tracker follows the growth of its metainfo with one call at a
+time, and keeps a log of its own for all agents that want to hear of it.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +23,11 @@ from swarmpull.errors import (
     SwarmpullError,
 )
 from swarmpull.roles.cluster import OriginClient
+from swarmpull.roles.hash_log import HashLog, follow_growth, log_of
 from swarmpull.swarm.metainfo import Metainfo
 from swarmpull.swarm.peers import PeerContact
 from swarmpull.telemetry import Metrics
-from swarmpull.wire.api import INLINE_BYTES_MAX
+from swarmpull.wire.api import INLINE_BYTES_MAX, Growth, MetainfoReply
 
 log = structlog.get_logger()
 
@@ -97,7 +102,7 @@ class _Fetch:
 
     namespace: str
     done: trio.Event = attrs.field(factory=trio.Event)
-    result: Metainfo | SwarmpullError | None = None
+    result: Metainfo | HashLog | SwarmpullError | None = None
 
 
 class MetainfoSource:
@@ -134,9 +139,10 @@ class MetainfoSource:
             ttl=limits.ask_interval, capacity=16 * limits.fetches_max
         )
         self._fetches: dict[Digest, _Fetch] = {}
+        self._growing: dict[Digest, HashLog] = {}
         self._requests = metrics.counter(
             "tracker_metainfo_requests_total",
-            "Announces that wanted metainfo, by where it came from: cache, fetch, absent, failed.",
+            "Metainfo that was wanted, by where it came from: cache, growing, fetch, absent, failed.",
             ["source"],
         )
         self._seconds = metrics.histogram(
@@ -151,9 +157,14 @@ class MetainfoSource:
         metrics.gauge(
             "tracker_metainfo_fetches", "Digests that origins are being asked for."
         ).set_function(lambda: len(self._fetches))
+        metrics.gauge(
+            "tracker_metainfo_growing", "Blobs that an origin is still fetching."
+        ).set_function(lambda: len(self._growing))
 
-    async def get(self, digest: Digest, namespace: str, *, use_cache: bool) -> Metainfo:
-        """Metainfo of a blob; ``use_cache`` allows an answer without asking an origin.
+    async def get(self, digest: Digest, namespace: str, *, use_cache: bool) -> Metainfo | HashLog:
+        """Metainfo of a blob, or its log while it grows.
+
+        ``use_cache`` allows an answer from the cache without asking an origin.
 
         Raises:
             BlobNotFound: no origin can get the blob.
@@ -163,6 +174,10 @@ class MetainfoSource:
         if cached is not None:
             self._requests.labels("cache").inc()
             return cached
+        growing = self._growing.get(digest)
+        if growing is not None:
+            self._requests.labels("growing").inc()
+            return growing
         try:
             metainfo = await self._fetched(digest, namespace)
         except BlobNotFound:
@@ -186,7 +201,14 @@ class MetainfoSource:
         if len(self._fetches) < self._limits.fetches_max:
             self._begin(digest, namespace)
 
-    async def _fetched(self, digest: Digest, namespace: str) -> Metainfo:
+    async def get_settled(self, digest: Digest, namespace: str, *, use_cache: bool) -> Metainfo:
+        """The same, once all of it is known to be right.  Raises also why it will not be."""
+        found = await self.get(digest, namespace, use_cache=use_cache)
+        if isinstance(found, HashLog):
+            return await found.wait_settled()
+        return found
+
+    async def _fetched(self, digest: Digest, namespace: str) -> Metainfo | HashLog:
         while True:
             absent = self._absent.get((digest, namespace), trio.current_time())
             if absent is not None:
@@ -201,7 +223,7 @@ class MetainfoSource:
                     )
                 fetch = self._begin(digest, namespace)
             await fetch.done.wait()
-            if isinstance(fetch.result, Metainfo):
+            if isinstance(fetch.result, Metainfo | HashLog):
                 return fetch.result
             # Another repository may have the blob in another backend: that one has not been asked.
             if not isinstance(fetch.result, BlobNotFound) or fetch.namespace == namespace:
@@ -216,27 +238,55 @@ class MetainfoSource:
     async def _run(self, digest: Digest, fetch: _Fetch) -> None:
         started_at = trio.current_time()
         try:
-            reply = await self._origins.get_metainfo(digest, fetch.namespace)
-            if reply.metainfo.digest != digest:
-                raise ProtocolError(f"an origin answered with metainfo of {reply.metainfo.digest}")
+            reply = await self._origins.get_metainfo(digest, fetch.namespace, growing=True)
+            fetch.result = self._taken(digest, fetch.namespace, reply)
         except SwarmpullError as exc:
             fetch.result = exc
             if isinstance(exc, BlobNotFound):
                 self._absent.put((digest, fetch.namespace), exc, trio.current_time())
             log.info("metainfo_not_fetched", digest=str(digest), reason=str(exc))
         else:
-            now = trio.current_time()
-            fetch.result = reply.metainfo
-            cost = len(reply.metainfo.piece_hashes) + ENTRY_BYTES
-            self._cache.put(digest, reply.metainfo, now, cost=cost)
-            if reply.content is not None and len(reply.content) <= INLINE_BYTES_MAX:
-                cost = len(reply.content) + ENTRY_BYTES
-                self._contents.put(digest, reply.content, now, cost=cost)
-            self._seconds.observe(now - started_at)
+            self._seconds.observe(trio.current_time() - started_at)
             self._on_seeder(digest, reply.seeder)
         finally:
             del self._fetches[digest]
             fetch.done.set()
+
+    def _taken(self, digest: Digest, namespace: str, reply: MetainfoReply) -> Metainfo | HashLog:
+        """What an origin answered, to be kept, or followed while it grows."""
+        if reply.metainfo is not None:
+            if reply.metainfo.digest != digest:
+                raise ProtocolError(f"an origin answered with metainfo of {reply.metainfo.digest}")
+            self._keep(reply.metainfo)
+            if reply.content is not None and len(reply.content) <= INLINE_BYTES_MAX:
+                cost = len(reply.content) + ENTRY_BYTES
+                self._contents.put(digest, reply.content, trio.current_time(), cost=cost)
+            return reply.metainfo
+        if reply.growth is None:
+            raise ProtocolError(f"an origin answered without metainfo of {digest}")
+        known = self._growing.get(digest)
+        if known is None:
+            known = self._growing[digest] = log_of(digest, reply.growth)
+            self._nursery.start_soon(self._follow, known, namespace, reply.growth)
+        return known
+
+    def _keep(self, metainfo: Metainfo) -> None:
+        cost = len(metainfo.piece_hashes) + ENTRY_BYTES
+        self._cache.put(metainfo.digest, metainfo, trio.current_time(), cost=cost)
+
+    async def _follow(self, known: HashLog, namespace: str, growth: Growth) -> None:
+        digest = known.metainfo.digest
+        try:
+            await follow_growth(known, namespace, self._origins.hashes, growth)
+        except SwarmpullError as error:
+            log.info("metainfo_stopped_growing", digest=str(digest), reason=str(error))
+            known.fail(_copy(error, digest))
+        else:
+            metainfo = known.metainfo.complete()
+            assert metainfo is not None
+            self._keep(metainfo)
+        finally:
+            del self._growing[digest]
 
 
 def _copy(error: SwarmpullError | None, digest: Digest) -> SwarmpullError:

@@ -146,6 +146,7 @@ class Simulation:
             act.Watch: self._watch,
             act.Finish: self._finish_soon,
             act.Fail: self._fail,
+            act.Urge: _nobody_fetches,
         }
 
     def run(self, progress: Callable[[float], None] | None = None) -> SimulationResult:
@@ -702,6 +703,10 @@ class Simulation:
             samples=tuple(self._sampler.samples),
             events=self._clock.processed,
         )
+
+
+def _nobody_fetches(_host: Host, _urge: act.Urge) -> None:
+    """Every simulated origin has every blob from the beginning."""
 
 
 def _times(pulls: list[Pull]) -> tuple[float, ...]:

@@ -45,7 +45,7 @@ from swarmpull.store.room import Room
 from swarmpull.store.scanning import compute_metainfo
 from swarmpull.store.spool import Spool
 from swarmpull.store.uploads import UploadLimits, UploadStore
-from swarmpull.swarm.metainfo import Metainfo
+from swarmpull.swarm.metainfo import BlobShape, Metainfo
 from swarmpull.telemetry import Metrics
 
 __all__ = ["BlobHandle", "BlobStat", "BlobStore", "BlobWriter", "open_store"]
@@ -270,7 +270,7 @@ class BlobStore:
         finally:
             room.leave()
 
-    async def open_partial(self, metainfo: Metainfo) -> PartialBlob:
+    async def open_partial(self, metainfo: BlobShape) -> PartialBlob:
         """Begin to fetch a blob by piece, or resume: its ``have`` are the pieces that are there already.
 
         Raises:

@@ -24,6 +24,11 @@ def hash_piece(data: Data) -> bytes:
     return blake3(data).digest()
 
 
+def new_piece_hasher() -> PieceHash:
+    """The BLAKE3 hash of a piece that comes in chunks."""
+    return blake3()
+
+
 def hash_stored_piece(descriptor: int, start: int, stop: int) -> bytes:
     """The BLAKE3 hash of the piece between two offsets of a file."""
     hasher = blake3()
@@ -114,6 +119,14 @@ class Hasher(Protocol):
     """Whatever takes bytes in order."""
 
     def update(self, data: memoryview, /) -> object: ...
+
+
+class PieceHash(Hasher, Protocol):
+    """The hash of one piece."""
+
+    def digest(self) -> bytes:
+        """Of what was taken so far: 32 bytes."""
+        ...
 
 
 def hash_range(descriptor: int, start: int, stop: int, *hashers: Hasher) -> None:

@@ -202,8 +202,8 @@ def _stored(root: Path, entry: Entry) -> Stored | None:
     loaded = PartialFiles(root / "partials", entry.digest).load()
     if loaded is None:
         return None
-    metainfo, have, _ = loaded
-    return Stored(metainfo.length, entry, have.bit_count(), metainfo.piece_count)
+    shape = loaded.shape
+    return Stored(shape.length, entry, loaded.have.bit_count(), shape.piece_count)
 
 
 def _delete(root: Path, digest: Digest, kind: Kind) -> None:
@@ -236,18 +236,18 @@ def _check_partial(files: PartialFiles) -> Checked:
     loaded = files.load()
     if loaded is None:
         return Checked(files.digest, Kind.PARTIAL, 0, "the record of its pieces is damaged")
-    metainfo, have, _ = loaded
+    shape, have = loaded.shape, loaded.have
     wrong, length = [], 0
     descriptor = os.open(files.data, os.O_RDONLY | os.O_CLOEXEC)
     try:
         for index in bitfield.indices(have):
-            start, size = metainfo.piece_offset(index), metainfo.piece_size(index)
+            start, size = shape.piece_offset(index), shape.piece_size(index)
             length += size
             try:
                 actual = hash_stored_piece(descriptor, start, start + size)
             except OSError:
                 actual = b""
-            if actual != metainfo.piece_hash(index):
+            if actual != loaded.piece_hash(index):
                 wrong.append(index)
     finally:
         os.close(descriptor)

@@ -1,11 +1,13 @@
 """Partial blobs: fetched piece by piece, in any order, kept over restarts.
 
 A partial is two files: ``partials/<algorithm>-<hex>.data``, as long as the blob from the start, and
-``.pieces``, which is the metainfo (see `swarmpull.store.sidecars`) followed by one byte per piece, 1 when it
-is stored.  A byte, not a bit, so that two threads that store neighbouring pieces never write the same byte.
+``.pieces``, which says what is there (see `swarmpull.store.piece_records`).
 
-The byte of a piece is written after its content.  Neither is flushed piece by piece: a killed process loses
+The mark of a piece is written after its content.  Neither is flushed piece by piece: a killed process loses
 nothing, and after a power failure the claimed pieces are verified again, as at every opening.
+
+A piece comes from a peer, whole and to be checked against a hash that is known (`store_piece`), or from the
+backend, as a stream whose hash makes the metainfo grow (`piece_writer`).
 """
 
 from __future__ import annotations
@@ -23,23 +25,28 @@ import trio
 
 from swarmpull.digest import Digest
 from swarmpull.errors import DigestMismatch, InvalidDigest, StoreFull, StoreUnavailable
-from swarmpull.store import sidecars
+from swarmpull.store import piece_records, sidecars
 from swarmpull.store.content import BlobStat, ContentTree
 from swarmpull.store.disk import Disk, OpenFile
 from swarmpull.store.durable import Data, read_exactly, remove, write_all
 from swarmpull.store.eviction import Kind
-from swarmpull.store.hashing import FileHasher, hash_piece, hash_stored_piece
+from swarmpull.store.hashing import (
+    FileHasher,
+    Hasher,
+    hash_piece,
+    hash_stored_piece,
+    new_piece_hasher,
+)
 from swarmpull.store.ledger import Record
+from swarmpull.store.piece_records import MISSING, STORED, PieceRecords
 from swarmpull.store.scanning import STEP_BYTES
 from swarmpull.swarm import bitfield
-from swarmpull.swarm.metainfo import Metainfo
+from swarmpull.swarm.metainfo import PIECE_HASH_BYTES, BlobShape, GrowingMetainfo
 
 DATA_SUFFIX: Final = ".data"
 PIECES_SUFFIX: Final = ".pieces"
 # What st_blocks counts, whatever the file system's own blocks are.
 BLOCK_BYTES: Final = 512
-_STORED: Final = b"\x01"
-_MISSING: Final = b"\x00"
 # What a file system answers that cannot reserve space, or has nothing to reserve.
 _CANNOT_RESERVE: Final = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
 
@@ -90,50 +97,52 @@ class PartialFiles:
             record = Record(data.st_blocks * BLOCK_BYTES, used_at, used_at)
         tree.ledger.put(Kind.PARTIAL, self.digest, record)
 
-    def claimed(self, metainfo: Metainfo) -> int:
-        """The bitfield of pieces that the files claim to hold; 0 when they are of another shape."""
-        stored, have, _ = self.load() or (None, 0, 0)
-        if stored is None:
-            return 0
-        shape = (stored.length, stored.piece_length)
-        return have if shape == (metainfo.length, metainfo.piece_length) else 0
+    def claimed(self, metainfo: GrowingMetainfo) -> dict[int, bytes]:
+        """The pieces that the files claim to hold, each with what it has to hash to.
 
-    def load(self) -> tuple[Metainfo, int, int] | None:
-        """The metainfo, the bitfield of claimed pieces, and where the bytes of the latter begin.
-
-        None when there is no such file, or it is damaged.
+        That is what ``metainfo`` says, or else what was written down with the piece; none when the files are
+        of another shape.
         """
+        records = self.load()
+        if records is None:
+            return {}
+        shape = (records.shape.length, records.shape.piece_length)
+        if shape != (metainfo.length, metainfo.piece_length):
+            return {}
+        return {
+            index: metainfo.piece_hash(index) or records.piece_hash(index)
+            for index in bitfield.indices(records.have)
+        }
+
+    def load(self) -> PieceRecords | None:
+        """What is written down about the pieces; None when there is no such file, or it is damaged."""
         try:
-            content = self.pieces.read_bytes()
-            metainfo, header_length = sidecars.decode(content)
+            return piece_records.decode(self.pieces.read_bytes())
         except (FileNotFoundError, sidecars.DamagedSidecar):
             return None
-        marks = content[header_length : header_length + metainfo.piece_count]
-        have = sum(1 << index for index, mark in enumerate(marks) if mark == _STORED[0])
-        return metainfo, have, header_length
 
     def unclaim(self, indices: Iterable[int]) -> None:
         """Have pieces count as missing."""
-        loaded = self.load()
-        if loaded is None:
+        records = self.load()
+        if records is None:
             return
         descriptor = os.open(self.pieces, os.O_WRONLY | os.O_CLOEXEC)
         try:
             for index in indices:
-                write_all(descriptor, _MISSING, loaded[2] + index)
+                write_all(descriptor, MISSING, records.marks_offset + index)
         finally:
             os.close(descriptor)
 
-    def open(self, tree: ContentTree, metainfo: Metainfo) -> OpenPartial:
+    def open(self, tree: ContentTree, metainfo: GrowingMetainfo) -> OpenPartial:
         """Open or create the files, with room for the whole blob."""
         claimed = self.claimed(metainfo)
-        header = sidecars.encode(metainfo)
-        marks = bytes(claimed >> index & 1 for index in range(metainfo.piece_count))
+        content = piece_records.encode(metainfo, claimed)
+        records = piece_records.decode(content)
         if not claimed:
             self.remove()
         descriptors: list[int] = []
         try:
-            tree.replace_small_file(self.pieces, header + marks)
+            tree.replace_small_file(self.pieces, content)
             descriptors.append(os.open(self.pieces, os.O_RDWR | os.O_CLOEXEC))
             descriptors.append(os.open(self.data, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
             reserve(descriptors[1], metainfo.length)
@@ -143,7 +152,13 @@ class PartialFiles:
             if not claimed:
                 self.remove()
             raise
-        return OpenPartial(descriptors[1], descriptors[0], len(header), claimed)
+        return OpenPartial(
+            descriptors[1],
+            descriptors[0],
+            records.hashes_offset,
+            records.marks_offset,
+            claimed,
+        )
 
 
 @attrs.frozen
@@ -153,14 +168,15 @@ class OpenPartial:
     Attributes:
         data: descriptor of the content.
         pieces: descriptor of the record of stored pieces.
-        marks_offset: where in that file the byte of piece 0 is.
-        claimed: bitfield of the pieces to verify.
+        hashes_offset, marks_offset: where in that file those of piece 0 are.
+        claimed: the pieces to verify, with their hashes.
     """
 
     data: int
     pieces: int
+    hashes_offset: int
     marks_offset: int
-    claimed: int
+    claimed: dict[int, bytes]
 
 
 def reserve(descriptor: int, length: int) -> None:
@@ -181,13 +197,13 @@ class PartialBlob:
     `commit`, so that uploads from it can end.
 
     Attributes:
-        metainfo: of the blob.
+        metainfo: what is known of the blob; hashes may become known as long as it is open.
         have: bitfield of the pieces that are verified and stored.
     """
 
     def __init__(
         self,
-        metainfo: Metainfo,
+        metainfo: GrowingMetainfo,
         files: PartialFiles,
         opened: OpenPartial,
         tree: ContentTree,
@@ -199,6 +215,7 @@ class PartialBlob:
         self._files = files
         self._data = OpenFile(opened.data)
         self._pieces = OpenFile(opened.pieces)
+        self._hashes_offset = opened.hashes_offset
         self._marks_offset = opened.marks_offset
         self._tree = tree
         self._disk = disk
@@ -209,6 +226,7 @@ class PartialBlob:
         self._ahead = trio.CancelScope()
         self._committed: BlobStat | None = None
         self._removed = False
+        self._condemned = False
         self._released = False
         self._on_release = on_release
 
@@ -239,7 +257,8 @@ class PartialBlob:
     async def store_piece(self, index: int, data: Data) -> bool:
         """Verify one piece and store it; False, and nothing written, when it does not match its hash.
 
-        ``data`` must not change until this returns.  A piece that is stored already is not written again.
+        One whose hash is not known does not match either.  ``data`` must not change until this returns.  A
+        piece that is stored already is not written again.
 
         Raises:
             IndexError: the blob has no such piece.
@@ -254,8 +273,7 @@ class PartialBlob:
                 self._verify_and_write, content, record, index, data, needed=len(data)
             )
         if stored:
-            self.have |= 1 << index
-            self._grown.set()
+            self._piece_stored(index)
         return stored
 
     async def hash_stored(self, index: int, data: Data) -> None:
@@ -269,6 +287,38 @@ class PartialBlob:
         async with self._hashing:
             if self._hasher.offset == self.metainfo.piece_offset(index):
                 await self._disk.run(self._hasher.update, data, ahead=True)
+
+    def piece_writer(self, index: int) -> PieceWriter:
+        """Take a piece from a source of our own, as a stream.
+
+        Raises:
+            IndexError: the blob has no such piece.
+        """
+        return PieceWriter(self, index)
+
+    async def take_some(self, index: int, data: Data, offset: int, hasher: Hasher) -> None:
+        """Hash some content, and write it unless the piece is stored already; for `PieceWriter`."""
+        with self._data.use() as content:
+            if self.have >> index & 1:
+                await self._disk.run(hasher.update, memoryview(data))
+            else:
+                await self._disk.run(_write_and_hash, content, data, offset, hasher)
+
+    async def take_piece(self, index: int, actual: bytes) -> bool:
+        """A piece is written whole: keep it unless it should hash to something else; for `PieceWriter`."""
+        known = self.metainfo.piece_hash(index)
+        if known is not None and known != actual:
+            return False
+        # At once, so that nobody adds another one while it is written down.
+        self.metainfo.add(index, actual)
+        with self._pieces.use() as record:
+            await self._disk.run(self._mark_stored, record, index, actual)
+        self._piece_stored(index)
+        return True
+
+    def _piece_stored(self, index: int) -> None:
+        self.have |= 1 << index
+        self._grown.set()
 
     async def verify(self) -> None:
         """Check the complete partial against its digest; `commit` then only makes it durable.
@@ -304,14 +354,20 @@ class PartialBlob:
             await self._remove_files()
         await self.aclose()
 
+    def condemn(self) -> None:
+        """Have `aclose` remove what was fetched; nothing happens to a committed blob."""
+        self._condemned = True
+
     async def aclose(self) -> None:
-        """Close it and keep what was fetched; closing twice is allowed.
+        """Close it and keep what was fetched, unless it is condemned; closing twice is allowed.
 
         Reads and writes under way still end; a commit under way ends with the blob or with ValueError.
         """
         self.close_files()
         with trio.CancelScope(shield=True):
             async with self._ending:
+                if self._condemned:
+                    await self._remove_files()
                 self._release()
 
     def close_files(self) -> None:
@@ -331,12 +387,13 @@ class PartialBlob:
     ) -> None:
         await self.aclose()
 
-    async def verify_claimed(self, claimed: int) -> None:
+    async def verify_claimed(self, claimed: dict[int, bytes]) -> None:
         """Take over the pieces of an earlier run that still match their hashes."""
-        for index in bitfield.indices(claimed):
+        for index, piece_hash in claimed.items():
             with self._data.use() as content, self._pieces.use() as record:
-                if await self._disk.run(self._verify_stored, content, record, index):
+                if await self._disk.run(self._verify_stored, content, record, index, piece_hash):
                     self.have |= 1 << index
+                    self.metainfo.add(index, piece_hash)
 
     async def hash_ahead(self) -> None:
         """Hash the growing prefix until it is complete or released; a task of the store."""
@@ -380,7 +437,9 @@ class PartialBlob:
             self._release()
 
     def _install(self) -> BlobStat:
-        stat = self._tree.install(self._files.data, self.metainfo, self._leave)
+        metainfo = self.metainfo.complete()
+        assert metainfo is not None, "a piece is stored only when its hash is known"
+        stat = self._tree.install(self._files.data, metainfo, self._leave)
         self._files.remove()
         return stat
 
@@ -392,15 +451,19 @@ class PartialBlob:
             return False
         if not self.have >> index & 1:
             write_all(content, data, self.metainfo.piece_offset(index))
-            write_all(record, _STORED, self._marks_offset + index)
+            self._mark_stored(record, index, self.metainfo.piece_hash(index) or b"")
         return True
 
-    def _verify_stored(self, content: int, record: int, index: int) -> bool:
+    def _mark_stored(self, record: int, index: int, piece_hash: bytes) -> None:
+        write_all(record, piece_hash, self._hashes_offset + index * PIECE_HASH_BYTES)
+        write_all(record, STORED, self._marks_offset + index)
+
+    def _verify_stored(self, content: int, record: int, index: int, piece_hash: bytes) -> bool:
         start = self.metainfo.piece_offset(index)
         actual = hash_stored_piece(content, start, start + self.metainfo.piece_size(index))
-        if actual == self.metainfo.piece_hash(index):
+        if actual == piece_hash:
             return True
-        write_all(record, _MISSING, self._marks_offset + index)
+        write_all(record, MISSING, self._marks_offset + index)
         return False
 
     def _check_stored(self, offset: int, size: int) -> None:
@@ -424,9 +487,57 @@ class PartialBlob:
             self._on_release()
 
 
+class PieceWriter:
+    """One piece on its way from the backend, in chunks of any length.
+
+    Its bytes are in the file before they are verified, but the piece is not marked as stored until all are
+    there and match the hash, if that is known already.  Of a piece that is given up nothing counts.
+
+    Attributes:
+        index: of the piece.
+        left: bytes that are still to come.
+    """
+
+    def __init__(self, partial: PartialBlob, index: int) -> None:
+        self.index = index
+        self.left = partial.metainfo.piece_size(index)
+        self._partial = partial
+        self._offset = partial.metainfo.piece_offset(index)
+        self._hasher = new_piece_hasher()
+
+    async def write(self, data: Data) -> None:
+        """Take the next bytes, at most `left`.
+
+        Raises:
+            StoreFull, StoreUnavailable: the disk has no room for them, or failed.
+            ValueError: the partial is closed, or these are too many bytes.
+        """
+        if len(data) > self.left:
+            raise ValueError(f"{len(data)} bytes for the last {self.left} of a piece")
+        await self._partial.take_some(self.index, data, self._offset, self._hasher)
+        self._offset += len(data)
+        self.left -= len(data)
+
+    async def finish(self) -> bool:
+        """All bytes are there: store the piece; False when it does not match the hash that is known.
+
+        Raises:
+            StoreFull, StoreUnavailable: the disk failed.
+            ValueError: the partial is closed, or bytes are missing.
+        """
+        if self.left:
+            raise ValueError(f"{self.left} bytes of piece {self.index} are missing")
+        return await self._partial.take_piece(self.index, self._hasher.digest())
+
+
+def _write_and_hash(descriptor: int, data: Data, offset: int, hasher: Hasher) -> None:
+    write_all(descriptor, data, offset)
+    hasher.update(memoryview(data))
+
+
 async def open_partial(
     directory: Path,
-    metainfo: Metainfo,
+    metainfo: BlobShape,
     tree: ContentTree,
     disk: Disk,
     on_release: Callable[[], object],
@@ -434,6 +545,8 @@ async def open_partial(
     """Open or resume the partial of a blob; its claimed pieces are verified.
 
     Args:
+        metainfo: what is known of it: `Metainfo`, a shape without any hash, or `GrowingMetainfo`, which
+            then becomes the partial's own.
         on_release: called once, when the files are no longer this partial's; not when this raises.
 
     Raises:
@@ -441,6 +554,8 @@ async def open_partial(
         StoreUnavailable: the disk failed.
     """
     files = PartialFiles(directory, metainfo.digest)
+    if not isinstance(metainfo, GrowingMetainfo):
+        metainfo = GrowingMetainfo.from_shape(metainfo)
     opened = await disk.run(files.open, tree, metainfo, needed=metainfo.length)
     partial = PartialBlob(metainfo, files, opened, tree, disk, on_release)
     try:

@@ -74,6 +74,17 @@ class Watch:
 
 
 @attrs.frozen
+class Urge:
+    """Have these pieces fetched first, wherever they come from: readers wait for them and no peer has them.
+
+    At most 16 of one torrent at a time, ten times a second, and the same piece every two seconds.
+    """
+
+    digest: Digest
+    indices: tuple[int, ...]
+
+
+@attrs.frozen
 class Finish:
     """Every piece is stored: check the whole blob and put it into the store."""
 
@@ -88,4 +99,4 @@ class Fail:
     reason: str
 
 
-Action = Dial | Send | SendAll | SendPiece | Close | Announce | Watch | Finish | Fail
+Action = Dial | Send | SendAll | SendPiece | Close | Announce | Watch | Urge | Finish | Fail

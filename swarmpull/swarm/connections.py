@@ -184,6 +184,11 @@ class ConnectionTable:
             self._host.taken -= 1
             self._back_off(peer_id, now, unreachable=True)
 
+    def forget(self, peer_id: str) -> None:
+        """A peer is no more: do not try it again."""
+        self._known.pop(peer_id, None)
+        self._tried_at.pop(peer_id, None)
+
     def lost(self, peer_id: str, now: float) -> None:
         """An active connection ended: leave the peer alone for a moment."""
         del self._active[peer_id]

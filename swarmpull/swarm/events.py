@@ -11,7 +11,7 @@ import attrs
 
 from swarmpull.digest import Digest
 from swarmpull.swarm.messages import Hello, Message
-from swarmpull.swarm.metainfo import Metainfo
+from swarmpull.swarm.metainfo import BlobShape
 from swarmpull.swarm.peers import PeerContact
 
 
@@ -20,19 +20,22 @@ class TorrentAdded:
     """A blob is to be downloaded, or is complete and to be seeded.
 
     Attributes:
-        metainfo: of the blob.
+        shape: of the blob; its piece hashes are the shell's business.
         namespace: the repository it was asked for through; empty for a generic blob.
         have: the pieces that are verified and stored already, as a bitfield.
         verified: whether the whole blob is in the store; with every piece there but this false, the
             core asks for the check (`Finish`) at once.
         announce: whether trackers are to know; an origin is found through the ring instead.
+        fed: its missing pieces come from outside of the swarm, as `PieceFetched` tells: nothing is claimed
+            from peers, and whoever fetches decides when that has failed.
     """
 
-    metainfo: Metainfo
+    shape: BlobShape
     namespace: str
     have: int
     verified: bool
     announce: bool
+    fed: bool = False
 
 
 @attrs.frozen
@@ -117,10 +120,14 @@ class PeerConnected:
 
 @attrs.frozen
 class DialFailed:
-    """A peer could not be reached, or ended the connection before its Hello."""
+    """A peer could not be reached, or ended the connection before its Hello.
+
+    ``is_gone``: another peer answered there, so the process was restarted and this one is no more.
+    """
 
     digest: Digest
     peer_id: str
+    is_gone: bool = False
 
 
 @attrs.frozen
@@ -161,6 +168,14 @@ class PieceStored:
     """A piece has matched its hash and is on disk."""
 
     connection: int
+    digest: Digest
+    index: int
+
+
+@attrs.frozen
+class PieceFetched:
+    """A piece of a torrent that is fed has come from outside of the swarm, is verified and on disk."""
+
     digest: Digest
     index: int
 
@@ -239,6 +254,7 @@ Event = (
     | PieceProgress
     | PieceReceived
     | PieceStored
+    | PieceFetched
     | PieceRejected
     | PieceLost
     | SendProgress

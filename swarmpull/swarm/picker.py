@@ -105,6 +105,11 @@ class Picker:
     def close_reader(self, reader: int) -> None:
         self._readers.pop(reader, None)
 
+    @property
+    def waited_for(self) -> list[int]:
+        """The pieces that readers need next, in the order in which the readers came."""
+        return list(dict.fromkeys(self._readers.values()))
+
     def pick(self, candidates: int) -> int | None:
         """The piece to claim out of the bitfield ``candidates``; None when it is empty."""
         if not candidates:

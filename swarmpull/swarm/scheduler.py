@@ -18,6 +18,10 @@ between two complete peers is closed by whoever notices first.
 
 While a piece is missing there is always a finite next deadline: the stall deadline at the least, after
 which the download fails and says why.
+
+A torrent may be fed: an origin fetches the blob from its backend and gives out pieces as they land
+(`PieceFetched`).  It claims nothing from peers and never stalls here; whoever fetches says when that has
+failed.  Which pieces readers wait for that no peer has, here or on a leecher, is said with `Urge`.
 """
 
 from __future__ import annotations
@@ -141,6 +145,7 @@ class Scheduler:
             ev.PieceProgress: self._piece_progress,
             ev.PieceReceived: self._piece_received,
             ev.PieceStored: self._piece_stored,
+            ev.PieceFetched: self._piece_fetched,
             ev.PieceRejected: self._piece_rejected,
             ev.PieceLost: self._piece_lost,
             ev.SendProgress: self._send_progress,
@@ -233,14 +238,15 @@ class Scheduler:
     # --- torrents -----------------------------------------------------------------------------
 
     def _torrent_added(self, event: ev.TorrentAdded, now: float) -> None:
-        digest = event.metainfo.digest
+        digest = event.shape.digest
         if digest in self._torrents:
             return
         torrent = Torrent(
-            event.metainfo,
+            event.shape,
             event.namespace,
             event.have,
             verified=event.verified,
+            fed=event.fed,
             own_peer_id=self.peer_id,
             host_places=self._places,
             inbound=self._inbound,
@@ -297,15 +303,27 @@ class Scheduler:
         self._announce_if_due(torrent, now)
         self._reschedule(torrent)
 
-    def _reader_moved(self, event: ev.ReaderMoved, _now: float) -> None:
+    def _reader_moved(self, event: ev.ReaderMoved, now: float) -> None:
         torrent = self._torrents.get(event.digest)
         if torrent is not None:
             torrent.picker.move_reader(event.reader, event.index)
+            self._urge(torrent, now)
 
     def _reader_closed(self, event: ev.ReaderClosed, _now: float) -> None:
         torrent = self._torrents.get(event.digest)
         if torrent is not None:
             torrent.picker.close_reader(event.reader)
+
+    def _urge(self, torrent: Torrent, now: float) -> None:
+        """Say which pieces readers wait for that nobody has yet: an origin is still fetching the blob.
+
+        Who has no peer at all waits for one, and not for pieces.
+        """
+        if torrent.is_complete or not (torrent.fed or torrent.peers):
+            return
+        urgent = torrent.urgent_pieces(now)
+        if urgent:
+            self._outbox.actions.append(act.Urge(torrent.digest, urgent))
 
     # --- trackers -----------------------------------------------------------------------------
 
@@ -405,7 +423,7 @@ class Scheduler:
 
     def _dial(self, torrent: Torrent, now: float) -> None:
         """Dial as many known peers as the missing pieces can use: one for a small blob, and a spare."""
-        if torrent.is_complete or self._draining:
+        if torrent.is_complete or torrent.fed or self._draining:
             return
         for contact in torrent.connections.dials(torrent.missing_count + 1, now):
             self._outbox.actions.append(act.Dial(torrent.digest, contact))
@@ -421,6 +439,8 @@ class Scheduler:
         if torrent is None:
             return
         torrent.connections.dial_failed(event.peer_id, now)
+        if event.is_gone:
+            torrent.connections.forget(event.peer_id)
         self._dial(torrent, now)
         self._reschedule(torrent)
 
@@ -444,6 +464,7 @@ class Scheduler:
         self._by_connection[event.connection] = torrent
         self._greet(torrent, peer, event.announced)
         self._exchange.joined(torrent, peer, now)
+        self._urge(torrent, now)
         self._reschedule(torrent)
 
     def _refusal(
@@ -626,9 +647,16 @@ class Scheduler:
 
     def _piece_stored(self, event: ev.PieceStored, now: float) -> None:
         torrent = self._torrents.get(event.digest)
-        if torrent is None or not torrent.stored(event.index, now):
-            return
-        self._tell_peers(torrent, event.index)
+        if torrent is not None and torrent.stored(event.index, now):
+            self._piece_gained(torrent, event.index)
+
+    def _piece_fetched(self, event: ev.PieceFetched, now: float) -> None:
+        torrent = self._torrents.get(event.digest)
+        if torrent is not None and torrent.fetched(event.index, now):
+            self._piece_gained(torrent, event.index)
+
+    def _piece_gained(self, torrent: Torrent, index: int) -> None:
+        self._tell_peers(torrent, index)
         if torrent.is_complete:
             self._outbox.actions.append(act.Finish(torrent.digest))
             self._reschedule(torrent)
@@ -696,9 +724,10 @@ class Scheduler:
         self._recover(torrent, now)
         self._ask_origins_if_starved(torrent, now)
         self._watch_if_short(torrent)
+        self._urge(torrent, now)
 
     def _fail_if_stalled(self, torrent: Torrent, now: float) -> bool:
-        if torrent.is_complete or self._draining:
+        if torrent.is_complete or torrent.fed or self._draining:
             return False
         if now < torrent.progress_at + self._limits.stall_timeout:
             return False

@@ -16,7 +16,7 @@ import attrs
 from swarmpull.digest import Digest
 from swarmpull.swarm import bitfield
 from swarmpull.swarm.connections import ConnectionLimits, ConnectionTable, HostPlaces
-from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN, Metainfo
+from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN, BlobShape
 from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
 from swarmpull.swarm.picker import Availability, Picker, PickerLimits
 from swarmpull.swarm.timing import PieceTiming
@@ -26,6 +26,11 @@ SILENCE_MIN: Final = 1.0
 # Hosts that know only each other do not get on by themselves: so many seconds without a piece, or bytes of
 # one, and without anybody who has one, tell that.
 STARVED_AFTER: Final = 3.0
+# How often readers' needs are told to those who fetch, in seconds, each piece and all of a torrent; and how
+# many pieces at a time.
+URGE_AGAIN_AFTER: Final = 2.0
+URGE_SPACING: Final = 0.1
+URGES_MAX: Final = 16
 
 
 @attrs.define
@@ -190,6 +195,8 @@ class Torrent:
         claimed: pieces that somebody owes us.
         overdue: of those, the ones that a single peer owes us and takes too long over.
         verified: whether the whole blob has matched its digest and is in the store.
+        fed: its missing pieces come from outside of the swarm; nothing is claimed from peers.
+        urged: when a piece that a reader waits for was last said to be urgent.
         progress_at: when the torrent was added, a piece last stored, or bytes of a missing one last arrived.
         evicted_at: when a peer that was of use last had to go for a newcomer.
         ticked_at: when the scheduler last looked after what has a deadline; ``deadline``: when it is to do
@@ -198,11 +205,12 @@ class Torrent:
 
     def __init__(
         self,
-        metainfo: Metainfo,
+        shape: BlobShape,
         namespace: str,
         have: int,
         *,
         verified: bool,
+        fed: bool = False,
         own_peer_id: str,
         host_places: HostPlaces,
         inbound: Inbound,
@@ -210,9 +218,9 @@ class Torrent:
         picker_limits: PickerLimits,
         rng: random.Random,
     ) -> None:
-        self.metainfo = metainfo
+        self.shape = shape
         self.namespace = namespace
-        self.piece_count = metainfo.piece_count
+        self.piece_count = shape.piece_count
         self.full = bitfield.full(self.piece_count)
         self.have = have
         self.verifying = 0
@@ -222,6 +230,9 @@ class Torrent:
         self.picker = Picker(self.availability, picker_limits, rng)
         self.announce = AnnounceClock()
         self.verified = verified
+        self.fed = fed
+        self.urged: dict[int, float] = {}
+        self.urged_at = float("-inf")
         self.progress_at = 0.0
         self.evicted_at = float("-inf")
         self.claimed = 0
@@ -234,7 +245,7 @@ class Torrent:
 
     @property
     def digest(self) -> Digest:
-        return self.metainfo.digest
+        return self.shape.digest
 
     @property
     def is_complete(self) -> bool:
@@ -255,7 +266,7 @@ class Torrent:
     @property
     def piece_scale(self) -> float:
         """How many pieces of the smallest length one of these makes."""
-        return self.metainfo.piece_length / PIECE_LENGTH_MIN
+        return self.shape.piece_length / PIECE_LENGTH_MIN
 
     @property
     def missing_count(self) -> int:
@@ -291,6 +302,8 @@ class Torrent:
 
     def free_pieces(self, peer: Peer) -> int:
         """The pieces that this peer has and we neither have nor expect from anyone."""
+        if self.fed:
+            return 0
         return peer.have & ~(self.have | self.verifying | self.claimed | peer.passed)
 
     def overdue_pieces(self, peer: Peer) -> int:
@@ -411,7 +424,7 @@ class Torrent:
         wanted = self.expects(peer.connection, index)
         record = peer.claims.get(index)
         if record is not None:
-            is_short = self.metainfo.piece_size(index) < PIECE_LENGTH_MIN
+            is_short = self.shape.piece_size(index) < PIECE_LENGTH_MIN
             peer.timing.add(now - record.claimed_at, is_short=is_short)
             self._release(peer, index)
         else:
@@ -440,6 +453,32 @@ class Torrent:
         self.have |= 1 << index
         self.progress_at = now
         return True
+
+    def fetched(self, index: int, now: float) -> bool:
+        """A piece has come from outside of the swarm; False when it was had, or this torrent is not fed."""
+        if not self.fed or (self.have >> index) & 1:
+            return False
+        self.have |= 1 << index
+        self.progress_at = now
+        return True
+
+    def urgent_pieces(self, now: float) -> tuple[int, ...]:
+        """The pieces that readers wait for and nobody has, as far as that was not said just now.
+
+        O(readers).
+        """
+        if now - self.urged_at < URGE_SPACING:
+            return ()
+        lacking = [index for index in self.picker.waited_for if self._is_lacking(index)]
+        self.urged = {i: at for i, at in self.urged.items() if at + URGE_AGAIN_AFTER > now}
+        urgent = tuple(index for index in lacking if index not in self.urged)[:URGES_MAX]
+        if urgent:
+            self.urged_at = now
+            self.urged.update(dict.fromkeys(urgent, now))
+        return urgent
+
+    def _is_lacking(self, index: int) -> bool:
+        return not ((self.have | self.verifying) >> index) & 1 and not self.availability[index]
 
     def rejected(self, index: int) -> str | None:
         """A piece was not stored and is missing again; returns the id of the peer that sent it.
@@ -478,7 +517,7 @@ class Torrent:
     def statistics(self) -> TorrentStatistics:
         return TorrentStatistics(
             digest=self.digest,
-            length=self.metainfo.length,
+            length=self.shape.length,
             pieces=self.piece_count,
             have=self.have.bit_count(),
             claimed=len(self._claimants),

@@ -24,6 +24,56 @@ class Empty:
     """A reply that only says "done"."""
 
 
+# --- metainfo that grows ------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Growth:
+    """What is known of the metainfo of a blob that an origin is still fetching: its shape and some hashes.
+
+    The hashes are a part of the log of one source, in the order in which they became known there.
+
+    Attributes:
+        length: of the blob, in bytes.
+        piece_length: of every piece but the last, in bytes.
+        source: names the log: a position in another one, such as that of a restarted origin, means nothing.
+        position: how many entries of the log there are up to the last one here.
+        indices: the pieces whose hashes these are; at most 4096.
+        hashes: 32 bytes for each of them, joined.
+        settled: these are the last ones, and the whole blob has matched its digest.  Until then it may still
+            turn out to be wrong, or not to come, and asking for more says so.
+    """
+
+    length: int
+    piece_length: int
+    source: str
+    position: int
+    indices: tuple[int, ...]
+    hashes: bytes = attrs.field(repr=False)
+    settled: bool = False
+
+
+@attrs.frozen
+class HashesRequest:
+    """Wait until more hashes of a blob are known than the caller has, or how it ends.
+
+    Attributes:
+        digest: the blob.
+        namespace: the repository through which it was asked for; empty for a generic blob.
+        source, position: how far the caller has read in which log; empty and 0 if in none.  In another log
+            than that of the callee it begins anew.
+        seconds: for which to wait at most.
+        decide: as in `BlobRequest`.
+    """
+
+    digest: Digest
+    namespace: str
+    source: str
+    position: int
+    seconds: float
+    decide: bool = False
+
+
 # --- tracker ----------------------------------------------------------------------------------
 
 
@@ -37,6 +87,7 @@ class AnnounceRequest:
         peer: the announcer; an empty host means "as you see me".
         state: leeching, complete or stopped.
         want_metainfo: also return the metainfo (the first announce of a download).
+        growing: the announcer takes metainfo that grows; else the answer waits until it is settled.
     """
 
     digest: Digest
@@ -44,6 +95,7 @@ class AnnounceRequest:
     peer: PeerContact
     state: AnnounceState
     want_metainfo: bool = False
+    growing: bool = False
 
 
 @attrs.frozen
@@ -53,9 +105,10 @@ class AnnounceReply:
     Attributes:
         peers: at most 50: completed agents, then origins, then agents in progress; never the announcer.
         interval: seconds until the next announce is due.
-        metainfo: when it was wanted.
+        metainfo: when it was wanted, of a blob that some origin has.
         position: where a watch goes on from this handout; None from a tracker that offers none.
         content: the whole blob, when metainfo was wanted and it has at most INLINE_BYTES_MAX; to be verified.
+        growth: when metainfo was wanted of a blob that is being fetched; `HASHES` tells of more.
     """
 
     peers: tuple[PeerContact, ...]
@@ -63,6 +116,7 @@ class AnnounceReply:
     metainfo: Metainfo | None = None
     position: int | None = None
     content: bytes | None = attrs.field(default=None, repr=False)
+    growth: Growth | None = None
 
 
 @attrs.frozen
@@ -97,6 +151,8 @@ class WatchReply:
 # Raises BlobNotFound when metainfo is wanted and no origin can get the blob.
 ANNOUNCE: Final = Method("tracker.announce", AnnounceRequest, AnnounceReply)
 WATCH: Final = Method("tracker.watch", WatchRequest, WatchReply)
+# Raises what HASHES_OF_ORIGIN does.
+HASHES: Final = Method("tracker.hashes", HashesRequest, Growth)
 
 
 # --- origin -----------------------------------------------------------------------------------
@@ -104,10 +160,19 @@ WATCH: Final = Method("tracker.watch", WatchRequest, WatchReply)
 
 @attrs.frozen
 class BlobRequest:
-    """Which blob, and through which repository it was asked for (empty: a generic blob)."""
+    """Which blob.
+
+    Attributes:
+        digest: the blob.
+        namespace: the repository through which it was asked for; empty for a generic blob.
+        growing: the caller takes metainfo that grows; else the answer waits until the blob is here.
+        decide: the callee is to get the blob from the backend itself, and to ask no other origin.
+    """
 
     digest: Digest
     namespace: str = ""
+    growing: bool = False
+    decide: bool = False
 
 
 @attrs.frozen
@@ -142,12 +207,22 @@ class BlobStatReply:
 class MetainfoReply:
     """Metainfo, and the origin that seeds the blob from now on.
 
-    ``content`` is the whole blob when it has at most INLINE_BYTES_MAX.
+    Either ``metainfo``, or ``growth`` while the blob is on its way.  ``content`` is the whole blob when it
+    has at most INLINE_BYTES_MAX.
     """
 
-    metainfo: Metainfo
+    metainfo: Metainfo | None
     seeder: PeerContact
     content: bytes | None = attrs.field(default=None, repr=False)
+    growth: Growth | None = None
+
+
+@attrs.frozen
+class UrgeRequest:
+    """Readers wait for these pieces of a blob that the origin fetches, and no peer has them."""
+
+    digest: Digest
+    indices: tuple[int, ...]
 
 
 @attrs.frozen
@@ -214,6 +289,9 @@ class PutManifestReply:
 
 STAT_BLOB: Final = Method("origin.stat_blob", BlobRequest, BlobStatReply)
 GET_METAINFO: Final = Method("origin.get_metainfo", BlobRequest, MetainfoReply)
+# Raises BlobNotFound, BackendUnavailable, DownloadFailed: there will be no more.
+HASHES_OF_ORIGIN: Final = Method("origin.hashes", HashesRequest, Growth)
+URGE: Final = Method("origin.urge", UrgeRequest, Empty)
 ADOPT_BLOB: Final = Method("origin.adopt_blob", AdoptRequest, Empty)
 REPLICATE_BLOB: Final = Method("origin.replicate_blob", ReplicateRequest, ReplicateReply)
 # Raises BlobNotFound.

@@ -122,10 +122,18 @@ class Cluster:
         self._learn(indexes=(role.address("rpc"),))
         return role
 
-    async def start_origin(self, **store: Any) -> Role:
-        """``store``: settings of its store that are not the default."""
-        role = await self.start_one_origin("origin", store=StoreConfig(**store))
-        self._learn(origins=(role.address("rpc"),))
+    async def start_origin(
+        self, name: str = "origin", *, port: int = 0, fetch_connections: int = 4, **store: Any
+    ) -> Role:
+        """``port``: for its RPC; ``store``: settings of its store that are not the default."""
+        role = await self.start_one_origin(
+            name,
+            rpc=ListenerConfig(listen=Address("127.0.0.1", port)),
+            fetch_connections=fetch_connections,
+            store=StoreConfig(**store),
+        )
+        if role.address("rpc") not in self.config.cluster.origins:
+            self._learn(origins=(role.address("rpc"),))
         return role
 
     async def start_one_origin(self, name: str, **settings: Any) -> Role:

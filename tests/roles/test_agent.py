@@ -295,7 +295,7 @@ SEEDER = PeerContact("f" * 32, "origin", 7201, PeerKind.ORIGIN)
 
 
 class Origins:
-    async def get_metainfo(self, digest: Digest, namespace: str) -> MetainfoReply:
+    async def get_metainfo(self, digest: Digest, namespace: str, *, growing: bool) -> MetainfoReply:
         assert (digest, namespace) == (CONTENT.digest, REPOSITORY)
         return MetainfoReply(CONTENT.metainfo, SEEDER)
 

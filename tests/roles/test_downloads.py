@@ -56,7 +56,7 @@ async def play(tmp_path: Path) -> AsyncIterator[Play]:
         open_store(tmp_path, name="store") as store,
         await store.open_partial(content.metainfo) as partial,
     ):
-        yield Play(content, Download(content.metainfo, partial, moved, left), moves, closed)
+        yield Play(content, Download(partial, moved, left), moves, closed)
 
 
 async def read(reader: DownloadReader, offset: int, size: int, into: list[bytes]) -> None:

@@ -152,7 +152,7 @@ async def test_what_the_backend_has_is_acknowledged_without_the_agent(cluster: C
 async def test_a_corrupt_object_is_refused_to_readers_and_repaired_by_a_push(
     cluster: Cluster,
 ) -> None:
-    content = make_content(PIECE_LENGTH_MIN + 5)
+    content = make_content(PIECE_LENGTH_MIN - 5)
     await cluster.push_blob("origin", REPOSITORY, content.data)
     await cluster.written_back()
     shutil.rmtree(cluster.root / "origin" / "blobs")

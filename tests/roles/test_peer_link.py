@@ -267,8 +267,7 @@ async def test_a_hostile_peer_loses_its_connection_and_an_honest_one_completes_t
     ("changes", "reason"),
     [
         ({"piece_count": 4}, "4 pieces, not 3"),
-        ({"digest": make_content(1).digest}, "another peer or torrent"),
-        ({"peer_id": "9" * 32}, "another peer or torrent"),
+        ({"digest": make_content(1).digest}, "another torrent"),
     ],
 )
 async def test_a_peer_that_answers_with_a_wrong_hello_is_dropped(
@@ -285,6 +284,17 @@ async def test_a_peer_that_answers_with_a_wrong_hello_is_dropped(
             nursery.cancel_scope.cancel()
 
     assert [bye.reason for bye in hostile.goodbyes] == [ByeReason.PROTOCOL_ERROR]
+
+
+async def test_a_peer_that_was_restarted_is_used_under_its_new_id(
+    tmp_path: Path, content: Content
+) -> None:
+    """The tracker still hands out the id from before the restart."""
+    restarted = ScriptedPeer(content, honestly)
+    restarted.hello = restarted.make_hello(peer_id="9" * 32)
+    async with downloading(tmp_path, content, restarted) as (node, download):
+        await download.wait()
+        assert await node.stored(content)
 
 
 async def test_a_peer_that_never_says_hello_is_given_up(

@@ -177,7 +177,7 @@ async def test_metainfo_comes_from_an_origin_which_is_then_a_peer(origin):
     assert reply.metainfo == metainfo_of(BLOB)
     # The origin did not say its host: it is where the tracker reached it.
     assert reply.peers == (attrs.evolve(origin.seeder, host="127.0.0.1"),)
-    assert origin.calls == [api.BlobRequest(BLOB, "team/app")]
+    assert origin.calls == [api.BlobRequest(BLOB, "team/app", growing=True)]
 
 
 async def test_an_origin_that_says_its_host_is_dialled_there(origin):

@@ -13,11 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmpull.digest import Digest
-from swarmpull.errors import BackendUnavailable, BlobNotFound, RpcUnavailable, SwarmpullError
+from swarmpull.errors import (
+    BackendUnavailable,
+    BlobNotFound,
+    ObjectCorrupt,
+    RpcUnavailable,
+    SwarmpullError,
+)
+from swarmpull.roles.hash_log import HashLog
 from swarmpull.roles.tracker import Tracker
 from swarmpull.roles.tracker_metainfo import MetainfoLimits, MetainfoSource, TtlCache
 from swarmpull.swarm.handout import HandoutLimits, PeerTable
-from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN, Metainfo
+from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN, BlobShape, GrowingMetainfo, Metainfo
 from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
 from swarmpull.telemetry import Metrics
 from swarmpull.wire import api
@@ -36,7 +43,9 @@ class Origins:
     outcomes: dict[str, SwarmpullError] = attrs.Factory(dict)
     calls: list[tuple[Digest, str, float]] = attrs.Factory(list)
 
-    async def get_metainfo(self, digest: Digest, namespace: str) -> api.MetainfoReply:
+    async def get_metainfo(
+        self, digest: Digest, namespace: str, *, growing: bool = False
+    ) -> api.MetainfoReply:
         self.calls.append((digest, namespace, trio.current_time()))
         await trio.sleep(self.delay)
         if namespace in self.outcomes:
@@ -193,6 +202,105 @@ async def test_an_origin_is_sought_again_every_few_seconds_at_most(autojump_cloc
         await trio.sleep(0.1)
 
     assert len(origins.calls) == 4
+
+
+# --- while an origin is still fetching --------------------------------------------------------
+
+
+SHAPE = BlobShape(BLOB, 3 * PIECE_LENGTH_MIN, PIECE_LENGTH_MIN)
+
+
+@attrs.define
+class Growing(Origins):
+    """Origins of which one is fetching the blob."""
+
+    log: HashLog = attrs.Factory(lambda: HashLog(GrowingMetainfo.from_shape(SHAPE)))
+    polls: int = 0
+
+    async def get_metainfo(
+        self, digest: Digest, namespace: str, *, growing: bool = False
+    ) -> api.MetainfoReply:
+        assert growing
+        self.calls.append((digest, namespace, trio.current_time()))
+        return api.MetainfoReply(None, ORIGIN, growth=self.log.since("", 0))
+
+    async def hashes(self, request: api.HashesRequest) -> api.Growth:
+        self.polls += 1
+        return await self.log.wait_since(request.source, request.position, request.seconds)
+
+    def learn(self, *indices: int) -> None:
+        for index in indices:
+            self.log.metainfo.add(index, bytes([index]) * 32)
+        self.log.grew()
+
+
+async def test_one_call_follows_an_origin_for_all_agents(autojump_clock, nursery, seeders):
+    origins = Growing()
+    source = make_source(origins, nursery, seeders)
+    known = await source.get(BLOB, "a", use_cache=False)
+    assert isinstance(known, HashLog)
+    assert known.source != origins.log.source
+    for _ in range(10):
+        assert await source.get(BLOB, "b", use_cache=False) is known
+    await trio.sleep(1.0)
+    for index in range(3):
+        origins.learn(index)
+        await trio.sleep(1.0)
+
+    assert known.metainfo.is_complete
+    assert len(origins.calls) == 1
+    assert origins.polls == 4, "one for each piece, and one that waits for the end"
+
+
+async def test_metainfo_is_cached_once_the_blob_has_matched_its_digest(
+    autojump_clock, nursery, seeders
+):
+    origins = Growing()
+    source = make_source(origins, nursery, seeders)
+    known = await source.get(BLOB, "a", use_cache=True)
+    origins.learn(0, 1, 2)
+    await trio.sleep(1.0)
+    assert await source.get(BLOB, "a", use_cache=True) is known, "it may still be wrong"
+    origins.log.settle()
+    await trio.sleep(1.0)
+
+    assert await source.get(BLOB, "a", use_cache=True) == origins.log.metainfo.complete()
+    assert len(origins.calls) == 1
+
+
+async def test_who_does_not_take_metainfo_that_grows_waits_for_its_end(
+    autojump_clock, nursery, seeders
+):
+    origins = Growing()
+    source = make_source(origins, nursery, seeders)
+
+    async def finish() -> None:
+        await trio.sleep(20.0)
+        origins.learn(0, 1, 2)
+        await trio.sleep(1.0)
+        origins.log.settle()
+
+    nursery.start_soon(finish)
+    metainfo = await source.get_settled(BLOB, "a", use_cache=True)
+    assert metainfo == origins.log.metainfo.complete()
+    assert trio.current_time() >= 21.0
+
+
+async def test_a_fetch_that_fails_is_told_to_all_who_wait_and_the_next_one_is_another(
+    autojump_clock, nursery, seeders
+):
+    origins = Growing()
+    source = make_source(origins, nursery, seeders)
+    known = await source.get(BLOB, "a", use_cache=True)
+    origins.learn(0, 1, 2)
+    await trio.sleep(1.0)
+    origins.log.fail(ObjectCorrupt("s3://b", "key", "it hashes to something else"))
+    with pytest.raises(ObjectCorrupt):
+        await known.wait_since(known.source, 3, 30.0)
+    await trio.sleep(1.0)
+
+    origins.log = HashLog(GrowingMetainfo.from_shape(SHAPE))
+    assert await source.get(BLOB, "a", use_cache=True) is not known
 
 
 # --- together with the peer table -------------------------------------------------------------

@@ -18,7 +18,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from swarmpull.digest import Digest
-from swarmpull.errors import BackendUnavailable, InvalidRange, ObjectNotFound, SwarmpullError
+from swarmpull.errors import (
+    BackendUnavailable,
+    InvalidRange,
+    ObjectNotFound,
+    ObjectReplaced,
+    SwarmpullError,
+)
 from swarmpull.store.backends import Backend, ObjectStat, blob_key, check_key, open_backend
 from swarmpull.store.backends.base import CHUNK_BYTES_MAX, KEY_BYTES_MAX, SEGMENT_BYTES_MAX
 
@@ -164,6 +170,21 @@ async def test_bytes_come_back_as_they_were_put(backend, length) -> None:
 
     assert await backend.get_bytes(KEY) == content(length)
     assert await backend.stat(KEY) == ObjectStat(KEY, length)
+
+
+async def test_reads_of_a_version_never_give_another_content(backend) -> None:
+    await backend.put_bytes(KEY, b"first content")
+    found = await backend.stat(KEY)
+    assert found.version
+    async with backend.open(KEY, start=2, stop=5, version=found.version) as chunks:
+        assert b"".join([chunk async for chunk in chunks]) == b"rst"
+
+    await backend.put_bytes(KEY, b"other content")
+
+    with pytest.raises(ObjectReplaced):
+        async with backend.open(KEY, start=2, stop=5, version=found.version) as chunks:
+            pass
+    assert (await backend.stat(KEY)).version != found.version
 
 
 async def test_objects_are_seen_by_every_client(backend, harness) -> None:

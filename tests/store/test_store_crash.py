@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from swarmpull.store import sidecars
+from swarmpull.store import piece_records, sidecars
 from swarmpull.store.blobs import open_store
 from swarmpull.store.hashing import hash_piece
+from swarmpull.swarm import bitfield
 
 PRELUDE = """
 import sys, trio
@@ -76,14 +77,13 @@ async def test_a_killed_download_keeps_its_pieces_and_claims_no_other(
 
     root = tmp_path / "store"
     (record,) = (root / "partials").glob("*.pieces")
-    metainfo, header_length = sidecars.decode(record.read_bytes())
-    marks = record.read_bytes()[header_length:]
-    claimed = {index for index, mark in enumerate(marks) if mark}
+    records = piece_records.decode(record.read_bytes())
+    claimed = set(bitfield.indices(records.have))
     on_disk = record.with_suffix(".data").read_bytes()
     for index in claimed:
-        start = metainfo.piece_offset(index)
-        piece = on_disk[start : start + metainfo.piece_size(index)]
-        assert hash_piece(piece) == metainfo.piece_hash(index)
+        start = records.shape.piece_offset(index)
+        piece = on_disk[start : start + records.shape.piece_size(index)]
+        assert hash_piece(piece) == records.piece_hash(index)
 
     async with (
         open_store(root, name="one") as store,

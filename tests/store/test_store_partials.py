@@ -18,7 +18,7 @@ from swarmpull.store.blobs import BlobStat, open_store
 from swarmpull.store.hashing import FileHasher
 from swarmpull.swarm import bitfield
 from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN as PIECE
-from swarmpull.swarm.metainfo import Metainfo
+from swarmpull.swarm.metainfo import BlobShape, Metainfo
 
 
 def data_path(root: Path, digest: Digest) -> Path:
@@ -471,3 +471,98 @@ async def test_a_file_system_that_cannot_reserve_room_is_good_enough(
         await partial.commit()
 
     assert store.stat(blob.digest).length == len(blob.data)
+
+
+# --- pieces that make the metainfo grow -------------------------------------------------------
+
+
+def shape_of(content) -> BlobShape:
+    return BlobShape.of(content.digest, len(content.data))
+
+
+async def write_piece(partial, index: int, data: bytes, *, step: int = 1 << 20) -> bool:
+    writer = partial.piece_writer(index)
+    for start in range(0, len(data), step):
+        await writer.write(memoryview(data)[start : start + step])
+    assert writer.left == 0
+    return await writer.finish()
+
+
+async def test_a_blob_whose_hashes_are_not_known_is_written_piece_by_piece(store, blob) -> None:
+    async with await store.open_partial(shape_of(blob)) as partial:
+        for index in (2, 0, 1):
+            assert await write_piece(partial, index, blob.piece(index), step=700_001)
+        assert [index for index, _ in partial.metainfo.entries_since(0, 9)] == [2, 0, 1]
+        await partial.commit()
+    assert await store.metainfo(blob.digest) == blob.metainfo
+
+
+async def test_pieces_and_their_hashes_survive_a_restart(tmp_path, blob) -> None:
+    async with (
+        open_store(tmp_path, name="one") as store,
+        await store.open_partial(shape_of(blob)) as partial,
+    ):
+        await write_piece(partial, 1, blob.piece(1))
+    async with (
+        open_store(tmp_path, name="one") as store,
+        await store.open_partial(shape_of(blob)) as partial,
+    ):
+        assert partial.have == 0b10
+        assert partial.metainfo.piece_hash(1) == blob.metainfo.piece_hash(1)
+        assert partial.metainfo.piece_hash(0) is None
+
+
+async def test_a_kept_piece_is_checked_against_what_is_known_now(tmp_path, blob) -> None:
+    async with (
+        open_store(tmp_path, name="one") as store,
+        await store.open_partial(shape_of(blob)) as partial,
+    ):
+        await write_piece(partial, 0, bytes(PIECE))
+        await write_piece(partial, 1, blob.piece(1))
+    async with (
+        open_store(tmp_path, name="one") as store,
+        await store.open_partial(blob.metainfo) as partial,
+    ):
+        assert partial.have == 0b10
+
+
+async def test_a_written_piece_that_does_not_match_is_not_stored(store, blob) -> None:
+    async with await store.open_partial(blob.metainfo) as partial:
+        assert not await write_piece(partial, 1, bytes(PIECE))
+        assert partial.have == 0
+        assert await write_piece(partial, 1, blob.piece(1))
+        assert partial.have == 0b10
+
+
+async def test_writing_a_stored_piece_again_never_spoils_it(store, blob) -> None:
+    async with await store.open_partial(blob.metainfo) as partial:
+        await partial.store_piece(1, blob.piece(1))
+        assert not await write_piece(partial, 1, bytes(PIECE))
+        assert await partial.read_at(PIECE, PIECE) == blob.piece(1)
+
+
+async def test_half_a_piece_counts_as_none(store, blob) -> None:
+    async with await store.open_partial(shape_of(blob)) as partial:
+        writer = partial.piece_writer(0)
+        await writer.write(blob.piece(0)[:1000])
+        with pytest.raises(ValueError, match="bytes of piece 0 are missing"):
+            await writer.finish()
+        with pytest.raises(ValueError, match="for the last"):
+            await writer.write(bytes(PIECE))
+        assert partial.have == 0
+
+
+async def test_a_piece_from_a_peer_needs_a_hash_that_is_known(store, blob) -> None:
+    async with await store.open_partial(shape_of(blob)) as partial:
+        assert not await partial.store_piece(0, blob.piece(0))
+        partial.metainfo.add(0, blob.metainfo.piece_hash(0))
+        assert await partial.store_piece(0, blob.piece(0))
+
+
+async def test_a_condemned_partial_is_gone_when_it_is_closed(store, blob) -> None:
+    async with await store.open_partial(shape_of(blob)) as partial:
+        await write_piece(partial, 0, blob.piece(0))
+        partial.condemn()
+    assert os.listdir(store.root / "partials") == []
+    async with await store.open_partial(shape_of(blob)) as partial:
+        assert partial.have == 0

@@ -13,6 +13,8 @@ from swarmpull.swarm.metainfo import (
     PIECE_LENGTH_MIN,
     PIECES_MAX,
     PIECES_TARGET,
+    BlobShape,
+    GrowingMetainfo,
     Metainfo,
     piece_count_for,
     piece_length_for,
@@ -107,3 +109,58 @@ def test_metainfo_that_contradicts_itself_is_refused(length, piece_length, hashe
     with pytest.raises(InvalidMetainfo, match=complaint) as caught:
         Metainfo(BLOB, length, piece_length, hashes)
     assert str(BLOB) in str(caught.value)
+
+
+# --- metainfo that grows ----------------------------------------------------------------------
+
+
+def hash_of(index: int) -> bytes:
+    return bytes([index]) * PIECE_HASH_BYTES
+
+
+@given(order=st.permutations(range(6)), cut=st.integers(0, 6))
+def test_hashes_may_become_known_in_any_order(order, cut):
+    growing = GrowingMetainfo(BLOB, 5 * PIECE_LENGTH_MIN + 1, PIECE_LENGTH_MIN)
+    for index in order[:cut]:
+        assert growing.add(index, hash_of(index))
+        assert not growing.add(index, hash_of(index)), "once is enough"
+    assert growing.position == cut
+    assert growing.is_complete == (cut == 6)
+    for index in order[cut:]:
+        assert growing.piece_hash(index) is None
+        growing.add(index, hash_of(index))
+
+    assert [index for index, _ in growing.entries_since(cut, 100)] == list(order[cut:])
+    assert growing.entries_since(1, 2) == [(i, hash_of(i)) for i in order[1:3]]
+    joined = b"".join(map(hash_of, range(6)))
+    assert growing.complete() == Metainfo(BLOB, growing.length, PIECE_LENGTH_MIN, joined)
+
+
+def test_growing_metainfo_believes_whoever_came_first():
+    growing = GrowingMetainfo(BLOB, 2 * PIECE_LENGTH_MIN, PIECE_LENGTH_MIN)
+    growing.add(1, hash_of(1))
+    for index, piece_hash in ((1, hash_of(2)), (2, hash_of(2)), (-1, hash_of(0)), (0, b"short")):
+        with pytest.raises(InvalidMetainfo, match=f"piece {index}"):
+            growing.add(index, piece_hash)
+    assert growing.piece_hash(1) == hash_of(1)
+    assert growing.complete() is None
+
+
+def test_metainfo_that_contradicts_is_not_taken_over_in_part():
+    growing = GrowingMetainfo(BLOB, 2 * PIECE_LENGTH_MIN, PIECE_LENGTH_MIN)
+    growing.add(1, hash_of(1))
+    other = Metainfo(BLOB, growing.length, PIECE_LENGTH_MIN, hash_of(0) + hash_of(9))
+    with pytest.raises(InvalidMetainfo):
+        growing.add_all(other)
+    assert growing.piece_hash(0) is None
+
+    same = Metainfo(BLOB, growing.length, PIECE_LENGTH_MIN, hash_of(0) + hash_of(1))
+    growing.add_all(same)
+    assert growing.complete() == same
+
+
+def test_growing_metainfo_of_complete_metainfo_is_complete():
+    metainfo = Metainfo(BLOB, 2 * PIECE_LENGTH_MIN, PIECE_LENGTH_MIN, hash_of(0) + hash_of(1))
+    assert GrowingMetainfo.from_shape(metainfo).complete() == metainfo
+    shape = BlobShape.of(BLOB, 2 * PIECE_LENGTH_MIN)
+    assert GrowingMetainfo.from_shape(shape).position == 0

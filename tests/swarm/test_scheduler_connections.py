@@ -399,6 +399,16 @@ def test_a_late_piece_report_blames_nobody_in_the_next_life_of_a_torrent():
     assert cancel(2, 0) not in play >> ev.PieceLost(play.digest, 0)
 
 
+def test_a_peer_that_is_no_more_is_not_dialled_again():
+    """Its process was restarted: another peer answers there."""
+    play = Play("....")
+    play >> play.added()
+    assert play >> play.found("a") == [play.dial("a")]
+    assert play >> ev.DialFailed(play.digest, "a" * 32, is_gone=True) == []
+    assert not any(isinstance(a, act.Dial) for a in play.wait_until(play.now + 100))
+    assert play >> play.found("b") == [play.dial("b")]
+
+
 # --- hosts that know only each other --------------------------------------------------------------
 
 

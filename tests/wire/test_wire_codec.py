@@ -85,6 +85,7 @@ def test_a_body_is_a_map_by_field_name_with_plain_values():
         "peer": {"peer_id": "ab" * 16, "host": "", "port": 7100, "kind": "agent"},
         "state": "leeching",
         "want_metainfo": False,
+        "growing": False,
     }
 
 

@@ -26,10 +26,15 @@ SMALL_OBJECT_BYTES: Final = 8 << 20
 
 @attrs.frozen
 class ObjectStat:
-    """An object and its length in bytes."""
+    """An object and its length in bytes.
+
+    Attributes:
+        version: names this content of the object, for `Backend.open`; empty when a backend has no such name.
+    """
 
     key: str
     length: int
+    version: str = attrs.field(default="", eq=False)
 
 
 @attrs.frozen
@@ -64,9 +69,12 @@ class Backend(Protocol):
         ...
 
     def open(
-        self, key: str, *, start: int = 0, stop: int | None = None
+        self, key: str, *, start: int = 0, stop: int | None = None, version: str = ""
     ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
         """Read the bytes from ``start`` to ``stop`` (excluded), in chunks of at most 1 MiB.
+
+        ``version`` is that of a former `stat`: several reads then never mix two contents.  A backend whose
+        `stat` gives none need not take it.
 
         ``stop`` beyond the end means the end.  An object that is deleted or replaced while it is
         open gives its old content or BackendUnavailable, never short or mixed data.
@@ -74,6 +82,7 @@ class Backend(Protocol):
         Raises on entry:
             ObjectNotFound: there is none.
             InvalidRange: ``start`` is negative or beyond the end, or ``stop`` before ``start``.
+            ObjectReplaced: it is no longer that version; also while it is read.
         """
         ...
 

@@ -21,7 +21,7 @@ from typing import Final, TypeVar, TypeVarTuple
 
 import trio
 
-from swarmpull.errors import BackendUnavailable, ObjectNotFound, StartupError
+from swarmpull.errors import BackendUnavailable, ObjectNotFound, ObjectReplaced, StartupError
 from swarmpull.store.backends.base import (
     CHUNK_BYTES_MAX,
     SMALL_OBJECT_BYTES,
@@ -70,18 +70,22 @@ class DirectoryBackend:
     async def stat(self, key: str) -> ObjectStat:
         """See `Backend.stat`."""
         path = self._path(key)
-        return ObjectStat(key, (await self._run(key, os.stat, path)).st_size)
+        status = await self._run(key, os.stat, path)
+        return ObjectStat(key, status.st_size, _version(status))
 
     @asynccontextmanager
     async def open(
-        self, key: str, *, start: int = 0, stop: int | None = None
+        self, key: str, *, start: int = 0, stop: int | None = None, version: str = ""
     ) -> AsyncIterator[AsyncIterator[bytes]]:
         """See `Backend.open`."""
         path = self._path(key)
         descriptor = await self._run(key, os.open, path, os.O_RDONLY | os.O_CLOEXEC)
         file = OpenFile(descriptor)
         try:
-            offsets = check_range(key, os.fstat(descriptor).st_size, start, stop)
+            status = os.fstat(descriptor)
+            if version not in ("", _version(status)):
+                raise ObjectReplaced(self.name, key, "the object was replaced while it was read")
+            offsets = check_range(key, status.st_size, start, stop)
             yield _Chunks(self, key, file, offsets)
         finally:
             file.close()
@@ -240,6 +244,11 @@ def _prepare(root: Path) -> None:
     for leftover in list(temporary.iterdir()):
         if leftover.stat().st_mtime < oldest:
             remove(leftover)
+
+
+def _version(status: os.stat_result) -> str:
+    """Objects are replaced whole, by another file."""
+    return f"{status.st_ino:x}-{status.st_mtime_ns:x}"
 
 
 def _create(path: Path) -> int:

