@@ -316,7 +316,9 @@ class UpstreamConfig:
     )
     freshness: Duration = attrs.field(
         default=Duration(60.0),
-        metadata=_meaning("How long a tag is believed before the upstream is asked again; may be 0s."),
+        metadata=_meaning(
+            "How long a tag is believed before the upstream is asked again; may be 0s."
+        ),
     )
     rate: Rate = attrs.field(
         default=UNLIMITED,

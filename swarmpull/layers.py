@@ -435,7 +435,9 @@ def _set(layers: _Layers, key: str, value: Any, where: str, *, text: bool) -> No
         layers.complain(key, where, "is a section, not a value: set one of the keys in it")
         return
     if key in listings():
-        layers.complain(key, where, f"is a list of sections: [[{key}]] in the file, {key}.0.KEY here")
+        layers.complain(
+            key, where, f"is a list of sections: [[{key}]] in the file, {key}.0.KEY here"
+        )
         return
     setting = setting_of(key)
     if setting is None:
@@ -635,16 +637,16 @@ def _entries(layers: _Layers, listing: Listing) -> Iterator[Any]:
         fields = found[number]
         key, where = f"{listing.key}.{number}", next(iter(fields.values())).where
         if number != position:
-            message = f"there is no {listing.key}.{position}: entries are counted from 0 without a gap"
+            message = (
+                f"there is no {listing.key}.{position}: entries are counted from 0 without a gap"
+            )
             layers.complain(key, where, message)
             return
         if _is_whole(layers, listing, key, fields):
             yield listing.entry(**{name: value.value for name, value in fields.items()})
 
 
-def _is_whole(
-    layers: _Layers, listing: Listing, key: str, fields: Mapping[str, _Value]
-) -> bool:
+def _is_whole(layers: _Layers, listing: Listing, key: str, fields: Mapping[str, _Value]) -> bool:
     """Whether an entry has what it needs; says what is missing, unless that was wrong anyway."""
     broken = {problem.key for problem in layers.problems}
     missing = [
@@ -660,7 +662,9 @@ def _is_whole(
 
 def _check_upstreams(layers: _Layers, config: Config) -> None:
     """Upstreams that cannot be told apart, and credentials that are given twice."""
-    seen: dict[str, str] = {name.replace(":", "_"): "cluster.names" for name in config.cluster.names}
+    seen: dict[str, str] = {
+        name.replace(":", "_"): "cluster.names" for name in config.cluster.names
+    }
     for number, upstream in enumerate(config.upstreams):
         key = f"upstreams.{number}"
         name = upstream.name.replace(":", "_")
@@ -669,7 +673,9 @@ def _check_upstreams(layers: _Layers, config: Config) -> None:
             layers.complain(f"{key}.name", layers.where(f"{key}.name"), message)
         seen.setdefault(name, key)
         given = [
-            field for field in ("password", "password_file", "docker_config") if getattr(upstream, field)
+            field
+            for field in ("password", "password_file", "docker_config")
+            if getattr(upstream, field)
         ]
         if len(given) > 1:
             message = f"must not be set together with {given[0]}"

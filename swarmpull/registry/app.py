@@ -134,7 +134,7 @@ class _RegistryApp:
         upstream = check_upstream(request.query("ns"))
         if upstream is not None:
             reply.add_header(b"oci-namespace", upstream.encode())
-        call = Call(self._service, request, reply, route, upstream)
+        call = Call(self._service, request, reply, route, route.upstream or upstream)
         if route.endpoint in _UPLOADS or request.method in _WRITING:
             call.check_takes_pushes()
         return await _HANDLERS[route.endpoint, request.method](call)

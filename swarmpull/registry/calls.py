@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import attrs
 
+from swarmpull.errors import PushRefused
 from swarmpull.registry.asgi import Request, Response, Send
 from swarmpull.registry.errors import Code, RegistryError
 from swarmpull.registry.routes import Route
@@ -22,7 +23,8 @@ class Call:
         request: its headers, query and body.
         send: for handlers that send their response themselves.
         route: what it addresses.
-        upstream: the registry that the client takes us for (the ``ns`` parameter), or None.
+        upstream: the registry that the client takes us for (the ``ns`` parameter), or that it names in the
+            path with a port, or None.
     """
 
     service: RegistryService
@@ -42,8 +44,12 @@ class Call:
         return _require(self.service.uploads)
 
     def check_takes_pushes(self) -> None:
-        """Raises RegistryError (405) where the role takes neither pushes nor deletions."""
+        """Raises RegistryError (405) where the role takes no pushes, PushRefused where not of this name."""
         _require(self.service.uploads)
+        if self.route.upstream:
+            raise PushRefused(f"{self.route.upstream} is another registry: push to it directly")
+        if self.repository is not None:
+            self.service.check_push(self.repository)
 
 
 def _require(uploads: UploadStore | None) -> UploadStore:

@@ -14,6 +14,7 @@ from swarmpull.units import RATE_FORMS, format_rate, parse_rate
 
 log = structlog.get_logger()
 
+
 @attrs.frozen
 class Rates:
     """The rates of one host: of pieces to its peers, and from them."""

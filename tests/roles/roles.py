@@ -22,6 +22,7 @@ from swarmpull.config import (
     Config,
     IndexConfig,
     ListenerConfig,
+    OriginBackendConfig,
     OriginConfig,
     PeerListenerConfig,
     StoreConfig,
@@ -129,7 +130,7 @@ class Cluster:
             rpc=LISTEN,
             peer=PEER,
             admin=LISTEN,
-            backend=BackendConfig(url=(self.root / "backend").as_uri()),
+            backend=OriginBackendConfig(url=(self.root / "backend").as_uri()),
             data_dir=self.root / "origin",
             store=StoreConfig(**store),
         )

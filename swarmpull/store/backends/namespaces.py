@@ -73,6 +73,10 @@ class Namespaces:
         patterns = tuple(namespace.pattern for namespace in self._namespaces)
         raise RepositoryUnmatched(repository, patterns)
 
+    def share_backend(self, one: str, other: str) -> bool:
+        """Whether what is durable in one repository is so in the other.  Raises RepositoryUnmatched."""
+        return self.backend_for(one).name == self.backend_for(other).name
+
     def check_push(self, repository: str) -> None:
         """Return when content of a repository can be kept.
 

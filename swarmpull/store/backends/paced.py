@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
+import trio
+
 from swarmpull.store.backends.base import SMALL_OBJECT_BYTES, Backend, ObjectPage, ObjectStat
 from swarmpull.store.token_bucket import TokenBucket
 
@@ -34,7 +36,9 @@ class PacedBackend:
         return self._open(key, start, stop)
 
     @asynccontextmanager
-    async def _open(self, key: str, start: int, stop: int | None) -> AsyncIterator[AsyncIterator[bytes]]:
+    async def _open(
+        self, key: str, start: int, stop: int | None
+    ) -> AsyncIterator[AsyncIterator[bytes]]:
         async with self._backend.open(key, start=start, stop=stop) as chunks:
             yield self._paced(chunks)
 
@@ -44,7 +48,7 @@ class PacedBackend:
             yield chunk
 
     async def put_file(self, key: str, path: Path) -> None:
-        await self._bucket.take(path.stat().st_size)
+        await self._bucket.take((await trio.Path(path).stat()).st_size)
         await self._backend.put_file(key, path)
 
     async def put_bytes(self, key: str, data: bytes) -> None:
