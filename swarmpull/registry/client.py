@@ -31,9 +31,9 @@ from swarmpull.registry.http import (
     CHUNK_BYTES,
     Answer,
     AnswerTooLong,
+    ClientLimits,
     HttpClient,
     HttpFailure,
-    HttpLimits,
     check_server_url,
     error_message,
     open_http,
@@ -49,7 +49,7 @@ _BUSY: Final = (
 )
 _BACKOFF_MAX: Final = 5.0
 # A cold blob may keep a reader waiting while the cluster fetches what comes next.
-_LIMITS: Final = HttpLimits(connect=5.0, silence=60.0)
+_LIMITS: Final = ClientLimits(connect=5.0, silence=60.0)
 _ADMIN_TIMEOUT: Final = 3.0
 
 _T = TypeVar("_T")

@@ -94,12 +94,29 @@ class Answer:
         return urljoin(self.url, location)
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """The body as it was sent, in chunks of at most `CHUNK_BYTES`.  Raises HttpFailure."""
-        with _translating():
-            raw = cast("AsyncGenerator[bytes, None]", self._response.aiter_raw(CHUNK_BYTES))
-            async with aclosing(raw) as chunks:
-                async for chunk in chunks:
-                    yield chunk
+        """The body as it was sent, in chunks of at most `CHUNK_BYTES`.
+
+        Raises:
+            HttpFailure: it broke off, after everything that had come.
+        """
+        waiting = bytearray()
+        parts = cast("AsyncGenerator[bytes, None]", self._response.aiter_raw())
+        async with aclosing(parts):
+            while True:
+                try:
+                    with _translating():
+                        part = await anext(parts, b"")
+                except HttpFailure:
+                    if waiting:
+                        yield bytes(waiting)
+                    raise
+                # What one read of the socket gives is far less than a chunk.
+                if waiting and (not part or len(waiting) + len(part) > CHUNK_BYTES):
+                    yield bytes(waiting)
+                    waiting.clear()
+                if not part:
+                    return
+                waiting += part
 
     async def close(self) -> None:
         """Give the connection back when the body was read to its end, else close it."""
@@ -117,7 +134,7 @@ class Answer:
 
 
 @attrs.frozen(kw_only=True)
-class HttpLimits:
+class ClientLimits:
     """Bounds of one client, in seconds.
 
     Attributes:
@@ -179,9 +196,9 @@ class HttpClient:
 
 
 @asynccontextmanager
-async def open_http(base: str, limits: HttpLimits | None = None) -> AsyncIterator[HttpClient]:
+async def open_http(base: str, limits: ClientLimits | None = None) -> AsyncIterator[HttpClient]:
     """A client of the server at ``base``, for the length of the block."""
-    limits = limits or HttpLimits()
+    limits = limits or ClientLimits()
     # The system's certificates rather than a bundle of our own.  No proxy from the environment: it
     # would be asked for registries on loopback.
     async with httpx.AsyncClient(

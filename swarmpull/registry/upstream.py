@@ -37,9 +37,9 @@ from swarmpull.errors import (
 from swarmpull.registry.http import (
     Answer,
     AnswerTooLong,
+    ClientLimits,
     HttpClient,
     HttpFailure,
-    HttpLimits,
     error_message,
     open_http,
 )
@@ -75,7 +75,7 @@ RETRY_AFTER_DEFAULT: Final = 5.0
 RETRY_AFTER_LONGEST: Final = 86400.0
 # Browsers follow twenty; from registry to bucket it is one.
 REDIRECTS_MAX: Final = 5
-LIMITS: Final = HttpLimits(connect=5.0, silence=30.0, connections=16)
+LIMITS: Final = ClientLimits(connect=5.0, silence=30.0, connections=16)
 
 _REDIRECTS: Final = (301, 302, 303, 307, 308)
 _TRANSIENT: Final = (408, 500, 502, 503, 504)
@@ -261,6 +261,8 @@ class Upstream:
         finally:
             await answer.close()
         reason = f"HTTP {answer.status} {text or answer.phrase}".rstrip()
+        if answer.status == 401:
+            reason += ": it does not take what we log in with, or lets nobody have this"
         if answer.status in (401, 403):
             raise UpstreamRefused(self.name, path, reason)
         if answer.status not in (*_TRANSIENT, 429):
@@ -586,7 +588,7 @@ async def open_upstream(
     url: str,
     credentials: Credentials,
     *,
-    limits: HttpLimits = LIMITS,
+    limits: ClientLimits = LIMITS,
     patience: Patience | None = None,
 ) -> AsyncIterator[Upstream]:
     """The registry at ``registry+https://host`` or ``registry+http://host``, for the length of the block.

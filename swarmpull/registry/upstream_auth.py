@@ -32,7 +32,8 @@ TOKENS_MAX: Final = 10_000
 _DOCKER_HUB: Final = "https://index.docker.io/v1/"
 _DOCKER_HUB_NAMES: Final = ("docker.io", "registry-1.docker.io", "index.docker.io")
 
-_SCHEME: Final = re.compile(r"\s*,?\s*([A-Za-z][A-Za-z0-9-]*)(?:\s+|$)", re.ASCII)
+# A scheme stands alone or before its parameters, and a parameter before an equals sign.
+_SCHEME: Final = re.compile(r"\s*,?\s*([A-Za-z][A-Za-z0-9-]*)(?=\s*(?:,|$)|\s+[^\s=])", re.ASCII)
 _PARAMETER: Final = re.compile(
     r'\s*,?\s*([A-Za-z][A-Za-z0-9_-]*)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))', re.ASCII
 )
