@@ -105,16 +105,16 @@ class Answer:
             while True:
                 try:
                     with _translating():
-                        part = await anext(parts, b"")
+                        part = await anext(parts, None)
                 except HttpFailure:
                     if waiting:
                         yield bytes(waiting)
                     raise
                 # What one read of the socket gives is far less than a chunk.
-                if waiting and (not part or len(waiting) + len(part) > CHUNK_BYTES):
+                if waiting and (part is None or len(waiting) + len(part) > CHUNK_BYTES):
                     yield bytes(waiting)
                     waiting.clear()
-                if not part:
+                if part is None:
                     return
                 waiting += part
 

@@ -22,6 +22,7 @@ from swarmpull.config import (
     Config,
     IndexConfig,
     ListenerConfig,
+    NamespaceConfig,
     OriginBackendConfig,
     OriginConfig,
     PeerListenerConfig,
@@ -95,6 +96,7 @@ class Cluster:
     client: httpx.AsyncClient
     config: Config
     roles: dict[str, Role] = attrs.Factory(dict)
+    namespaces: tuple[NamespaceConfig, ...] = ()
 
     async def start(
         self, name: str, main: Callable[..., Awaitable[None]], settings: object
@@ -123,7 +125,7 @@ class Cluster:
         self._learn(indexes=(role.address("rpc"),))
         return role
 
-    async def start_origin(self, **store: Any) -> Role:
+    async def start_origin(self, name: str = "origin", **store: Any) -> Role:
         """``store``: settings of its store that are not the default."""
         settings = OriginConfig(
             registry=LISTEN,
@@ -131,11 +133,13 @@ class Cluster:
             peer=PEER,
             admin=LISTEN,
             backend=OriginBackendConfig(url=(self.root / "backend").as_uri()),
-            data_dir=self.root / "origin",
+            namespaces=self.namespaces,
+            data_dir=self.root / name,
             store=StoreConfig(**store),
         )
-        role = await self.start("origin", run_origin, settings)
-        self._learn(origins=(role.address("rpc"),))
+        role = await self.start(name, run_origin, settings)
+        others = self.config.cluster.origins if name != "origin" else ()
+        self._learn(origins=(*others, role.address("rpc")))
         return role
 
     async def start_tracker(self) -> Role:
