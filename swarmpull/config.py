@@ -329,6 +329,7 @@ class UpstreamConfig:
     )
     password: Secret = attrs.field(
         default=Secret(""),
+        repr=False,
         metadata=_meaning("Password or token of that user; better in the environment or a file."),
     )
     password_file: str = attrs.field(

@@ -75,7 +75,8 @@ RETRY_AFTER_DEFAULT: Final = 5.0
 RETRY_AFTER_LONGEST: Final = 86400.0
 # Browsers follow twenty; from registry to bucket it is one.
 REDIRECTS_MAX: Final = 5
-LIMITS: Final = ClientLimits(connect=5.0, silence=30.0, connections=16)
+# Several times what an origin fetches at once, so that manifests and tokens do not wait for layers.
+LIMITS: Final = ClientLimits(connect=5.0, silence=30.0, connections=64)
 
 _REDIRECTS: Final = (301, 302, 303, 307, 308)
 _TRANSIENT: Final = (408, 500, 502, 503, 504)

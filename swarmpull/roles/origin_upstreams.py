@@ -7,6 +7,7 @@ asked for again; while the upstream cannot say, the last answer is given and mar
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Final
@@ -34,6 +35,12 @@ log = structlog.get_logger()
 
 # Tags whose digest is remembered, a few hundred bytes each; the ones that were not asked for longest go.
 TAGS_MAX: Final = 10_000
+# Seconds that an upstream has to answer.  Agents wait 60 and take an origin that says nothing for dead.
+ANSWER_SECONDS: Final = 45.0
+# The same when there is an answer of former times: better that one than a client that waits.
+CONFIRM_SECONDS: Final = 5.0
+# After it has failed to confirm one tag an upstream is not asked about others that are known, for so long.
+DOWN_SECONDS: Final = 10.0
 
 
 @attrs.frozen
@@ -68,6 +75,7 @@ class UpstreamManifests:
         self._upstreams = upstreams
         self._store = store
         self._tags: OrderedDict[tuple[str, str], _Known] = OrderedDict()
+        self._down_until: dict[str, float] = {}
         self._asking: SharedWork[_Wanted, Descriptor] = SharedWork(nursery)
         self._answers = metrics.counter(
             "upstream_manifests_total",
@@ -109,21 +117,30 @@ class UpstreamManifests:
         if fresh is not None:
             self._answers.labels("fresh").inc()
             return fresh
+        if known is not None and self._is_down(wanted):
+            return self._stale(known)
         try:
             descriptor = await self._asking.run(wanted, self._ask)
         except BackendUnavailable as error:
             if known is None or isinstance(error, UpstreamRefused):
                 self._answers.labels("failed").inc()
                 raise
-            log.warning("upstream_answer_stale", repository=wanted.repository, reason=str(error))
-            self._answers.labels("stale").inc()
-            return attrs.evolve(known.descriptor, stale=True)
+            self._down_until[component_of(wanted)] = trio.current_time() + DOWN_SECONDS
+            log.warning("upstream_answer_stale", manifest=str(wanted), reason=str(error))
+            return self._stale(known)
         except ManifestNotFound:
             self._tags.pop((wanted.repository, wanted.reference), None)
             self._answers.labels("asked").inc()
             raise
         self._answers.labels("asked").inc()
         return descriptor
+
+    def _is_down(self, wanted: _Wanted) -> bool:
+        return trio.current_time() < self._down_until.get(component_of(wanted), -math.inf)
+
+    def _stale(self, known: _Known) -> Descriptor:
+        self._answers.labels("stale").inc()
+        return attrs.evolve(known.descriptor, stale=True)
 
     def _upstream_of(self, repository: str) -> tuple[Upstream, float]:
         component = repository.partition("/")[0]
@@ -133,10 +150,20 @@ class UpstreamManifests:
             raise UpstreamUnknown(component, tuple(self._upstreams)) from None
 
     async def _ask(self, wanted: _Wanted) -> Descriptor:
+        known = None if ":" in wanted.reference else self._known(wanted)
+        seconds = ANSWER_SECONDS if known is None else CONFIRM_SECONDS
+        try:
+            with trio.fail_after(seconds):
+                return await self._ask_now(wanted, known)
+        except trio.TooSlowError as error:
+            upstream, _ = self._upstream_of(wanted.repository)
+            reason = f"no answer within {seconds:.0f} seconds"
+            raise BackendUnavailable(upstream.name, str(wanted), reason) from error
+
+    async def _ask_now(self, wanted: _Wanted, known: _Known | None) -> Descriptor:
         """Ask the upstream, keep what it says, and keep the content if there is any."""
         upstream, _ = self._upstream_of(wanted.repository)
         name = wanted.repository.partition("/")[2]
-        known = None if ":" in wanted.reference else self._known(wanted)
         if not wanted.content or known is not None:
             descriptor = await upstream.head_manifest(
                 name, wanted.reference, known=None if known is None else known.descriptor
@@ -161,3 +188,8 @@ class UpstreamManifests:
         self._tags.move_to_end(key)
         while len(self._tags) > TAGS_MAX:
             self._tags.popitem(last=False)
+
+
+def component_of(wanted: _Wanted) -> str:
+    """The upstream of a manifest, as it is called in names."""
+    return wanted.repository.partition("/")[0]

@@ -15,6 +15,7 @@ import trio
 
 from swarmpull.config import Duration, Secret, UpstreamConfig
 from swarmpull.digest import Digest
+from swarmpull.roles import origin_upstreams
 
 from .docker_registry import PASSWORD, USER, docker_registry, push_image
 from .roles import MANIFEST_TYPE, Cluster, cluster_under, manifest_of, whole_cluster
@@ -240,6 +241,22 @@ async def test_while_the_upstream_is_down_a_tag_is_served_stale_with_a_warning(
         reply = await cluster.get("agent-0", path.replace("v1", "v2"))
         assert error_of(reply)[:2] == (429, "TOOMANYREQUESTS")
         assert 3500 < int(reply.headers["retry-after"]) <= 3600
+
+
+async def test_an_upstream_that_hangs_holds_up_nobody_who_can_have_a_stale_answer(
+    tmp_path, server, monkeypatch
+) -> None:
+    monkeypatch.setattr(origin_upstreams, "CONFIRM_SECONDS", 0.05)
+    config = upstream_config(server, freshness=Duration(0.0))
+    async with mirror(tmp_path, config) as cluster:
+        path = "/v2/docker.io/library/app/manifests/v1"
+        await cluster.get("agent-0", path)
+        server.hanging = True
+        for _ in range(3):
+            reply = await cluster.get("agent-0", path)
+            assert reply.headers["warning"].startswith("110 ")
+        # It is believed to be down after the first, and not asked by the others.
+        assert len([line for line in server.lines if line.endswith("/v1")]) == 2
 
 
 async def test_a_blob_that_the_upstream_limits_says_when_to_come_back(tmp_path, server) -> None:

@@ -58,6 +58,9 @@ class FakeUpstream:
         sent: bytes of blobs that left.
         rules: asked one after the other before anything else; the first reply is sent.
         login: "", "basic" or "token".
+        tokens: those that were given out and are still taken.
+        expires_in: seconds that a token is said to last.
+        hanging: answer nothing any more.
     """
 
     port: int = 0
@@ -69,6 +72,7 @@ class FakeUpstream:
     login: str = ""
     tokens: set[str] = attrs.Factory(set)
     expires_in: float = 300.0
+    hanging: bool = False
 
     @property
     def address(self) -> str:
@@ -119,6 +123,8 @@ class FakeUpstream:
         query = parse_qs(scope["query_string"].decode())
         seen = Seen(scope["method"], scope["path"], query, headers)
         self.seen.append(seen)
+        if self.hanging:
+            await trio.sleep_forever()
         await self._send(seen, self._answer(seen), send)
 
     def _answer(self, seen: Seen) -> Reply:
