@@ -274,7 +274,13 @@ def _plain_text(value: object) -> str:
 def _secret(value: object) -> str:
     if type(value) is not str:
         raise ValueError("must be text in quotes")
-    return value
+    return _text_secret(value)
+
+
+def _text_secret(text: str) -> str:
+    if text == HIDDEN:
+        raise ValueError("must be the secret itself, not what is shown instead of it")
+    return text
 
 
 def _strict_bool(value: object) -> bool:
@@ -369,7 +375,7 @@ def _text_list(text: str) -> tuple[str, ...]:
 # type -> (what TOML gives, what a text gives)
 _DECODERS: Final[dict[Any, tuple[Callable[[Any], Any], Callable[[str], Any]]]] = {
     str: (_plain_text, str),
-    Secret: (_secret, str),
+    Secret: (_secret, _text_secret),
     bool: (_strict_bool, _text_bool),
     int: (_strict_int, _text_int),
     Size: (_strict_size, parse_size),
