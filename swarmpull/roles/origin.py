@@ -30,6 +30,7 @@ from swarmpull.roles.stored_manifests import store_manifest
 from swarmpull.roles.swarm_host import SwarmHost, open_swarm_host
 from swarmpull.roles.swarm_status import swarm_status, unreachable
 from swarmpull.store.holds import Pin
+from swarmpull.store.tags import open_tags
 from swarmpull.store.uploads import UploadStore
 from swarmpull.swarm.peers import PeerKind
 from swarmpull.telemetry import Metrics
@@ -280,6 +281,7 @@ async def run_origin(
     async with (
         open_backends(settings, config.upstreams) as backends,
         open_role_store("origin", settings.data_dir, settings.store, metrics) as store,
+        open_tags(settings.data_dir / "upstream-tags.sqlite") as tags,
         open_rpc_pool() as pool,
         open_swarm_host(store, PeerKind.ORIGIN, settings.peer, config.swarm, metrics) as host,
         trio.open_nursery() as nursery,
@@ -288,7 +290,7 @@ async def run_origin(
         nursery.start_soon(store.janitor.run)
         index = IndexClient(RingClient(pool, indexes, "index"))
         content = OriginContent(store, backends.namespaces, nursery, metrics)
-        upstreams = UpstreamManifests(backends.upstreams, store, nursery, metrics)
+        upstreams = UpstreamManifests(backends.upstreams, store, tags, nursery, metrics)
         host.recall = content.ensure_local
         registry = OriginRegistry(content, index, upstreams, upstream_names(config))
         calls = OriginCalls(content, registry, upstreams, host)

@@ -8,7 +8,6 @@ asked for again; while the upstream cannot say, the last answer is given and mar
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Final
 
@@ -28,13 +27,12 @@ from swarmpull.roles.shared_work import SharedWork
 from swarmpull.roles.stored_manifests import store_manifest, stored_descriptor
 from swarmpull.store.blobs import BlobStore
 from swarmpull.store.holds import Pin
+from swarmpull.store.tags import Tagged, TagTable
 from swarmpull.telemetry import Metrics
 from swarmpull.wire.api import Descriptor, UpstreamManifestReply
 
 log = structlog.get_logger()
 
-# Tags whose digest is remembered, a few hundred bytes each; the ones that were not asked for longest go.
-TAGS_MAX: Final = 10_000
 # Seconds that an upstream has to answer.  Agents wait 60 and take an origin that says nothing for dead.
 ANSWER_SECONDS: Final = 45.0
 # The same when there is an answer of former times: better that one than a client that waits.
@@ -55,12 +53,6 @@ class _Wanted:
         return f"{self.repository}:{self.reference}"
 
 
-@attrs.frozen
-class _Known:
-    descriptor: Descriptor
-    checked_at: float
-
-
 class UpstreamManifests:
     """The manifests of all upstreams of one origin."""
 
@@ -68,13 +60,14 @@ class UpstreamManifests:
         self,
         upstreams: Mapping[str, tuple[Upstream, float]],
         store: BlobStore,
+        tags: TagTable,
         nursery: trio.Nursery,
         metrics: Metrics,
     ) -> None:
         """``upstreams``: each with the seconds that its tags are fresh, by its component of names."""
         self._upstreams = upstreams
         self._store = store
-        self._tags: OrderedDict[tuple[str, str], _Known] = OrderedDict()
+        self._tags = tags
         self._down_until: dict[str, float] = {}
         self._asking: SharedWork[_Wanted, Descriptor] = SharedWork(nursery)
         self._answers = metrics.counter(
@@ -110,8 +103,8 @@ class UpstreamManifests:
         known = None if is_digest else self._known(wanted)
         if is_digest:
             fresh = await stored_descriptor(self._store, Digest.parse(wanted.reference))
-        elif known is not None and trio.current_time() < known.checked_at + freshness:
-            fresh = known.descriptor
+        elif known is not None and trio.current_time() < known.confirmed_at + freshness:
+            fresh = described(known)
         else:
             fresh = None
         if fresh is not None:
@@ -129,7 +122,7 @@ class UpstreamManifests:
             log.warning("upstream_answer_stale", manifest=str(wanted), reason=str(error))
             return self._stale(known)
         except ManifestNotFound:
-            self._tags.pop((wanted.repository, wanted.reference), None)
+            await self._tags.remove(wanted.repository, wanted.reference)
             self._answers.labels("asked").inc()
             raise
         self._answers.labels("asked").inc()
@@ -138,9 +131,9 @@ class UpstreamManifests:
     def _is_down(self, wanted: _Wanted) -> bool:
         return trio.current_time() < self._down_until.get(component_of(wanted), -math.inf)
 
-    def _stale(self, known: _Known) -> Descriptor:
+    def _stale(self, known: Tagged) -> Descriptor:
         self._answers.labels("stale").inc()
-        return attrs.evolve(known.descriptor, stale=True)
+        return attrs.evolve(described(known), stale=True)
 
     def _upstream_of(self, repository: str) -> tuple[Upstream, float]:
         component = repository.partition("/")[0]
@@ -160,13 +153,13 @@ class UpstreamManifests:
             reason = f"no answer within {seconds:.0f} seconds"
             raise BackendUnavailable(upstream.name, str(wanted), reason) from error
 
-    async def _ask_now(self, wanted: _Wanted, known: _Known | None) -> Descriptor:
+    async def _ask_now(self, wanted: _Wanted, known: Tagged | None) -> Descriptor:
         """Ask the upstream, keep what it says, and keep the content if there is any."""
         upstream, _ = self._upstream_of(wanted.repository)
         name = wanted.repository.partition("/")[2]
         if not wanted.content or known is not None:
             descriptor = await upstream.head_manifest(
-                name, wanted.reference, known=None if known is None else known.descriptor
+                name, wanted.reference, known=None if known is None else described(known)
             )
         else:
             manifest = await upstream.get_manifest(name, wanted.reference)
@@ -176,18 +169,19 @@ class UpstreamManifests:
                 "upstream_manifest_fetched", manifest=str(wanted), digest=str(descriptor.digest)
             )
         if ":" not in wanted.reference:
-            self._remember(wanted, descriptor)
+            tagged = Tagged(
+                descriptor.digest, descriptor.media_type, descriptor.length, trio.current_time()
+            )
+            await self._tags.put(wanted.repository, wanted.reference, tagged)
         return descriptor
 
-    def _known(self, wanted: _Wanted) -> _Known | None:
-        return self._tags.get((wanted.repository, wanted.reference))
+    def _known(self, wanted: _Wanted) -> Tagged | None:
+        return self._tags.get(wanted.repository, wanted.reference)
 
-    def _remember(self, wanted: _Wanted, descriptor: Descriptor) -> None:
-        key = (wanted.repository, wanted.reference)
-        self._tags[key] = _Known(descriptor, trio.current_time())
-        self._tags.move_to_end(key)
-        while len(self._tags) > TAGS_MAX:
-            self._tags.popitem(last=False)
+
+def described(tagged: Tagged) -> Descriptor:
+    """What a tag was, as it is answered."""
+    return Descriptor(tagged.digest, tagged.media_type, tagged.length)
 
 
 def component_of(wanted: _Wanted) -> str:

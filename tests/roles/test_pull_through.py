@@ -243,6 +243,20 @@ async def test_while_the_upstream_is_down_a_tag_is_served_stale_with_a_warning(
         assert 3500 < int(reply.headers["retry-after"]) <= 3600
 
 
+async def test_a_tag_survives_a_restart_of_the_origin_while_the_upstream_is_down(
+    tmp_path, server
+) -> None:
+    async with mirror(tmp_path, upstream_config(server)) as cluster:
+        path = "/v2/docker.io/library/app/manifests/v1"
+        fresh = await cluster.get("origin", path)
+        await cluster.roles["origin"].kill()
+        server.fail(99, "HEAD|GET", Reply(500))
+        await cluster.start_origin()
+        stale = await cluster.get("origin", path)
+        assert stale.content == fresh.content
+        assert stale.headers["warning"].startswith("110 ")
+
+
 async def test_an_upstream_that_hangs_holds_up_nobody_who_can_have_a_stale_answer(
     tmp_path, server, monkeypatch
 ) -> None:
