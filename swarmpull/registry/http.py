@@ -6,6 +6,7 @@ Nothing is tried again, no redirect is followed, nothing is decoded: who asks de
 from __future__ import annotations
 
 import json
+import logging
 import os
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
@@ -20,6 +21,10 @@ from swarmpull import __version__
 from swarmpull.errors import SwarmpullError
 
 CHUNK_BYTES: Final = 1 << 20
+
+# At their lower levels they write down URLs and headers, which may be signed or hold a token.
+for _library in ("httpx", "httpcore"):
+    logging.getLogger(_library).setLevel(logging.WARNING)
 
 
 @attrs.define(slots=False)

@@ -30,7 +30,6 @@ from swarmpull.errors import (
     ManifestInvalid,
     ManifestNotFound,
     ObjectNotFound,
-    PushRefused,
     UpstreamBusy,
     UpstreamRefused,
 )
@@ -453,12 +452,12 @@ class UpstreamBackend:
         raise BackendUnavailable(self.name, key, reason)
 
     async def put_file(self, key: str, path: Path) -> None:  # noqa: ARG002
-        """Refuse: nothing is pushed upstream.  Raises PushRefused."""
-        self._refuse()
+        """Refuse: nothing is pushed upstream.  Raises BackendUnavailable."""
+        self._refuse(key)
 
     async def put_bytes(self, key: str, data: bytes) -> None:  # noqa: ARG002
-        """Refuse: nothing is pushed upstream.  Raises PushRefused."""
-        self._refuse()
+        """Refuse: nothing is pushed upstream.  Raises BackendUnavailable."""
+        self._refuse(key)
 
     async def get_bytes(self, key: str, *, limit: int = SMALL_OBJECT_BYTES) -> bytes:
         """Read a small blob whole, as `Backend.get_bytes` says."""
@@ -471,16 +470,16 @@ class UpstreamBackend:
                 content += chunk
         return bytes(content)
 
-    async def delete(self, key: str) -> None:  # noqa: ARG002
-        """Refuse: nothing is deleted upstream.  Raises PushRefused."""
-        self._refuse()
+    async def delete(self, key: str) -> None:
+        """Refuse: nothing is deleted upstream.  Raises BackendUnavailable."""
+        self._refuse(key)
 
     async def list(self, prefix: str = "", *, after: str = "", limit: int = 1000) -> ObjectPage:  # noqa: ARG002
         """Refuse: registries do not list blobs.  Raises BackendUnavailable."""
         self.fail(prefix, "a registry does not list its blobs")
 
-    def _refuse(self) -> NoReturn:
-        raise PushRefused(f"upstream {self.name} is only pulled from")
+    def _refuse(self, key: str) -> NoReturn:
+        self.fail(check_key(key), "an upstream is only pulled from")
 
 
 class _Reading:

@@ -1,6 +1,7 @@
 """What tags of other registries were the last time somebody said so; survives a restart.
 
-A cache, kept in SQLite: a file that is damaged is begun anew, and a crash may lose the last changes.
+A cache, kept in SQLite: a file that is damaged is begun anew, one that cannot be written is done without,
+and a crash may lose the last changes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import structlog
 import trio
 
 from swarmpull.digest import Digest
-from swarmpull.errors import InvalidDigest, StartupError
+from swarmpull.errors import InvalidDigest
 
 log = structlog.get_logger()
 
@@ -115,28 +116,30 @@ class TagTable:
 
 @asynccontextmanager
 async def open_tags(path: Path, *, capacity: int = TAGS_MAX) -> AsyncIterator[TagTable]:
-    """The table in a file, which is made if need be.  Raises StartupError when it cannot be."""
-    try:
-        table, connection = await _opened(path, capacity)
-    except sqlite3.DatabaseError as error:
-        if isinstance(error, sqlite3.OperationalError):
-            raise StartupError(f"{path} cannot be used: {error}", "check its directory") from error
-        log.warning("tags_damaged", path=str(path), reason=str(error))
-        await trio.Path(path).unlink()
-        table, connection = await _opened(path, capacity)
+    """The table in a file, which is made if need be, for the length of the block."""
+    table, connection = await trio.to_thread.run_sync(_open_somehow, path, capacity)
     with closing(connection):
         yield table
 
 
-async def _opened(path: Path, capacity: int) -> tuple[TagTable, sqlite3.Connection]:
-    return await trio.to_thread.run_sync(_open, path, capacity)
+def _open_somehow(path: Path, capacity: int) -> tuple[TagTable, sqlite3.Connection]:
+    try:
+        return _open(str(path), capacity)
+    except sqlite3.OperationalError as error:
+        # No room, no right, no directory: nothing that a cache should keep an origin from starting for.
+        log.warning("tags_not_kept", path=str(path), reason=str(error))
+        return _open(":memory:", capacity)
+    except sqlite3.DatabaseError as error:
+        log.warning("tags_damaged", path=str(path), reason=str(error))
+        for file in (path, path.with_name(f"{path.name}-journal")):
+            file.unlink(missing_ok=True)
+        return _open(str(path), capacity)
 
 
-def _open(path: Path, capacity: int) -> tuple[TagTable, sqlite3.Connection]:
+def _open(path: str, capacity: int) -> tuple[TagTable, sqlite3.Connection]:
     # Used by one thread at a time, but not always by the same.
     connection = sqlite3.connect(path, check_same_thread=False)
     try:
-        connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = OFF")
         connection.execute(_SCHEMA)
         table = TagTable(connection, capacity)

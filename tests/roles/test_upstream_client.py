@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -21,7 +22,6 @@ from swarmpull.errors import (
     InvalidRange,
     ManifestNotFound,
     ObjectNotFound,
-    PushRefused,
     UpstreamBusy,
     UpstreamRefused,
 )
@@ -115,7 +115,7 @@ async def test_nothing_is_written_to_an_upstream(server, tmp_path: Path) -> None
             backend.put_file(KEY, tmp_path / "file"),
             backend.delete(KEY),
         ):
-            with pytest.raises(PushRefused, match="only pulled from"):
+            with pytest.raises(BackendUnavailable, match="only pulled from"):
                 await write
     assert server.seen == []
 
@@ -436,6 +436,23 @@ async def test_a_redirect_to_another_host_is_followed_without_our_credentials(se
         assert [seen.line.split()[0] for seen in bucket.seen] == ["GET", "HEAD"]
         assert all("authorization" not in seen.headers for seen in bucket.seen)
         assert bucket.seen[0].headers["range"] == "bytes=3-8"
+
+
+async def test_what_is_signed_or_secret_is_in_no_log(server, caplog) -> None:
+    caplog.set_level(logging.DEBUG)
+    server.login = "token"
+    location = f"http://{server.address}/v2/elsewhere/blobs/{DIGEST}?signature=SIGNED"
+    server.blobs["elsewhere", str(DIGEST)] = CONTENT
+    moved = Reply(307, {"Location": location})
+    server.rules.append(
+        lambda seen: moved if REPOSITORY in seen.path and "authorization" in seen.headers else None
+    )
+    server.fail(1, "GET .*/elsewhere/", Reply(500))
+    with structlog.testing.capture_logs() as logs:
+        async with client(server, BOB) as upstream:
+            assert await read(upstream) == CONTENT
+    for secret in ("SIGNED", PASSWORD, BASIC, *server.tokens):
+        assert secret not in caplog.text + repr(logs)
 
 
 async def test_a_redirect_within_the_registry_keeps_them(server) -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import structlog
 
 from swarmpull.digest import Digest
-from swarmpull.errors import StartupError
 from swarmpull.store.tags import Tagged, open_tags
 
 ONE = Tagged(Digest.of(b"one"), "application/json", 3, confirmed_at=5.0)
@@ -56,7 +54,9 @@ async def test_a_damaged_file_is_begun_anew(tmp_path: Path) -> None:
         assert table.get("a", "v1") == ONE
 
 
-async def test_a_file_that_cannot_be_made_is_said_at_the_start(tmp_path: Path) -> None:
-    with pytest.raises(StartupError, match="check its directory"):
-        async with open_tags(tmp_path / "absent" / "tags"):
-            pass
+async def test_a_file_that_cannot_be_made_is_done_without(tmp_path: Path) -> None:
+    with structlog.testing.capture_logs() as logs:
+        async with open_tags(tmp_path / "absent" / "tags") as table:
+            await table.put("a", "v1", ONE)
+            assert table.get("a", "v1") == ONE
+    assert [entry["event"] for entry in logs] == ["tags_not_kept"]

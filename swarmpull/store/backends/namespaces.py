@@ -62,8 +62,8 @@ class Namespaces:
         Raises:
             RepositoryUnmatched: there are namespaces, and no pattern of theirs matches.
         """
-        component, _, rest = repository.partition("/")
-        if rest and component in self._upstreams:
+        if self.is_foreign(repository):
+            component, _, rest = repository.partition("/")
             return self._upstreams[component](rest)
         if not repository or not self._namespaces:
             return self._default
@@ -72,6 +72,11 @@ class Namespaces:
                 return namespace.backend
         patterns = tuple(namespace.pattern for namespace in self._namespaces)
         raise RepositoryUnmatched(repository, patterns)
+
+    def is_foreign(self, repository: str) -> bool:
+        """Whether a repository is one of an upstream, where nothing can be written."""
+        component, _, rest = repository.partition("/")
+        return bool(rest) and component in self._upstreams
 
     def share_backend(self, one: str, other: str) -> bool:
         """Whether what is durable in one repository is so in the other.  Raises RepositoryUnmatched."""
@@ -83,8 +88,8 @@ class Namespaces:
         Raises:
             PushRefused: it belongs to an upstream, or no pattern matches it.
         """
-        component, _, rest = repository.partition("/")
-        if rest and component in self._upstreams:
+        if self.is_foreign(repository):
+            component = repository.partition("/")[0]
             raise PushRefused(
                 f"repository {repository} is one of upstream {component}, which is only pulled from"
             )
