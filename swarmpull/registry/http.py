@@ -267,6 +267,10 @@ def _reason(failure: BaseException) -> str:
     """What the operating system said, if it is among the causes, else the failure itself."""
     seen: BaseException | None = failure
     while seen is not None:
+        if isinstance(seen, ssl.SSLCertVerificationError):
+            return f"its certificate is not trusted: {seen.verify_message}"
+        if isinstance(seen, ssl.SSLError):
+            return f"TLS failed: {seen.reason or seen}"
         if isinstance(seen, OSError) and seen.errno:
             # name look-ups have negative numbers and texts of their own
             return os.strerror(seen.errno) if seen.errno > 0 else str(seen.strerror)

@@ -66,8 +66,8 @@ class OriginContent:
     ) -> None:
         self.store = store
         self.namespaces = namespaces
-        self._fetching: SharedWork[_Place, None] = SharedWork(nursery)
-        self._writing: SharedWork[_Place, None] = SharedWork(nursery)
+        self._fetching: SharedWork[None] = SharedWork(nursery)
+        self._writing: SharedWork[None] = SharedWork(nursery)
         self._fetches = trio.CapacityLimiter(TRANSFERS_MAX)
         self._writes = trio.CapacityLimiter(TRANSFERS_MAX)
         self._corrupt: set[_Place] = set()

@@ -69,7 +69,7 @@ class UpstreamManifests:
         self._store = store
         self._tags = tags
         self._down_until: dict[str, float] = {}
-        self._asking: SharedWork[_Wanted, Descriptor] = SharedWork(nursery)
+        self._asking: SharedWork[Descriptor] = SharedWork(nursery)
         self._answers = metrics.counter(
             "upstream_manifests_total",
             "Manifests of upstreams that were asked for, by how that went: fresh, asked, stale, failed.",

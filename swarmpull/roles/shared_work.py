@@ -22,7 +22,7 @@ class _Work(Generic[T]):
     error: SwarmpullError | None = None
 
 
-class SharedWork(Generic[K, T]):
+class SharedWork(Generic[T]):
     """Runs a job once for all who ask for it at the same time, and to its end if they leave.
 
     Jobs run in ``nursery``.  Nothing is remembered: who asks after the end begins anew.
@@ -30,7 +30,7 @@ class SharedWork(Generic[K, T]):
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
-        self._works: dict[K, _Work[T]] = {}
+        self._works: dict[Hashable, _Work[T]] = {}
 
     async def run(self, key: K, job: Callable[[K], Awaitable[T]]) -> T:
         """Join the job under way for this key, or begin this one; returns what it returns.

@@ -115,7 +115,7 @@ class SwarmHost:
         self._watch = watch
         self._watches: dict[Digest, trio.CancelScope] = {}
         self._connections = PeerConnections(self, scheduler, nursery, buffers, rates, metrics)
-        self._starting: SharedWork[Digest, Download] = SharedWork(nursery)
+        self._starting: SharedWork[Download] = SharedWork(nursery)
         self._downloads: dict[Digest, Download] = {}
         # Downloads whose partial is open, and may be so after their end.
         self._open: set[Download] = set()

@@ -36,6 +36,11 @@ class TokenBucket:
         """Bytes per second; inf for no limit."""
         return self._rate
 
+    @property
+    def is_unlimited(self) -> bool:
+        """Whether nothing waits here."""
+        return self._rate == math.inf
+
     def set_rate(self, rate: float) -> None:
         """Change the rate; those who wait go by the new one at once.
 
@@ -52,7 +57,7 @@ class TokenBucket:
 
     async def take(self, size: int) -> None:
         """Return when ``size`` bytes may pass."""
-        if self._rate == math.inf:
+        if self.is_unlimited:
             await trio.lowlevel.checkpoint()
             return
         async with self._turn:
@@ -64,7 +69,7 @@ class TokenBucket:
 
         Those who take some at a time share a low rate evenly, and none waits long between two portions.
         """
-        if self._rate == math.inf:
+        if self.is_unlimited:
             await trio.lowlevel.checkpoint()
             return size
         async with self._turn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Iterator
@@ -22,15 +23,20 @@ HTPASSWD = "bob:$2y$05$abcdefghijklmnopqrstuuoXuKqgZXLiJqzfmMXDDhSFPIvxV7t8.\n"
 
 
 @contextmanager
-def docker_registry(directory: Path, *, login: bool = False) -> Iterator[str]:
-    """Yields host:port; with ``login`` it wants user and password.  Skips where it is not installed."""
+def docker_registry(
+    directory: Path, *, login: bool = False, certificate: Path | None = None
+) -> Iterator[str]:
+    """Yields host:port; with ``login`` it wants user and password.  Skips where it is not installed.
+
+    With ``certificate``, a file of key and certificate, it speaks TLS.
+    """
     program = shutil.which("docker-registry") or pytest.skip("docker-registry is not installed")
     directory.mkdir()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     config = directory / "config.yml"
-    config.write_text(configuration(directory, address, login=login))
+    config.write_text(configuration(directory, address, certificate, login=login))
     log = directory / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -44,11 +50,12 @@ def docker_registry(directory: Path, *, login: bool = False) -> Iterator[str]:
         process.wait()
 
 
-def configuration(directory: Path, address: str, *, login: bool) -> str:
+def configuration(directory: Path, address: str, certificate: Path | None, *, login: bool) -> str:
+    tls = f", tls: {{certificate: {certificate}, key: {certificate}}}" if certificate else ""
     lines = [
         "version: 0.1",
         "storage: {filesystem: {rootdirectory: " + str(directory / "data") + "}}",
-        f"http: {{addr: '{address}'}}",
+        f"http: {{addr: '{address}'{tls}}}",
     ]
     if login:
         passwords = directory / "htpasswd"
@@ -67,17 +74,19 @@ def wait_until_it_serves(address: str, process: subprocess.Popen[bytes], log: Pa
 
 def it_serves(address: str) -> bool:
     try:
-        return httpx.get(f"http://{address}/v2/", trust_env=False).status_code in {200, 401}
+        # A plain request to a port with TLS gets an answer too.
+        status = httpx.get(f"http://{address}/v2/", trust_env=False).status_code
     except httpx.TransportError:
         return False
+    return status in {200, 400, 401}
 
 
 async def push_image(
-    address: str, repository: str, tag: str, manifest: bytes, media_type: str, *blobs: bytes
+    base: str, repository: str, tag: str, manifest: bytes, media_type: str, *blobs: bytes
 ) -> None:
-    """Push as any client does."""
+    """Push as any client does to the registry at a URL."""
     async with httpx.AsyncClient(
-        base_url=f"http://{address}", auth=(USER, PASSWORD), timeout=30.0
+        base_url=base, auth=(USER, PASSWORD), timeout=30.0, verify=ssl.create_default_context()
     ) as client:
         for blob in blobs:
             begun = await client.post(f"/v2/{repository}/blobs/uploads/")
@@ -93,3 +102,25 @@ async def push_image(
             headers={"Content-Type": media_type},
         )
         assert put.status_code == 201, put.text
+
+
+def certificate_for_loopback(directory: Path) -> Path:
+    """A file with a key and a certificate of 127.0.0.1 that it signs itself; skips without openssl."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    key, certificate = directory / "key.pem", directory / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
+    command += [
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=test",
+        "-addext",
+        "subjectAltName=IP:127.0.0.1",
+    ]
+    command += ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(command, check=True, capture_output=True)
+    both = directory / "both.pem"
+    both.write_text(key.read_text() + certificate.read_text())
+    return both

@@ -253,7 +253,7 @@ async def test_an_answer_never_comes_from_work_that_was_cancelled() -> None:
         raise AssertionError
 
     async with trio.open_nursery() as waiting, trio.open_nursery() as working:
-        shared: SharedWork[Digest, int] = SharedWork(working)
+        shared: SharedWork[int] = SharedWork(working)
 
         async def want() -> None:
             with pytest.raises(DownloadFailed, match="shuts down"):

@@ -17,7 +17,13 @@ from swarmpull.config import Duration, Secret, UpstreamConfig
 from swarmpull.digest import Digest
 from swarmpull.roles import origin_upstreams
 
-from .docker_registry import PASSWORD, USER, docker_registry, push_image
+from .docker_registry import (
+    PASSWORD,
+    USER,
+    certificate_for_loopback,
+    docker_registry,
+    push_image,
+)
 from .roles import MANIFEST_TYPE, Cluster, cluster_under, manifest_of, whole_cluster
 from .upstream_server import FakeUpstream, Reply, fake_upstream
 
@@ -318,7 +324,9 @@ async def test_wrong_content_is_given_to_nobody_and_the_next_pull_tries_again(
 async def test_the_distribution_registry_is_pulled_through(tmp_path: Path, login) -> None:
     manifest = manifest_of(CONFIG, LAYER)
     with docker_registry(tmp_path / "upstream", login=login) as address:
-        await push_image(address, REPOSITORY, "v1", manifest, MANIFEST_TYPE, CONFIG, LAYER)
+        await push_image(
+            f"http://{address}", REPOSITORY, "v1", manifest, MANIFEST_TYPE, CONFIG, LAYER
+        )
         more: dict[str, Any] = {"username": USER, "password": Secret(PASSWORD)} if login else {}
         upstream = UpstreamConfig(
             name="hub.example", url=f"registry+http://{address}", freshness=Duration(0.0), **more
@@ -330,6 +338,23 @@ async def test_the_distribution_registry_is_pulled_through(tmp_path: Path, login
             assert await cluster.metric("origin", "backend_bytes_read_total") == len(CONFIG + LAYER)
             reply = await cluster.get("agent-0", f"/v2/hub.example/{REPOSITORY}/manifests/v9")
             assert reply.status_code == 404
+
+
+async def test_over_tls_the_certificate_is_checked(tmp_path: Path, monkeypatch) -> None:
+    certificate = certificate_for_loopback(tmp_path)
+    with docker_registry(tmp_path / "upstream", certificate=certificate) as address:
+        upstream = UpstreamConfig(name="hub.example", url=f"registry+https://{address}")
+        path = f"/v2/hub.example/{REPOSITORY}/manifests/v1"
+        async with mirror(tmp_path / "stranger", upstream) as cluster:
+            reply = await cluster.get("agent-0", path)
+            assert reply.status_code == 503
+            assert "certificate is not trusted: self-signed" in reply.text
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        manifest = manifest_of(CONFIG, LAYER)
+        base = f"https://{address}"
+        await push_image(base, REPOSITORY, "v1", manifest, MANIFEST_TYPE, CONFIG, LAYER)
+        async with mirror(tmp_path / "friend", upstream) as cluster:
+            assert await pull(cluster, "agent-0", f"hub.example/{REPOSITORY}") == manifest
 
 
 async def test_a_cluster_is_pulled_through_another_cluster(tmp_path: Path) -> None:
