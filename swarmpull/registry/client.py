@@ -297,9 +297,9 @@ class RegistryClient:
             async with self._http.request("POST", path) as answer:
                 await _check(answer)
                 location = answer.headers.get("Location")
-                if answer.status != HTTPStatus.ACCEPTED or location is None:
+                url = answer.resolve(location or "")
+                if answer.status != HTTPStatus.ACCEPTED or not location or not url:
                     raise UnexpectedAnswer(answer.url, "did not open an upload session")
-                url = answer.resolve(location)
             query = urlencode({"digest": str(digest)})
             await self._send_file(f"{url}{'&' if '?' in url else '?'}{query}", file, progress)
 

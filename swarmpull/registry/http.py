@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager
@@ -87,7 +88,7 @@ class Answer:
     def length(self) -> int | None:
         """``Content-Length``, if there is one."""
         text = self.headers.get("Content-Length", "")
-        return int(text) if text.isascii() and text.isdecimal() else None
+        return int(text) if re.fullmatch("[0-9]{1,18}", text, re.ASCII) else None
 
     @property
     def media_type(self) -> str:
@@ -95,8 +96,13 @@ class Answer:
         return self.headers.get("Content-Type", "").partition(";")[0].strip()
 
     def resolve(self, location: str) -> str:
-        """The URL that a ``Location`` of this answer means."""
-        return urljoin(self.url, location)
+        """The URL that a ``Location`` of this answer means; empty when it is none."""
+        try:
+            target = urljoin(self.url, location)
+            urlsplit(target).port  # noqa: B018 - the property raises ValueError
+        except ValueError:
+            return ""
+        return target
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
         """The body as it was sent, in chunks of at most `CHUNK_BYTES`.
@@ -223,7 +229,7 @@ def error_message(body: bytes) -> str:
     try:
         errors = json.loads(body)["errors"]
         messages = [_one_error(error) for error in errors]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return text.splitlines()[0][:200] if text and not text.startswith("<") else ""
     return "; ".join(messages)
 

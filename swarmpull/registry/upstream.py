@@ -33,6 +33,7 @@ from swarmpull.errors import (
     UpstreamBusy,
     UpstreamRefused,
 )
+from swarmpull.registry.errors import shorten
 from swarmpull.registry.http import (
     Answer,
     AnswerTooLong,
@@ -82,7 +83,9 @@ _TRANSIENT: Final = (408, 500, 502, 503, 504)
 _MEANT: Final = (200, 206, 304, 404, 416)
 _ERROR_BYTES_MAX: Final = 64 << 10
 _ACCEPT: Final = f"{OCI_INDEX}, {OCI_MANIFEST}, {DOCKER_LIST}, {DOCKER_MANIFEST}"
-_CONTENT_RANGE: Final = re.compile(r"bytes ([0-9]+)-[0-9]+/([0-9]+)", re.ASCII)
+_CONTENT_RANGE: Final = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18})", re.ASCII)
+# As in `swarmpull.registry.manifests`: it becomes a header of our answer.
+_MEDIA_TYPE: Final = re.compile(r"[!-~]{1,255}", re.ASCII)
 _KEY: Final = re.compile(r"blobs/(sha256|sha512)/[0-9a-f]{2}/([0-9a-f]+)", re.ASCII)
 
 
@@ -260,7 +263,7 @@ class Upstream:
             text = ""
         finally:
             await answer.close()
-        reason = f"HTTP {answer.status} {text or answer.phrase}".rstrip()
+        reason = f"HTTP {answer.status} {shorten(text or answer.phrase)}".rstrip()
         if answer.status == 401:
             reason += ": it does not take what we log in with, or lets nobody have this"
         if answer.status in (401, 403):
@@ -564,7 +567,7 @@ def _with(headers: Mapping[str, str], authorization: str | None) -> Mapping[str,
 def _described(answer: Answer) -> Descriptor | None:
     """What a HEAD of a manifest says; None when it leaves something out."""
     digest = answer.headers.get("Docker-Content-Digest", "")
-    if answer.length is None or not answer.media_type or not digest:
+    if answer.length is None or _MEDIA_TYPE.fullmatch(answer.media_type) is None:
         return None
     try:
         return Descriptor(Digest.parse(digest), answer.media_type, answer.length)

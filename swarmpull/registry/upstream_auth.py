@@ -25,6 +25,7 @@ TOKEN_SECONDS: Final = 60.0
 # So much of its lifetime a token is used: clocks differ, and a request takes its time.
 _TOKEN_SHARE: Final = 0.9
 _TOKEN_BYTES_MAX: Final = 1 << 20
+_CHALLENGE_CHARACTERS_MAX: Final = 8192
 _CREDENTIALS_BYTES_MAX: Final = 1 << 20
 # One for each repository that is asked for; the oldest go.
 TOKENS_MAX: Final = 10_000
@@ -33,9 +34,9 @@ _DOCKER_HUB: Final = "https://index.docker.io/v1/"
 _DOCKER_HUB_NAMES: Final = ("docker.io", "registry-1.docker.io", "index.docker.io")
 
 # A scheme stands alone or before its parameters, and a parameter before an equals sign.
-_SCHEME: Final = re.compile(r"\s*,?\s*([A-Za-z][A-Za-z0-9-]*)(?=\s*(?:,|$)|\s+[^\s=])", re.ASCII)
+_SCHEME: Final = re.compile(r"[\s,]*([A-Za-z][A-Za-z0-9-]*)(?=\s*(?:,|$)|\s+[^\s=])", re.ASCII)
 _PARAMETER: Final = re.compile(
-    r'\s*,?\s*([A-Za-z][A-Za-z0-9_-]*)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))', re.ASCII
+    r'[\s,]*([A-Za-z][A-Za-z0-9_-]*)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))', re.ASCII
 )
 
 
@@ -61,6 +62,7 @@ class Challenge:
 def parse_challenges(header: str) -> Iterator[Challenge]:
     """The challenges of a header, as far as it can be understood."""
     position = 0
+    header = header[:_CHALLENGE_CHARACTERS_MAX]
     while match := _SCHEME.match(header, position):
         parameters: dict[str, str] = {}
         scheme, position = match[1].lower(), match.end()
@@ -141,7 +143,7 @@ def _docker_auth(text: str, file: str, registry: str) -> str | None:
             username, _, password = base64.b64decode(entry["auth"]).decode("utf-8").partition(":")
         else:
             username, password = entry.get("username", ""), entry.get("password", "")
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise LoginFailed(f"{file} is not a file of docker login") from None
     if not username or not password:
         # Helpers are programs of the user's session, identity tokens another protocol.
@@ -235,7 +237,10 @@ class Authorizer:
         self._keep(repository, _parse_token(body))
 
     def _check_realm(self, realm: str) -> None:
-        parts = urlsplit(realm)
+        try:
+            parts = urlsplit(realm)
+        except ValueError:
+            parts = urlsplit("")
         allowed = ("https",) if self._http.base.startswith("https:") else ("http", "https")
         if parts.scheme not in allowed or not parts.netloc:
             raise LoginFailed(f"its token service is no {' or '.join(allowed)} URL")
@@ -251,7 +256,7 @@ def _parse_token(body: bytes) -> _Token:
         document: Any = json.loads(body)
         text = document.get("token") or document.get("access_token")
         seconds = document.get("expires_in", TOKEN_SECONDS)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise LoginFailed("its token service answers with no token") from None
     if not isinstance(text, str) or not re.fullmatch(r"[!-~]+", text, re.ASCII):
         raise LoginFailed("its token service answers with no token")

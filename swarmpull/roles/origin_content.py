@@ -90,7 +90,8 @@ class OriginContent:
         try:
             return self.store.stat(digest).length
         except BlobNotFound:
-            if self.is_corrupt(digest, namespace):
+            # Nobody can push to an upstream: whether it has mended the blob is for the upstream to say.
+            if not self.namespaces.is_foreign(namespace) and self.is_corrupt(digest, namespace):
                 raise
         place = self._place(digest, namespace)
         try:

@@ -312,6 +312,8 @@ async def test_wrong_content_is_given_to_nobody_and_the_next_pull_tries_again(
         reply = await cluster.get("agent-0", path)
         assert reply.status_code == 503
         assert "hashes to" in reply.text
+        reply = await cluster.request("HEAD", "agent-0", path)
+        assert reply.status_code == 200
         server.blobs["library/app", str(digest)] = LAYER
         reply = await cluster.get("agent-0", path)
         assert reply.content == LAYER

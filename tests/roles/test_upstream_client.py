@@ -15,6 +15,8 @@ import attrs
 import pytest
 import structlog
 import trio
+from hypothesis import given
+from hypothesis import strategies as st
 
 from swarmpull.digest import Digest
 from swarmpull.errors import (
@@ -30,7 +32,7 @@ from swarmpull.registry.upstream import Patience, Upstream, open_upstream
 from swarmpull.registry.upstream_auth import Challenge, Credentials, parse_challenges
 from swarmpull.store.backends.base import CHUNK_BYTES_MAX, blob_key
 
-from .roles import manifest_of
+from .roles import MANIFEST_TYPE, manifest_of
 from .upstream_server import BASIC, PASSWORD, USER, FakeUpstream, Reply, fake_upstream
 
 CONTENT = random.Random(7).randbytes(3 * CHUNK_BYTES_MAX + 77)
@@ -169,6 +171,8 @@ async def test_bodies_that_keep_breaking_off_without_a_byte_are_given_up(server)
     [
         (Reply(206, {"Content-Range": "bytes 7-9/10"}, b"abc"), "another range"),
         (Reply(206, {}, b"abc"), "another range"),
+        (Reply(206, {"Content-Range": "bytes 5-7/" + "9" * 5000}, b"abc"), "another range"),
+        (Reply(418, {}, b"[" * 50_000), "HTTP 418"),
         (Reply(200, {"Content-Encoding": "gzip"}, b"abc"), "compresses"),
         (Reply(418, {}, b'{"errors": [{"code": "X", "message": "tea"}]}'), "HTTP 418 X: tea"),
     ],
@@ -354,7 +358,8 @@ async def test_a_wrong_password_is_refused_by_the_token_service(server) -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"[]", b'{"token": ""}', b'{"token": "a\\r\\nb: c"}', b'{"token": 7}']
+    "body",
+    [b"", b"[]", b"[" * 500_000, b'{"token": ""}', b'{"token": "a\\r\\nb: c"}', b'{"token": 7}'],
 )
 async def test_what_is_no_token_is_not_sent_on(server, body) -> None:
     server.login = "token"
@@ -416,6 +421,22 @@ def test_challenges_are_read(header, challenges) -> None:
     assert list(parse_challenges(header)) == challenges
 
 
+@given(st.text(max_size=200) | st.text(alphabet=' ,="\\\\aB', max_size=200))
+def test_whatever_a_challenge_is_reading_it_ends(header) -> None:
+    for challenge in parse_challenges(header):
+        assert challenge.scheme
+
+
+@pytest.mark.parametrize("realm", ["", "http://[", "file:///etc/passwd", "//x", "http://x:y/"])
+async def test_a_realm_that_is_no_address_is_not_asked(server, realm) -> None:
+    refusal = Reply(401, {"WWW-Authenticate": f'Bearer realm="{realm}"'})
+    server.fail(99, "GET", refusal)
+    async with client(server, BOB) as upstream:
+        with pytest.raises((UpstreamRefused, BackendUnavailable), match="token service"):
+            await read(upstream)
+    assert "/token" not in "".join(server.lines)
+
+
 # --- redirects ------------------------------------------------------------------------------------
 
 
@@ -464,6 +485,16 @@ async def test_a_redirect_within_the_registry_keeps_them(server) -> None:
     )
     async with client(server, BOB) as upstream:
         assert await read(upstream) == CONTENT
+
+
+@pytest.mark.parametrize(
+    "location", ["http://[", "http://h:99999999/", "file:///etc/passwd", "x://"]
+)
+async def test_a_redirect_to_what_is_no_address_is_an_error(server, location) -> None:
+    server.fail(99, "GET", Reply(302, {"Location": location}))
+    async with client(server) as upstream:
+        with pytest.raises(BackendUnavailable, match="redirects to what is no"):
+            await read(upstream)
 
 
 async def test_redirects_end_somewhere(server) -> None:
@@ -529,6 +560,14 @@ async def test_a_manifest_that_is_not_what_its_digest_says_is_refused(server) ->
         server.fail(1, "GET", Reply(200, {"Docker-Content-Digest": digest}, other))
         with pytest.raises(BackendUnavailable, match="hashes to"):
             await upstream.get_manifest(REPOSITORY, "v1")
+
+
+async def test_a_media_type_that_could_not_be_passed_on_is_not_believed(server) -> None:
+    content = manifest_of(b"config", b"layer")
+    odd = {"Content-Type": "a b", "Docker-Content-Digest": str(Digest.of(content))}
+    server.fail(1, "HEAD", Reply(200, odd, content))
+    async with client(server) as upstream:
+        assert (await upstream.head_manifest(REPOSITORY, "v1")).media_type == MANIFEST_TYPE
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"{}", b" " * ((4 << 20) + 1)])
