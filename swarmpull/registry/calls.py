@@ -48,7 +48,8 @@ class Call:
         _require(self.service.uploads)
         if self.route.upstream:
             raise PushRefused(f"{self.route.upstream} is another registry: push to it directly")
-        if self.repository is not None:
+        # What is no longer kept may still be deleted.
+        if self.repository is not None and self.request.method != "DELETE":
             self.service.check_push(self.repository)
 
 

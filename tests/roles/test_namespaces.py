@@ -149,6 +149,8 @@ async def test_a_push_that_no_pattern_matches_is_denied_and_nothing_is_kept(tmp_
                 assert word in error["message"]
         tags = await cluster.get(role, "/v2/green/app/tags/list")
         assert tags.status_code == 404
+        gone = await cluster.request("DELETE", role, "/v2/green/app/manifests/v1")
+        assert gone.status_code == 404, "there is nothing to delete, and no reason not to ask"
     assert not any(has(tmp_path, name, DATA) for name in ("red-backend", "blue-backend", "backend"))
 
 
