@@ -35,12 +35,13 @@ from swarmpull.errors import (
 from swarmpull.roles.buffers import PieceBuffers
 from swarmpull.roles.downloads import Download
 from swarmpull.roles.peer_connections import ArrivedPiece, PeerConnections
-from swarmpull.roles.rates import Rates, TokenBucket
+from swarmpull.roles.rates import Rates
 from swarmpull.roles.shared_work import SharedWork
 from swarmpull.roles.small_blobs import SmallBlob
 from swarmpull.roles.swarm_metrics import SwarmMetrics
 from swarmpull.store.blobs import BlobStore
 from swarmpull.store.holds import Pin
+from swarmpull.store.token_bucket import TokenBucket
 from swarmpull.swarm import actions as act
 from swarmpull.swarm import bitfield
 from swarmpull.swarm import events as ev
@@ -112,7 +113,7 @@ class SwarmHost:
         self.address = address
         self.rates = rates
         self.metrics = metrics
-        self.recall: Callable[[Digest], Awaitable[None]] | None = None
+        self.recall: Callable[[Digest, str], Awaitable[None]] | None = None
         self._scheduler = scheduler
         self._store = store
         self._nursery = nursery
@@ -499,7 +500,7 @@ class SwarmHost:
             return torrent.metainfo
         if self.recall is not None and not self._store.has(hello.digest):
             try:
-                await self.recall(hello.digest)
+                await self.recall(hello.digest, hello.namespace)
             except SwarmpullError as error:
                 log.info("blob_not_recalled", digest=str(hello.digest), reason=str(error))
                 return None

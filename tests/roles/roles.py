@@ -22,6 +22,8 @@ from swarmpull.config import (
     Config,
     IndexConfig,
     ListenerConfig,
+    NamespaceConfig,
+    OriginBackendConfig,
     OriginConfig,
     PeerListenerConfig,
     StoreConfig,
@@ -94,6 +96,7 @@ class Cluster:
     client: httpx.AsyncClient
     config: Config
     roles: dict[str, Role] = attrs.Factory(dict)
+    namespaces: tuple[NamespaceConfig, ...] = ()
 
     async def start(
         self, name: str, main: Callable[..., Awaitable[None]], settings: object
@@ -122,10 +125,11 @@ class Cluster:
         self._learn(indexes=(role.address("rpc"),))
         return role
 
-    async def start_origin(self, **store: Any) -> Role:
+    async def start_origin(self, name: str = "origin", **store: Any) -> Role:
         """``store``: settings of its store that are not the default."""
-        role = await self.start_one_origin("origin", store=StoreConfig(**store))
-        self._learn(origins=(role.address("rpc"),))
+        role = await self.start_one_origin(name, store=StoreConfig(**store))
+        others = self.config.cluster.origins if name != "origin" else ()
+        self._learn(origins=(*others, role.address("rpc")))
         return role
 
     async def start_one_origin(self, name: str, **settings: Any) -> Role:
@@ -135,7 +139,8 @@ class Cluster:
             "rpc": LISTEN,
             "peer": PEER,
             "admin": LISTEN,
-            "backend": BackendConfig(url=(self.root / "backend").as_uri()),
+            "backend": OriginBackendConfig(url=(self.root / "backend").as_uri()),
+            "namespaces": self.namespaces,
             "data_dir": self.root / name,
         }
         return await self.start(name, run_origin, OriginConfig(**usual | settings))
