@@ -277,7 +277,8 @@ def _toml(values: Mapping[str, Any], provenance: Mapping[str, str]) -> Iterator[
         section, _, name = key.rpartition(".")
         if section != table:
             table = section
-            yield f"\n[{section}]"
+            head, _, number = section.rpartition(".")
+            yield f"\n[[{head}]]" if number.isdecimal() else f"\n[{section}]"
         # JSON texts, numbers, booleans and lists of texts are TOML too
         assignment = f"{name} = {json.dumps(values[key], ensure_ascii=False)}"
         yield f"{assignment:<50}  # {provenance[key]}"

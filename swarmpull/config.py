@@ -32,6 +32,8 @@ Lifetime = NewType("Lifetime", float)
 NEVER: Final = Lifetime(math.inf)
 # As `swarmpull.units.parse_capacity` gives it: what it comes to depends on the disk.
 Capacity = NewType("Capacity", str)
+# Never shown again: not in messages, not by `swarmpull config show`.
+Secret = NewType("Secret", str)
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["console", "json"]
@@ -127,9 +129,61 @@ def _backend_url(_: object, attribute: attrs.Attribute[Any], value: str) -> None
         raise ValueError(f"'{attribute.name}' must be a URL, {example}: {value!r}") from exc
     if not parts.scheme or not value.startswith(f"{parts.scheme}://"):
         raise ValueError(f"'{attribute.name}' must be a URL, {example}: {value!r}")
+    if "@" in parts.netloc:
+        raise ValueError(f"'{attribute.name}' must not hold credentials: see docs/configuration.md")
     if parts.scheme == "file" and (parts.netloc or not parts.path.startswith("/")):
         raise ValueError(
             f"'{attribute.name}' must be an absolute directory after file://, {example}: {value!r}"
+        )
+
+
+def _content_url(instance: object, attribute: attrs.Attribute[Any], value: str) -> None:
+    if value.startswith("registry+"):
+        raise ValueError(
+            f"'{attribute.name}' must not be a registry, which nothing can be pushed to: "
+            "name it under [[upstreams]]"
+        )
+    _backend_url(instance, attribute, value)
+
+
+_UPSTREAM_NAME: Final = re.compile(r"[a-z0-9]+(?:[.-][a-z0-9]+)*(?::[0-9]{1,5})?", re.ASCII)
+_PATTERN: Final = re.compile(r"[a-z0-9._*-]+(?:/[a-z0-9._*-]+)*", re.ASCII)
+
+
+def _upstream_name(_: object, attribute: attrs.Attribute[Any], value: str) -> None:
+    if _UPSTREAM_NAME.fullmatch(value) is None:
+        raise ValueError(
+            f"'{attribute.name}' must be a registry as clients name it, host or host:port in lower "
+            f"case, such as docker.io: {value!r}"
+        )
+
+
+def _registry_names(_: object, attribute: attrs.Attribute[Any], value: tuple[str, ...]) -> None:
+    for entry in value:
+        if _UPSTREAM_NAME.fullmatch(entry) is None:
+            raise ValueError(
+                f"'{attribute.name}' each entry must be host or host:port in lower case: {entry!r}"
+            )
+
+
+def _upstream_url(_: object, attribute: attrs.Attribute[Any], value: str) -> None:
+    example = "such as registry+https://registry-1.docker.io"
+    match = re.fullmatch(r"registry\+https?://([^/?#]+)/?", value)
+    # Not the value: what stands before an "@" is a secret.
+    if match is None or "@" in match[1]:
+        raise ValueError(
+            f"'{attribute.name}' must be registry+https://host or registry+http://host, {example}, "
+            "without credentials, path or query"
+        )
+    if not (_HOST.fullmatch(match[1]) or _HOST_PORT.fullmatch(match[1])):
+        raise ValueError(f"'{attribute.name}' must name a host, {example}: {value!r}")
+
+
+def _pattern(_: object, attribute: attrs.Attribute[Any], value: str) -> None:
+    if _PATTERN.fullmatch(value) is None:
+        raise ValueError(
+            f"'{attribute.name}' must be a repository name in which * stands for anything but '/' and "
+            f"** for anything, such as team/* or team/**: {value!r}"
         )
 
 
@@ -195,6 +249,98 @@ class BackendConfig:
         metadata=_meaning(
             "The backend: file:///absolute/directory or s3://bucket/prefix?endpoint=host:port.",
             default="file://<data_dir>/backend",
+        ),
+    )
+
+
+@attrs.frozen(kw_only=True)
+class OriginBackendConfig(BackendConfig):
+    """Where an origin keeps blobs for good, and how fast."""
+
+    url: str = attrs.field(
+        validator=_content_url,
+        metadata=_meaning(
+            "The backend: file:///absolute/directory or s3://bucket/prefix?endpoint=host:port. "
+            "With origin.namespaces it holds generic blobs only.",
+            default="file://<data_dir>/backend",
+        ),
+    )
+    rate: Rate = attrs.field(
+        default=UNLIMITED,
+        metadata=_meaning(
+            "Bytes per second that this origin reads from and writes to it, or unlimited."
+        ),
+    )
+
+
+@attrs.frozen(kw_only=True)
+class NamespaceConfig:
+    """Repositories that have a backend of their own."""
+
+    pattern: str = attrs.field(
+        validator=_pattern,
+        metadata=_meaning(
+            "Which repositories: a name in which * stands for anything but '/' and ** for anything. "
+            "The first entry that matches wins.",
+            default="none; needed",
+        ),
+    )
+    url: str = attrs.field(
+        validator=_content_url,
+        metadata=_meaning("Their backend, as in origin.backend.url.", default="none; needed"),
+    )
+    rate: Rate = attrs.field(
+        default=UNLIMITED,
+        metadata=_meaning(
+            "Bytes per second that an origin reads from and writes to it, or unlimited."
+        ),
+    )
+
+
+@attrs.frozen(kw_only=True)
+class UpstreamConfig:
+    """Another registry that is pulled through."""
+
+    name: str = attrs.field(
+        validator=_upstream_name,
+        metadata=_meaning(
+            "As clients name it, in ns= or before the repository: host or host:port.",
+            default="none; needed",
+        ),
+    )
+    url: str = attrs.field(
+        validator=_upstream_url,
+        metadata=_meaning(
+            "Where it is: registry+https://host, or registry+http://host without TLS.",
+            default="none; needed",
+        ),
+    )
+    freshness: Duration = attrs.field(
+        default=Duration(60.0),
+        metadata=_meaning(
+            "How long a tag is believed before the upstream is asked again; may be 0s."
+        ),
+    )
+    rate: Rate = attrs.field(
+        default=UNLIMITED,
+        metadata=_meaning("Bytes of blobs per second that an origin reads from it, or unlimited."),
+    )
+    username: str = attrs.field(
+        default="", metadata=_meaning("User there; empty: anonymous, or as docker_config says.")
+    )
+    password: Secret = attrs.field(
+        default=Secret(""),
+        repr=False,
+        metadata=_meaning("Password or token of that user; better in the environment or a file."),
+    )
+    password_file: str = attrs.field(
+        default="",
+        metadata=_meaning("File that holds the password; read again for each login."),
+    )
+    docker_config: str = attrs.field(
+        default="",
+        metadata=_meaning(
+            "File as docker login writes it (config.json), whose auths are used; read again for each login."
         ),
     )
 
@@ -300,8 +446,16 @@ class OriginConfig:
         factory=partial(_listener, "127.0.0.1", 7520),
         metadata=_meaning("Health, readiness, metrics and status of the origin."),
     )
-    backend: BackendConfig = attrs.field(
-        factory=_default_backend, metadata=_meaning("Where the origin keeps blobs for good.")
+    backend: OriginBackendConfig = attrs.field(
+        factory=lambda: OriginBackendConfig(url=_default_backend().url),
+        metadata=_meaning("Where the origin keeps blobs for good."),
+    )
+    namespaces: tuple[NamespaceConfig, ...] = attrs.field(
+        default=(),
+        metadata=_meaning(
+            "Repositories that have a backend of their own, one section for each pattern. "
+            "When there are any, pushes to all others are refused."
+        ),
     )
     fetch_connections: int = attrs.field(
         default=4,
@@ -400,6 +554,14 @@ class ClusterConfig:
     )
     indexes: tuple[str, ...] = attrs.field(
         default=(), validator=_cluster_list, metadata=_members("indexes", "agent and origin")
+    )
+    names: tuple[str, ...] = attrs.field(
+        default=(),
+        validator=_registry_names,
+        metadata=_meaning(
+            "Registries in ns= that mean this cluster itself; only needed where there are upstreams.",
+            default="none",
+        ),
     )
 
 
@@ -507,6 +669,13 @@ class Config:
     origin: OriginConfig = attrs.field(factory=OriginConfig, metadata=_meaning("The origin."))
     tracker: TrackerConfig = attrs.field(factory=TrackerConfig, metadata=_meaning("The tracker."))
     index: IndexConfig = attrs.field(factory=IndexConfig, metadata=_meaning("The index."))
+    upstreams: tuple[UpstreamConfig, ...] = attrs.field(
+        default=(),
+        metadata=_meaning(
+            "Other registries that are pulled through, one section for each. "
+            "Agents need the names, origins everything."
+        ),
+    )
     swarm: SwarmConfig = attrs.field(
         factory=SwarmConfig,
         metadata=_meaning("Limits of the peer protocol, for agents and origins."),

@@ -270,6 +270,56 @@ class ObjectReplaced(BackendUnavailable):
     """The object is not the one any more that was found first."""
 
 
+@attrs.define(slots=False)
+class RepositoryUnmatched(SwarmpullError):
+    """Namespaces are configured, and no pattern of theirs matches a repository."""
+
+    repository: str
+    patterns: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"repository {self.repository} has no backend: none of the patterns of origin.namespaces "
+            f"matches it ({', '.join(self.patterns)})"
+        )
+
+
+# --- upstream registries ----------------------------------------------------------------------
+
+
+@attrs.define(slots=False)
+class UpstreamUnknown(SwarmpullError):
+    """A request names a registry that this cluster does not pull from."""
+
+    registry: str
+    known: tuple[str, ...]
+
+    def __str__(self) -> str:
+        known = ", ".join(self.known) or "none"
+        return f"registry {self.registry} is not among the upstreams of this cluster ({known})"
+
+
+@attrs.define(slots=False)
+class UpstreamRefused(BackendUnavailable):
+    """An upstream registry does not let us have something: credentials are missing, or wrong."""
+
+    def __str__(self) -> str:
+        return f"upstream {self.backend} refuses {self.key}: {self.reason}"
+
+
+@attrs.define(slots=False)
+class UpstreamBusy(BackendUnavailable):
+    """An upstream registry limits our requests; ``retry_after`` is in seconds."""
+
+    retry_after: float
+
+    def __str__(self) -> str:
+        return (
+            f"upstream {self.backend} limits requests ({self.reason}): "
+            f"retry {self.key} in {self.retry_after:.0f} seconds"
+        )
+
+
 # --- the network ------------------------------------------------------------------------------
 
 
@@ -337,6 +387,10 @@ REMOTE_ERRORS: Final[dict[str, type[SwarmpullError]]] = {
         ObjectNotFound,
         BackendUnavailable,
         ObjectCorrupt,
+        RepositoryUnmatched,
+        UpstreamUnknown,
+        UpstreamRefused,
+        UpstreamBusy,
         DownloadFailed,
     )
 }

@@ -4,6 +4,9 @@ Every key is a dotted path to a leaf of the attrs classes in `swarmpull.config`.
 decoded values by dotted key; a later layer replaces the value and its place.  Nothing stops at the
 first mistake: whatever is wrong in any layer becomes a `Problem`, and `load` raises them together.
 
+A list of sections, such as ``[[upstreams]]``, is no leaf: its entries are counted from 0, and the number
+is part of the key (``upstreams.0.url``), in every layer.
+
 Decoding is by the declared type of the leaf and strict: TOML ``"8"`` is no integer and ``"false"``
 no boolean, while the text of the environment and of ``-o`` is read by the type it is meant for.
 """
@@ -33,6 +36,7 @@ from swarmpull.config import (
     Duration,
     Lifetime,
     Rate,
+    Secret,
     Size,
 )
 from swarmpull.errors import ConfigError, Problem
@@ -51,6 +55,8 @@ from swarmpull.units import (
 DEFAULT: Final = "default"
 ENVIRONMENT_PREFIX: Final = "SWARMPULL_"
 CONFIG_VARIABLE: Final = "SWARMPULL_CONFIG"
+# What is shown instead of a secret.
+HIDDEN: Final = "(hidden)"
 
 # Kubernetes puts the address of every Service into the environment of every pod: a Service that is
 # named swarmpull-something must not keep the program from starting.
@@ -150,7 +156,7 @@ def _settings_under(prefix: str, instance: Any) -> Iterator[Setting]:  # noqa: A
         default = getattr(instance, attribute.name)
         if _is_table(default):
             yield from _settings_under(f"{key}.", default)
-        else:
+        elif _entry_class(hints[attribute.name]) is None:
             yield Setting(key, hints[attribute.name], attribute, default)
 
 
@@ -158,10 +164,75 @@ def _is_table(value: object) -> bool:
     return attrs.has(type(value)) and not isinstance(value, Address)
 
 
+def _entry_class(hint: Any) -> Any:  # noqa: ANN401 - a type in, a class out
+    """The class of the entries when a field is a list of sections, else None."""
+    arguments = typing.get_args(hint)
+    return arguments[0] if arguments and attrs.has(arguments[0]) else None
+
+
 @functools.cache
 def settings() -> Mapping[str, Setting]:
-    """Every key of the configuration, in the order of the documentation."""
+    """Every key of the configuration outside lists of sections, in the order of the documentation."""
     return {setting.key: setting for setting in _settings_under("", Config())}
+
+
+@attrs.frozen
+class Listing:
+    """A list of sections.
+
+    Attributes:
+        key: of the list, for example ``upstreams``.
+        help: one line: what it means.
+        entry: the class of an entry; its fields are all leaves.
+        settings: of an entry by the name of the field; a default of `attrs.NOTHING` has to be set.
+    """
+
+    key: str
+    help: str
+    entry: Any
+    settings: Mapping[str, Setting]
+
+
+@functools.cache
+def listings() -> Mapping[str, Listing]:
+    """Every list of sections, in the order of the documentation."""
+    return {listing.key: listing for listing in _listings_under("", Config())}
+
+
+def _listings_under(prefix: str, instance: Any) -> Iterator[Listing]:  # noqa: ANN401 - any class
+    hints = typing.get_type_hints(type(instance))
+    for attribute in attrs.fields(type(instance)):
+        key = f"{prefix}{attribute.name}"
+        default = getattr(instance, attribute.name)
+        entry = _entry_class(hints[attribute.name])
+        if _is_table(default):
+            yield from _listings_under(f"{key}.", default)
+        elif entry is not None:
+            yield Listing(key, str(attribute.metadata["help"]), entry, _entry_settings(key, entry))
+
+
+def _entry_settings(key: str, entry: Any) -> Mapping[str, Setting]:  # noqa: ANN401 - any class
+    hints = typing.get_type_hints(entry)
+    return {
+        field.name: Setting(f"{key}.N.{field.name}", hints[field.name], field, field.default)
+        for field in attrs.fields(entry)
+    }
+
+
+def _listing_of(key: str) -> tuple[Listing, int, str] | None:
+    """(list, number of the entry, name of the field) of a key of an entry; None for any other key."""
+    head, _, name = key.rpartition(".")
+    listed, _, number = head.rpartition(".")
+    listing = listings().get(listed)
+    if listing is None or re.fullmatch(r"0|[1-9][0-9]{0,3}", number, re.ASCII) is None:
+        return None
+    return listing, int(number), name
+
+
+def setting_of(key: str) -> Setting | None:
+    """The setting of a key, also of one of an entry; None when there is none."""
+    entry = _listing_of(key)
+    return settings().get(key) if entry is None else entry[0].settings.get(entry[2])
 
 
 @functools.cache
@@ -175,7 +246,10 @@ def _tables() -> frozenset[str]:
 
 def _unknown(key: str) -> str:
     """The message for a key that does not exist."""
-    known = {name.replace("_", "."): name for name in (*settings(), *_tables())}
+    entry = _listing_of(key)
+    fields = () if entry is None else [f"{key.rpartition('.')[0]}.{n}" for n in entry[0].settings]
+    names = (*settings(), *_tables(), *listings(), *fields)
+    known = {name.replace("_", "."): name for name in names}
     wanted = key.lower().replace("_", ".").replace("-", ".")
     close = difflib.get_close_matches(wanted, known, n=1, cutoff=0.7)
     if not close:
@@ -195,6 +269,18 @@ def _plain_text(value: object) -> str:
     if type(value) is not str:
         raise ValueError(f"must be text in quotes: {_shown(value)}")
     return value
+
+
+def _secret(value: object) -> str:
+    if type(value) is not str:
+        raise ValueError("must be text in quotes")
+    return _text_secret(value)
+
+
+def _text_secret(text: str) -> str:
+    if text == HIDDEN:
+        raise ValueError("must be the secret itself, not what is shown instead of it")
+    return text
 
 
 def _strict_bool(value: object) -> bool:
@@ -289,6 +375,7 @@ def _text_list(text: str) -> tuple[str, ...]:
 # type -> (what TOML gives, what a text gives)
 _DECODERS: Final[dict[Any, tuple[Callable[[Any], Any], Callable[[str], Any]]]] = {
     str: (_plain_text, str),
+    Secret: (_secret, _text_secret),
     bool: (_strict_bool, _text_bool),
     int: (_strict_int, _text_int),
     Size: (_strict_size, parse_size),
@@ -339,6 +426,8 @@ def plain(kind: Any, value: Any) -> str:  # noqa: ANN401 - any leaf
         return "unlimited" if value == UNLIMITED else str(int(value))
     if isinstance(value, bool):
         return str(value).lower()
+    if kind is Secret:
+        return HIDDEN if value else ""
     if isinstance(value, tuple):
         return ", ".join(value)
     return str(value)
@@ -351,7 +440,12 @@ def _set(layers: _Layers, key: str, value: Any, where: str, *, text: bool) -> No
     if key in _tables():
         layers.complain(key, where, "is a section, not a value: set one of the keys in it")
         return
-    setting = settings().get(key)
+    if key in listings():
+        layers.complain(
+            key, where, f"is a list of sections: [[{key}]] in the file, {key}.0.KEY here"
+        )
+        return
+    setting = setting_of(key)
     if setting is None:
         layers.complain(key, where, _unknown(key))
         return
@@ -384,8 +478,18 @@ def _read_tree(
         key = f"{prefix}{name}"
         if key in _tables() and isinstance(value, dict):
             _read_tree(layers, value, f"{key}.", path, lines)
+        elif key in listings() and _is_list_of_sections(value):
+            for number, entry in enumerate(value):
+                section = f"{key}.{number}"
+                _read_tree(layers, entry, f"{section}.", path, lines)
+                if not entry:
+                    layers.complain(section, _place(path, section, lines), "is empty")
         else:
             _set(layers, key, value, _place(path, key, lines), text=False)
+
+
+def _is_list_of_sections(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
 
 
 def _place(path: Path, key: str, lines: Mapping[str, int]) -> str:
@@ -404,9 +508,14 @@ def _key_lines(text: str) -> dict[str, int]:
     tables) get the line of what encloses them.
     """
     lines: dict[str, int] = {}
+    entries: dict[str, int] = {}
     table = ""
     for number, line in enumerate(text.splitlines(), 1):
-        if header := re.match(r"\s*\[\s*([\w.\-\"' ]+?)\s*\]", line, re.ASCII):
+        if header := re.match(r"\s*\[\[\s*([\w.\-\"' ]+?)\s*\]\]", line, re.ASCII):
+            name = _bare(header[1])
+            entries[name] = entries.get(name, -1) + 1
+            key = table = f"{name}.{entries[name]}"
+        elif header := re.match(r"\s*\[\s*([\w.\-\"' ]+?)\s*\]", line, re.ASCII):
             key = table = _bare(header[1])
         elif assignment := re.match(r"\s*([\w.\-\"' ]+?)\s*=", line, re.ASCII):
             key = f"{table}.{_bare(assignment[1])}".lstrip(".")
@@ -427,7 +536,7 @@ def _read_environment(layers: _Layers, environ: Mapping[str, str]) -> None:
         if not name.startswith(ENVIRONMENT_PREFIX) or name == CONFIG_VARIABLE:
             continue
         key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
-        if key in settings() or _SERVICE_VARIABLE.fullmatch(name) is None:
+        if setting_of(key) or _SERVICE_VARIABLE.fullmatch(name) is None:
             _set(layers, key, value, f"env {name}", text=True)
 
 
@@ -520,6 +629,68 @@ def _check_watermarks(layers: _Layers, config: Config) -> None:
             layers.complain(key, layers.where(key), message)
 
 
+# --- lists of sections ----------------------------------------------------------------------------
+
+
+def _entries(layers: _Layers, listing: Listing) -> Iterator[Any]:
+    """The entries of a list of sections; one that cannot be made is complained of instead."""
+    found: dict[int, dict[str, _Value]] = {}
+    for key, value in layers.values.items():
+        entry = _listing_of(key)
+        if entry is not None and entry[0] is listing:
+            found.setdefault(entry[1], {})[entry[2]] = value
+    for position, number in enumerate(sorted(found)):
+        fields = found[number]
+        key, where = f"{listing.key}.{number}", next(iter(fields.values())).where
+        if number != position:
+            message = (
+                f"there is no {listing.key}.{position}: entries are counted from 0 without a gap"
+            )
+            layers.complain(key, where, message)
+            return
+        if _is_whole(layers, listing, key, fields):
+            yield listing.entry(**{name: value.value for name, value in fields.items()})
+
+
+def _is_whole(layers: _Layers, listing: Listing, key: str, fields: Mapping[str, _Value]) -> bool:
+    """Whether an entry has what it needs; says what is missing, unless that was wrong anyway."""
+    broken = {problem.key for problem in layers.problems}
+    missing = [
+        f"{key}.{name}"
+        for name, setting in listing.settings.items()
+        if setting.default is attrs.NOTHING and name not in fields
+    ]
+    for name in missing:
+        if name not in broken:
+            layers.complain(name, next(iter(fields.values())).where, "must be set")
+    return not missing
+
+
+def _check_upstreams(layers: _Layers, config: Config) -> None:
+    """Upstreams that cannot be told apart, and credentials that are given twice."""
+    seen: dict[str, str] = {
+        name.replace(":", "_"): "cluster.names" for name in config.cluster.names
+    }
+    for number, upstream in enumerate(config.upstreams):
+        key = f"upstreams.{number}"
+        name = upstream.name.replace(":", "_")
+        if name in seen:
+            message = f"must not be named in {seen[name]} too: {upstream.name}"
+            layers.complain(f"{key}.name", layers.where(f"{key}.name"), message)
+        seen.setdefault(name, key)
+        given = [
+            field
+            for field in ("password", "password_file", "docker_config")
+            if getattr(upstream, field)
+        ]
+        if len(given) > 1:
+            message = f"must not be set together with {given[0]}"
+            layers.complain(f"{key}.{given[1]}", layers.where(f"{key}.{given[1]}"), message)
+        if bool(upstream.username) != bool(upstream.password or upstream.password_file):
+            message = "needs a password or password_file, and they need it"
+            layers.complain(f"{key}.username", layers.where(f"{key}.username"), message)
+
+
 # --- several agents, and listeners that collide ---------------------------------------------------
 
 
@@ -610,16 +781,18 @@ def _complain_of_clash(layers: _Layers, one: _Listener, other: _Listener) -> Non
 # --- the result -----------------------------------------------------------------------------------
 
 
-def _build(instance: Any, prefix: str, values: Mapping[str, _Value]) -> Any:  # noqa: ANN401
+def _build(layers: _Layers, instance: Any, prefix: str = "") -> Any:  # noqa: ANN401 - any class
     """A copy of a default instance with the values of all layers in place."""
-    changes = {}
+    changes: dict[str, Any] = {}
     for attribute in attrs.fields(type(instance)):
         key = f"{prefix}{attribute.name}"
         current = getattr(instance, attribute.name)
         if _is_table(current):
-            changes[attribute.name] = _build(current, f"{key}.", values)
-        elif key in values:
-            changes[attribute.name] = values[key].value
+            changes[attribute.name] = _build(layers, current, f"{key}.")
+        elif key in listings():
+            changes[attribute.name] = tuple(_entries(layers, listings()[key]))
+        elif key in layers.values:
+            changes[attribute.name] = layers.values[key].value
     return attrs.evolve(instance, **changes)
 
 
@@ -643,20 +816,30 @@ def load(
         _derive_single_node(layers)
     _derive_directories(layers)
     _check_members(layers, roles)
-    config: Config = _build(Config(), "", layers.values)
+    config: Config = _build(layers, Config())
     if agents is not None and not 1 <= agents <= AGENTS_MAX:
         agents = None
     agent_settings = _agents(config, agents) if "agent" in roles else ()
     _check_listeners(layers, _listeners(config, roles, agent_settings))
     _check_watermarks(layers, config)
+    _check_upstreams(layers, config)
     if layers.problems:
         raise ConfigError(tuple(layers.problems))
-    return Loaded(config, agent_settings, {key: layers.where(key) for key in settings()})
+    return Loaded(config, agent_settings, {key: layers.where(key) for key in toml_values(config)})
 
 
 def toml_values(config: Config) -> dict[str, Any]:
-    """Every key with its value as TOML (and JSON) has it: texts, numbers, booleans, lists."""
-    return {key: _toml_value(setting, _leaf(config, key)) for key, setting in settings().items()}
+    """Every key with its value as TOML (and JSON) has it: texts, numbers, booleans, lists.
+
+    Keys of entries have their number: ``upstreams.0.url``.  Secrets are hidden.
+    """
+    values = {key: _toml_value(setting, _leaf(config, key)) for key, setting in settings().items()}
+    for key, listing in listings().items():
+        entries: Any = _leaf(config, key)
+        for number, entry in enumerate(entries):
+            for name, setting in listing.settings.items():
+                values[f"{key}.{number}.{name}"] = _toml_value(setting, getattr(entry, name))
+    return values
 
 
 def _leaf(config: Config, key: str) -> object:

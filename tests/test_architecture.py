@@ -57,7 +57,7 @@ IMPURE: Final = frozenset(
 IMPORTER: Final[dict[str, str]] = {
     "click": "swarmpull/cli.py",
     "hypercorn": "swarmpull/registry/server.py",
-    "httpx": "swarmpull/registry/client.py",
+    "httpx": "swarmpull/registry/http.py",
     "blake3": "swarmpull/store/hashing.py",
     "minio": "swarmpull/store/backends/s3_client.py",
     "urllib3": "swarmpull/store/backends/s3_client.py",

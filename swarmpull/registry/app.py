@@ -137,7 +137,7 @@ class _RegistryApp:
         upstream = check_upstream(request.query("ns"))
         if upstream is not None:
             reply.add_header(b"oci-namespace", upstream.encode())
-        call = Call(self._service, request, reply, route, upstream, self._memory)
+        call = Call(self._service, request, reply, route, route.upstream or upstream, self._memory)
         if route.endpoint in _UPLOADS or request.method in _WRITING:
             call.check_takes_pushes()
         return await _HANDLERS[route.endpoint, request.method](call)

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import attrs
 
+from swarmpull.errors import PushRefused
 from swarmpull.registry.asgi import Request, Response, Send
 from swarmpull.registry.body_memory import BodyMemory
 from swarmpull.registry.errors import Code, RegistryError
@@ -23,7 +24,8 @@ class Call:
         request: its headers, query and body.
         send: for handlers that send their response themselves.
         route: what it addresses.
-        upstream: the registry that the client takes us for (the ``ns`` parameter), or None.
+        upstream: the registry that the client takes us for (the ``ns`` parameter), or that it names in the
+            path with a port, or None.
         memory: what its body takes from while it is sent.
     """
 
@@ -45,8 +47,13 @@ class Call:
         return _require(self.service.uploads)
 
     def check_takes_pushes(self) -> None:
-        """Raises RegistryError (405) where the role takes neither pushes nor deletions."""
+        """Raises RegistryError (405) where the role takes no pushes, PushRefused where not of this name."""
         _require(self.service.uploads)
+        if self.route.upstream:
+            raise PushRefused(f"{self.route.upstream} is another registry: push to it directly")
+        # What is no longer kept may still be deleted.
+        if self.repository is not None and self.request.method != "DELETE":
+            self.service.check_push(self.repository)
 
 
 def _require(uploads: UploadStore | None) -> UploadStore:

@@ -12,25 +12,33 @@ import json
 import os
 import re
 import secrets
-import ssl
 import stat
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import IO, Any, Final, TypeVar
+from urllib.parse import urlencode
 
 import attrs
-import httpx
 import trio
 
-from swarmpull import __version__
 from swarmpull.digest import Digest
 from swarmpull.errors import DigestMismatch, LengthMismatch, SwarmpullError
+from swarmpull.registry.http import (
+    CHUNK_BYTES,
+    Answer,
+    AnswerTooLong,
+    ClientLimits,
+    HttpClient,
+    HttpFailure,
+    check_server_url,
+    error_message,
+    open_http,
+)
 
-CHUNK_BYTES: Final = 1 << 20
 # Status replies are small; whoever answers with more on that port is not one of ours.
 _DOCUMENT_BYTES_MAX: Final = 8 << 20
 _BUSY: Final = (
@@ -41,7 +49,7 @@ _BUSY: Final = (
 )
 _BACKOFF_MAX: Final = 5.0
 # A cold blob may keep a reader waiting while the cluster fetches what comes next.
-_TIMEOUT: Final = httpx.Timeout(60.0, connect=5.0, pool=None)
+_LIMITS: Final = ClientLimits(connect=5.0, silence=60.0)
 _ADMIN_TIMEOUT: Final = 3.0
 
 _T = TypeVar("_T")
@@ -197,7 +205,7 @@ class Document:
 class RegistryClient:
     """Requests to one registry.  Make one with `open_client`."""
 
-    def __init__(self, http: httpx.AsyncClient, retries: Retries) -> None:
+    def __init__(self, http: HttpClient, retries: Retries) -> None:
         self._http = http
         self._retries = retries
 
@@ -224,21 +232,22 @@ class RegistryClient:
         """One request for what is missing; returns when the whole body has come."""
         start = sink.received
         headers = {"Range": f"bytes={start}-"} if start else {}
-        async with self._http.stream("GET", path, headers=headers) as response:
-            await _check(response)
-            total, skip = _extent(response, start)
+        async with self._http.request("GET", path, headers=headers) as answer:
+            await _check(answer)
+            total, skip = _extent(answer, start)
             if length is not None and total not in (None, length):
                 raise UnexpectedAnswer(
-                    str(response.url), f"offers {total} bytes where {length} were declared"
+                    answer.url, f"offers {total} bytes where {length} were declared"
                 )
             progress(start, total)
-            async for chunk in response.aiter_raw(CHUNK_BYTES):
-                dropped = min(skip, len(chunk))
-                skip -= dropped
-                await sink.write(chunk[dropped:])
-                progress(sink.received, total)
-                if length is not None and sink.received > length:
-                    return
+            async with aclosing(answer.chunks()) as chunks:
+                async for chunk in chunks:
+                    dropped = min(skip, len(chunk))
+                    skip -= dropped
+                    await sink.write(chunk[dropped:])
+                    progress(sink.received, total)
+                    if length is not None and sink.received > length:
+                        return
         if total is not None and sink.received < total:
             raise _Interrupted(f"the body ended after {sink.received} of {total} bytes")
 
@@ -247,11 +256,8 @@ class RegistryClient:
         headers = {"Accept": ", ".join(accept)}
 
         async def attempt() -> Document:
-            async with self._http.stream("GET", path, headers=headers) as response:
-                await _check(response)
-                content = await _read_bounded(response, limit)
-                content_type = response.headers.get("Content-Type", "").partition(";")[0]
-                return Document(content, content_type.strip(), response.headers)
+            async with self._http.request("GET", path, headers=headers) as answer:
+                return await _document(answer, limit)
 
         return await self._retry(path, attempt)
 
@@ -260,11 +266,8 @@ class RegistryClient:
         headers = {"Content-Type": "application/json"}
 
         async def attempt() -> Document:
-            response = await self._http.put(path, content=content, headers=headers)
-            await _check(response)
-            body = await _read_bounded(response, limit)
-            content_type = response.headers.get("Content-Type", "").partition(";")[0]
-            return Document(body, content_type.strip(), response.headers)
+            async with self._http.request("PUT", path, content=content, headers=headers) as answer:
+                return await _document(answer, limit)
 
         return await self._retry(path, attempt)
 
@@ -272,11 +275,11 @@ class RegistryClient:
         """HEAD: is there something at ``path``?"""
 
         async def attempt() -> bool:
-            response = await self._http.head(path)
-            if response.status_code == HTTPStatus.NOT_FOUND:
-                return False
-            await _check(response)
-            return True
+            async with self._http.request("HEAD", path) as answer:
+                if answer.status == HTTPStatus.NOT_FOUND:
+                    return False
+                await _check(answer)
+                return True
 
         return await self._retry(path, attempt)
 
@@ -291,13 +294,14 @@ class RegistryClient:
         path = f"/v2/{repository}/blobs/uploads/"
 
         async def attempt() -> None:
-            response = await self._http.post(path)
-            await _check(response)
-            location = response.headers.get("Location")
-            if response.status_code != HTTPStatus.ACCEPTED or location is None:
-                raise UnexpectedAnswer(str(response.url), "did not open an upload session")
-            url = response.url.join(location).copy_add_param("digest", str(digest))
-            await self._send_file(str(url), file, progress)
+            async with self._http.request("POST", path) as answer:
+                await _check(answer)
+                location = answer.headers.get("Location")
+                url = answer.resolve(location or "")
+                if answer.status != HTTPStatus.ACCEPTED or not location or not url:
+                    raise UnexpectedAnswer(answer.url, "did not open an upload session")
+            query = urlencode({"digest": str(digest)})
+            await self._send_file(f"{url}{'&' if '?' in url else '?'}{query}", file, progress)
 
         await self._retry(path, attempt)
 
@@ -306,7 +310,8 @@ class RegistryClient:
 
         async def attempt() -> None:
             headers = {"Content-Type": media_type}
-            await _check(await self._http.put(path, content=content, headers=headers))
+            async with self._http.request("PUT", path, content=content, headers=headers) as answer:
+                await _check(answer)
 
         await self._retry(path, attempt)
 
@@ -314,7 +319,8 @@ class RegistryClient:
         length = (await trio.Path(file).stat()).st_size
         headers = {"Content-Length": str(length), "Content-Type": "application/octet-stream"}
         body = _file_chunks(file, length, progress)
-        await _check(await self._http.put(url, content=body, headers=headers))
+        async with self._http.request("PUT", url, content=body, headers=headers) as answer:
+            await _check(answer)
 
     async def _retry(
         self,
@@ -328,17 +334,15 @@ class RegistryClient:
             before = received()
             try:
                 return await attempt()
-            except httpx.UnsupportedProtocol as exc:
-                raise UnexpectedAnswer(path, str(exc)) from exc
-            except httpx.LocalProtocolError as exc:
-                raise UnexpectedAnswer(path, f"the content changed meanwhile: {exc}") from exc
-            except (_Interrupted, httpx.TransportError) as exc:
+            except (_Interrupted, HttpFailure) as exc:
+                failure = exc if isinstance(exc, HttpFailure) else HttpFailure(exc.reason)
+                if failure.invalid:
+                    raise UnexpectedAnswer(path, failure.reason) from exc
                 failures = 1 if received() > before else failures + 1
                 # Nobody there at the first attempt is an answer; later it may be a restart.
-                absent = isinstance(exc, httpx.ConnectError) and not received()
+                absent = failure.unreachable and not received()
                 if absent or failures >= self._retries.attempts:
-                    url = str(self._http.base_url).rstrip("/")
-                    raise ServerUnavailable(url, _reason(exc)) from exc
+                    raise ServerUnavailable(self._http.base, failure.reason) from exc
                 await trio.sleep(min(self._retries.backoff * 2 ** (failures - 1), _BACKOFF_MAX))
 
 
@@ -352,16 +356,7 @@ async def open_client(
         UnexpectedAnswer: the text is not the URL of a registry.
     """
     url = registry_url(registry)
-    # The system's certificates rather than a bundle of our own.  No proxy from the environment: it
-    # would be asked for registries on loopback.
-    verify = ssl.create_default_context() if url.startswith("https:") else False
-    async with httpx.AsyncClient(
-        base_url=url,
-        timeout=_TIMEOUT,
-        verify=verify,
-        trust_env=False,
-        headers={"Accept-Encoding": "identity", "User-Agent": f"swarmpull/{__version__}"},
-    ) as http:
+    async with open_http(url, _LIMITS) as http:
         yield RegistryClient(http, retries or Retries())
 
 
@@ -369,87 +364,53 @@ def registry_url(text: str) -> str:
     """The base URL of a registry that is given as URL or as ``host:port``."""
     url = text if "://" in text else f"http://{text}"
     try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL as exc:
-        raise UnexpectedAnswer(text, f"is not the URL of a registry: {exc}") from exc
-    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.path not in ("", "/"):
-        raise UnexpectedAnswer(text, "is not the URL of a registry, such as http://127.0.0.1:5000")
-    return url.rstrip("/")
+        return check_server_url(url)
+    except ValueError as exc:
+        reason = f"is not the URL of a registry, such as http://127.0.0.1:5000: {exc}"
+        raise UnexpectedAnswer(text, reason) from exc
 
 
 # --- answers --------------------------------------------------------------------------------------
 
 
-async def _check(response: httpx.Response) -> None:
+async def _check(answer: Answer) -> None:
     """Turn an answer that is not a success into an error with the server's own words."""
-    if response.is_success:
+    if answer.is_success:
         return
-    url = str(response.url)
-    if response.is_redirect:
-        target = response.headers.get("Location", "elsewhere")
-        raise UnexpectedAnswer(url, f"redirects to {target}: name that server instead")
-    reason = _error_message(await _read_bounded(response, _DOCUMENT_BYTES_MAX))
-    reason = reason or response.reason_phrase or "no reason given"
-    if response.status_code in _BUSY:
-        raise _Interrupted(f"{reason} (HTTP {response.status_code})")
-    raise RequestRefused(response.request.method, url, response.status_code, reason)
+    if answer.is_redirect:
+        target = answer.headers.get("Location", "elsewhere")
+        raise UnexpectedAnswer(answer.url, f"redirects to {target}: name that server instead")
+    reason = error_message(await _read_bounded(answer, _DOCUMENT_BYTES_MAX))
+    reason = reason or answer.phrase or "no reason given"
+    if answer.status in _BUSY:
+        raise _Interrupted(f"{reason} (HTTP {answer.status})")
+    raise RequestRefused(answer.method, answer.url, answer.status, reason)
 
 
-async def _read_bounded(response: httpx.Response, limit: int) -> bytes:
-    if response.is_stream_consumed:
-        return response.content
-    content = bytearray()
-    async for chunk in response.aiter_raw(CHUNK_BYTES):
-        content += chunk
-        if len(content) > limit:
-            raise UnexpectedAnswer(str(response.url), f"answers with more than {limit} bytes")
-    return bytes(content)
+async def _document(answer: Answer, limit: int) -> Document:
+    await _check(answer)
+    return Document(await _read_bounded(answer, limit), answer.media_type, answer.headers)
 
 
-def _error_message(body: bytes) -> str:
-    """The messages of an OCI error body, or the first line of plain text."""
-    text = body[:4096].decode("utf-8", "replace").strip()
+async def _read_bounded(answer: Answer, limit: int) -> bytes:
     try:
-        errors = json.loads(body)["errors"]
-        messages = [_one_error(error) for error in errors]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return text.splitlines()[0][:200] if text and not text.startswith("<") else ""
-    return "; ".join(messages)
+        return await answer.read(limit)
+    except AnswerTooLong as exc:
+        raise UnexpectedAnswer(answer.url, str(exc)) from exc
 
 
-def _one_error(error: dict[str, Any]) -> str:
-    code, message = error.get("code") or "", error.get("message") or ""
-    return f"{code}: {message}" if code and message else str(code or message)
-
-
-def _extent(response: httpx.Response, start: int) -> tuple[int | None, int]:
+def _extent(answer: Answer, start: int) -> tuple[int | None, int]:
     """(length of the whole content if known, bytes of this body that we have already)."""
-    if response.status_code == HTTPStatus.OK:
-        length = response.headers.get("Content-Length", "")
-        return (int(length) if length.isdecimal() else None), start
-    content_range = response.headers.get("Content-Range", "")
+    if answer.status == HTTPStatus.OK:
+        return answer.length, start
+    content_range = answer.headers.get("Content-Range", "")
     match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", content_range, re.ASCII)
-    if response.status_code != HTTPStatus.PARTIAL_CONTENT or not match or int(match[1]) != start:
+    if answer.status != HTTPStatus.PARTIAL_CONTENT or not match or int(match[1]) != start:
         raise UnexpectedAnswer(
-            str(response.url),
-            f"answers bytes={start}- with HTTP {response.status_code} {content_range}".rstrip(),
+            answer.url,
+            f"answers bytes={start}- with HTTP {answer.status} {content_range}".rstrip(),
         )
     return (None if match[2] == "*" else int(match[2])), 0
-
-
-def _reason(failure: BaseException) -> str:
-    """What the operating system said, if it is among the causes, else the failure itself."""
-    seen: BaseException | None = failure
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno:
-            # name look-ups have negative numbers and texts of their own
-            return os.strerror(seen.errno) if seen.errno > 0 else str(seen.strerror)
-        if isinstance(seen, BaseExceptionGroup):
-            return _reason(seen.exceptions[0])
-        seen = seen.__cause__ or seen.__context__
-    if isinstance(failure, _Interrupted):
-        return failure.reason
-    return str(failure) or type(failure).__name__
 
 
 # --- files ----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import json
+import math
 from typing import Final
 
 import attrs
@@ -79,6 +80,9 @@ _TRANSLATIONS: Final[dict[type[SwarmpullError], tuple[Code, int]]] = {
     errors.UploadNotFound: (Code.BLOB_UPLOAD_UNKNOWN, 404),
     errors.UploadBusy: (Code.BLOB_UPLOAD_INVALID, 409),
     errors.PushRefused: (Code.DENIED, 403),
+    errors.RepositoryUnmatched: (Code.NAME_UNKNOWN, 404),
+    errors.UpstreamUnknown: (Code.DENIED, 403),
+    errors.UpstreamRefused: (Code.DENIED, 403),
     errors.StoreFull: (Code.UNAVAILABLE, 507),
     # 503 sends container runtimes to their next mirror, and to a retry when there is none.
     errors.StoreUnavailable: (Code.UNAVAILABLE, 503),
@@ -100,6 +104,9 @@ def translate(error: SwarmpullError) -> RegistryError:
     if isinstance(error, errors.ManifestReferencesMissing):
         details = tuple({"digest": digest} for digest in error.missing)
         return RegistryError(Code.MANIFEST_BLOB_UNKNOWN, 400, str(error), details)
+    if isinstance(error, errors.UpstreamBusy):
+        headers = (("Retry-After", str(math.ceil(error.retry_after))),)
+        return RegistryError(Code.TOOMANYREQUESTS, 429, str(error), headers=headers)
     code, status = _TRANSLATIONS.get(type(error), (Code.UNKNOWN, 500))
     return RegistryError(code, status, str(error))
 

@@ -27,6 +27,8 @@ from swarmpull.wire.api import Descriptor, ListReply
 PAGE_MAX: Final = 8192
 _COUNT: Final = re.compile(r"[0-9]{1,9}", re.ASCII)
 _JSON: Final = ("Content-Type", "application/json")
+# RFC 7234, section 5.5.1; its successor has no other header to say so.
+_STALE: Final = ("Warning", '110 swarmpull "Response is Stale"')
 
 
 async def answer_base(_: Call) -> Response:
@@ -143,6 +145,7 @@ def _too_large() -> RegistryError:
 
 def _manifest_headers(descriptor: Descriptor) -> Headers:
     return (
+        *((_STALE,) if descriptor.stale else ()),
         ("Content-Type", descriptor.media_type),
         ("Docker-Content-Digest", str(descriptor.digest)),
         ("ETag", f'"{descriptor.digest}"'),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Final
 
 from swarmpull.digest import Digest
-from swarmpull.errors import InvalidDigest
+from swarmpull.errors import InvalidDigest, UpstreamUnknown
 from swarmpull.registry.errors import Code, RegistryError, name_invalid, shorten
 
 # Clients limit host and name together to 255 characters, says the specification.
@@ -65,7 +66,7 @@ def check_upstream(text: str | None) -> str | None:
         raise RegistryError(
             Code.NAME_INVALID,
             400,
-            f"ns={shorten(text)!r} is not a registry: expected host or host:port",
+            f"{shorten(text)!r} is not a registry: expected host or host:port",
         )
     return text
 
@@ -79,3 +80,71 @@ def parse_digest(text: str | None) -> Digest:
     if text is None:
         raise InvalidDigest("")
     return Digest.parse(text)
+
+
+# --- repositories of other registries -------------------------------------------------------------
+
+# Docker Hub keeps its own images under a name that clients leave out.
+_DOCKER_HUB: Final = "docker.io"
+_DOCKER_HUB_LIBRARY: Final = "library"
+
+
+def registry_component(registry: str) -> str:
+    """A registry as the first component of a repository name, where a port cannot be written with a colon.
+
+    ``docker.io`` is itself, ``localhost:5000`` is ``localhost_5000``.
+    """
+    return registry.lower().replace(":", "_")
+
+
+def foreign_repository(registry: str, repository: str) -> str:
+    """The one name in this cluster of a repository of another registry.
+
+    ``alpine`` of ``docker.io`` is ``docker.io/library/alpine``.
+
+    Raises:
+        RegistryError: NAME_INVALID when that is no name.
+    """
+    if registry == _DOCKER_HUB and "/" not in repository:
+        repository = f"{_DOCKER_HUB_LIBRARY}/{repository}"
+    return check_repository(f"{registry_component(registry)}/{repository}")
+
+
+class UpstreamNames:
+    """Which requests are for which upstream registry.
+
+    There are two forms: the runtime names the registry it takes us for (``ns=docker.io``), or it is the first
+    component of the path (``/v2/docker.io/library/alpine/...``), as a mirror's location with a prefix has it.
+    """
+
+    def __init__(self, upstreams: Iterable[str], own: Iterable[str] = ()) -> None:
+        """``upstreams``: registries that are pulled through; ``own``: names of this cluster in ``ns=``."""
+        self._by_component = {registry_component(name): name for name in upstreams}
+        self._own = frozenset(registry_component(name) for name in own)
+
+    def select(self, repository: str | None, upstream: str | None) -> str | None:
+        """The name in this cluster of a repository of an upstream; None for one of the cluster itself.
+
+        Args:
+            repository: of the path; None for a generic blob, which belongs to no registry.
+            upstream: the registry that the client names.
+
+        Raises:
+            UpstreamUnknown: the registry is none of the upstreams.
+        """
+        if repository is None:
+            return None
+        component, _, rest = repository.partition("/")
+        if upstream is not None:
+            named = registry_component(upstream)
+            in_path = rest and component == named
+            if named in self._by_component:
+                return foreign_repository(
+                    self._by_component[named], rest if in_path else repository
+                )
+            # Without any upstream the cluster is whatever its clients take it for.
+            if in_path or (self._by_component and named not in self._own):
+                raise UpstreamUnknown(upstream, tuple(self._by_component.values()))
+        if rest and component in self._by_component:
+            return foreign_repository(self._by_component[component], rest)
+        return None

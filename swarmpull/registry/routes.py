@@ -13,7 +13,7 @@ from urllib.parse import unquote
 import attrs
 
 from swarmpull.registry.errors import method_not_allowed, name_invalid, not_found
-from swarmpull.registry.names import check_repository
+from swarmpull.registry.names import check_repository, check_upstream, registry_component
 
 
 class Endpoint(enum.Enum):
@@ -61,11 +61,13 @@ class Route:
         endpoint: what it addresses.
         repository: a valid name; empty where the endpoint has none.
         argument: the last part of the path, decoded and not checked: a reference, digest or upload id.
+        upstream: host:port when the path began with one; empty otherwise.
     """
 
     endpoint: Endpoint
     repository: str = ""
     argument: str = ""
+    upstream: str = ""
 
 
 def find_route(method: str, raw_path: bytes) -> Route:
@@ -109,5 +111,10 @@ def _match_repository(parts: list[str]) -> Route | None:
             name = parts[: -len(tail)]
             if any("/" in part for part in name):
                 raise name_invalid("/".join(name))
+            if len(name) > 1 and ":" in name[0]:
+                # No repository has a colon: it is a registry with its port.
+                upstream = check_upstream(name[0]) or ""
+                rest = "/".join([registry_component(upstream), *name[1:]])
+                return Route(endpoint, check_repository(rest), argument, upstream)
             return Route(endpoint, check_repository("/".join(name)), argument)
     return None

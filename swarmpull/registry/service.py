@@ -46,12 +46,19 @@ class RegistryService(Protocol):
     """The operations behind the registry API.
 
     ``repository`` is a valid name, or None for the generic blob API (``/blobs/<digest>``), which is
-    outside any repository.  ``upstream`` is the value of the ``ns`` query parameter, or None.
+    outside any repository.  ``upstream`` is the registry that the client names, or None.
     """
 
     @property
     def uploads(self) -> UploadStore | None:
         """The upload sessions of this role; None when it does not take pushes."""
+        ...
+
+    def check_push(self, repository: str) -> None:
+        """Return when content of a repository may come here.  Raises PushRefused.
+
+        What a role cannot know yet is refused later, by `accept_blob` and `put_manifest`.
+        """
         ...
 
     async def resolve(self, repository: str, reference: str, *, upstream: str | None) -> Descriptor:

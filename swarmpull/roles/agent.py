@@ -12,15 +12,24 @@ import trio
 
 from swarmpull.config import AgentConfig, Config
 from swarmpull.digest import Digest
-from swarmpull.errors import BlobNotFound, RpcFailed, RpcUnavailable, StoreFull, StoreUnavailable
+from swarmpull.errors import (
+    BlobNotFound,
+    PushRefused,
+    RpcFailed,
+    RpcUnavailable,
+    StoreFull,
+    StoreUnavailable,
+)
 from swarmpull.registry.app import create_registry_app
 from swarmpull.registry.manifests import Manifest
+from swarmpull.registry.names import UpstreamNames
 from swarmpull.registry.service import BlobReader, StoredManifest
 from swarmpull.roles.addresses import RoleAddresses
 from swarmpull.roles.cluster import Cluster, IndexClient, OriginClient, TrackerClient
-from swarmpull.roles.repositories import Repositories
+from swarmpull.roles.repositories import Repositories, upstream_names
 from swarmpull.roles.role_store import open_role_store
 from swarmpull.roles.serving import serve_role
+from swarmpull.roles.stored_manifests import store_manifest, stored_manifest
 from swarmpull.roles.swarm_host import SwarmHost, open_swarm_host
 from swarmpull.roles.swarm_status import swarm_status, unreachable
 from swarmpull.store.blobs import BlobStore
@@ -28,7 +37,7 @@ from swarmpull.store.holds import Pin
 from swarmpull.store.uploads import UploadStore
 from swarmpull.swarm.peers import PeerKind
 from swarmpull.telemetry import Metrics
-from swarmpull.wire.api import AnnounceReply, AnnounceRequest, Growth, HashesRequest
+from swarmpull.wire.api import AnnounceReply, AnnounceRequest, Descriptor, Growth, HashesRequest
 from swarmpull.wire.rpc import open_rpc_pool
 
 log = structlog.get_logger()
@@ -103,10 +112,11 @@ class AgentRegistry(Repositories):
         index: IndexClient,
         origins: OriginClient,
         finder: BlobFinder,
+        names: UpstreamNames,
         *,
         push: bool,
     ) -> None:
-        super().__init__(index)
+        super().__init__(index, names)
         self._store = store
         self._host = host
         self._origins = origins
@@ -117,43 +127,84 @@ class AgentRegistry(Repositories):
     def uploads(self) -> UploadStore | None:
         return self._store.uploads if self._push else None
 
+    def check_push(self, repository: str) -> None:
+        """Refuse what belongs to an upstream; origins know which other repositories they keep."""
+        if self._names.select(repository, None) is not None:
+            raise PushRefused(
+                f"repository {repository} is of an upstream, which is only pulled from"
+            )
+
+    async def resolve(self, repository: str, reference: str, *, upstream: str | None) -> Descriptor:
+        """Look up a tag or a digest.  Raises ManifestNotFound, RepositoryNotFound."""
+        foreign = self._names.select(repository, upstream)
+        if foreign is None:
+            return await self._index.resolve(repository, reference)
+        known = await self._known(reference)
+        if known is not None:
+            return known.descriptor
+        return await self._origins.resolve_upstream(foreign, reference)
+
     async def get_manifest(
         self, repository: str, reference: str, *, upstream: str | None
     ) -> StoredManifest:
-        descriptor = await self.resolve(repository, reference, upstream=upstream)
+        foreign = self._names.select(repository, upstream)
+        if foreign is not None:
+            return await self._get_foreign(foreign, reference)
+        descriptor = await self._index.resolve(repository, reference)
         async with self._open(repository, descriptor.digest) as reader:
             content = bytearray()
             while len(content) < reader.length:
                 content += await reader.read_at(len(content), reader.length - len(content))
         return StoredManifest(descriptor, bytes(content))
 
+    async def _get_foreign(self, repository: str, reference: str) -> StoredManifest:
+        """A manifest of an upstream: small, and always the same under its digest, so it is kept here."""
+        known = await self._known(reference)
+        if known is not None:
+            return known
+        reply = await self._origins.get_upstream_manifest(repository, reference)
+        await store_manifest(self._store, reply.descriptor.digest, reply.content)
+        return StoredManifest(reply.descriptor, reply.content)
+
+    async def _known(self, reference: str) -> StoredManifest | None:
+        return (
+            await stored_manifest(self._store, Digest.parse(reference))
+            if ":" in reference
+            else None
+        )
+
     async def stat_blob(
-        self,
-        repository: str | None,
-        digest: Digest,
-        *,
-        upstream: str | None,  # noqa: ARG002
+        self, repository: str | None, digest: Digest, *, upstream: str | None
     ) -> int:
-        await self._check(repository, digest)
+        namespace = await self._namespace(repository, digest, upstream)
         download = self._host.downloading(digest)
         if download is not None:
             return download.metainfo.length
         try:
             return self._store.stat(digest).length
         except BlobNotFound:
-            return await self._origins.stat_blob(digest, repository or "")
+            return await self._origins.stat_blob(digest, namespace)
 
     @asynccontextmanager
     async def open_blob(
-        self,
-        repository: str | None,
-        digest: Digest,
-        *,
-        upstream: str | None,  # noqa: ARG002
+        self, repository: str | None, digest: Digest, *, upstream: str | None
     ) -> AsyncIterator[BlobReader]:
-        await self._check(repository, digest)
-        async with self._open(repository, digest) as reader:
+        namespace = await self._namespace(repository, digest, upstream)
+        async with self._open(namespace, digest) as reader:
             yield reader
+
+    async def _namespace(self, repository: str | None, digest: Digest, upstream: str | None) -> str:
+        """Where a blob is looked for.  Raises BlobNotFound when the repository does not have it."""
+        foreign = self._names.select(repository, upstream)
+        if foreign is not None:
+            return foreign
+        if self._push:
+            await self.check_membership(repository, digest)
+        return repository or ""
+
+    async def mount_blob(self, repository: str, digest: Digest, source: str | None) -> bool:
+        """Leave it to an origin, which knows whether the two repositories have one backend."""
+        return source is not None and await self._origins.mount_blob(repository, digest, source)
 
     async def accept_blob(self, repository: str | None, digest: Digest) -> None:
         """Seed a blob that was pushed here, and have an origin fetch and accept it.
@@ -174,18 +225,12 @@ class AgentRegistry(Repositories):
     async def delete_blob(self, repository: str, digest: Digest) -> None:
         await self._index.unlink_blob(repository, digest)
 
-    async def _check(self, repository: str | None, digest: Digest) -> None:
-        if self._push:
-            await self.check_membership(repository, digest)
-
     @asynccontextmanager
-    async def _open(self, repository: str | None, digest: Digest) -> AsyncIterator[BlobReader]:
+    async def _open(self, namespace: str, digest: Digest) -> AsyncIterator[BlobReader]:
         """A blob of this host's store, or one on its way into it."""
         while not self._store.has(digest):
             finder = self._finder
-            download = await self._host.download(
-                digest, repository or "", finder.find, finder.follow
-            )
+            download = await self._host.download(digest, namespace, finder.find, finder.follow)
             reader = download.reader()
             if reader is not None:
                 try:
@@ -261,6 +306,7 @@ async def run_agent(
                 cluster.index,
                 cluster.origin,
                 BlobFinder(cluster.tracker, cluster.origin),
+                upstream_names(config),
                 push=settings.registry.push,
             )
             await serve_role(

@@ -1,13 +1,13 @@
-"""Whether the backend has answered since this process began: until then a role is not ready, and says why.
+"""Whether the backends have answered since this process began: until then a role is not ready, and says why.
 
-An origin whose backend fails later stays ready: it takes pushes and serves what it has, and its neighbours,
-which find the same, would all leave at once.
+An origin of which a backend fails later stays ready: it takes pushes and serves what it has, and its
+neighbours, which find the same, would all leave at once.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import structlog
@@ -25,26 +25,43 @@ PROBE_KEY: Final = blob_key(Digest.of(b""))
 
 
 class BackendWatch:
-    """Asks a backend until it answers."""
+    """Asks backends until each has answered."""
+
+    def __init__(self, backends: Iterable[Backend]) -> None:
+        self._watched = [_Watched(backend) for backend in backends]
+
+    def reasons(self) -> Sequence[str]:
+        """Why the role is not ready on account of its backends."""
+        return [each.reason for each in self._watched if each.reason]
+
+    async def run(self) -> None:
+        """Return when all have answered."""
+        async with trio.open_nursery() as nursery:
+            for each in self._watched:
+                nursery.start_soon(each.run)
+
+
+class _Watched:
+    """One backend.
+
+    Attributes:
+        reason: why it does not count as there; empty when it does.
+    """
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._reason = f"backend {backend.name} has not answered yet"
-
-    def reasons(self) -> Sequence[str]:
-        """Why the role is not ready on account of its backend."""
-        return [self._reason] if self._reason else []
+        self.reason = f"backend {backend.name} has not answered yet"
 
     async def run(self) -> None:
-        """Return when the backend has answered."""
+        """Return when it has answered."""
         rng = random.Random()
         failures = 0
         while not await self._answers():
             if not failures:
-                log.warning("backend_silent", reason=self._reason)
+                log.warning("backend_silent", reason=self.reason)
             failures += 1
             await trio.sleep(backoff(failures, PROBE_MAX, rng))
-        self._reason = ""
+        self.reason = ""
         if failures:
             log.info("backend_answers", backend=self._backend.name)
 
@@ -54,6 +71,6 @@ class BackendWatch:
         except ObjectNotFound:
             return True
         except BackendUnavailable as error:
-            self._reason = str(error)
+            self.reason = str(error)
             return False
         return True

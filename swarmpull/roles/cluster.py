@@ -31,6 +31,7 @@ from swarmpull.wire.api import (
     MetainfoReply,
     PutManifestReply,
     RecordManifestRequest,
+    UpstreamManifestReply,
     WatchReply,
     WatchRequest,
 )
@@ -48,6 +49,8 @@ LOOKUP_TIMEOUT: Final = 10.0
 WRITE_TIMEOUT: Final = 60.0
 # An origin may have to hash the whole blob before it has its metainfo: 10 GB at 17 MB/s.
 METAINFO_TIMEOUT: Final = 600.0
+# An upstream is asked several times before an origin gives up, and may want to be left alone in between.
+UPSTREAM_TIMEOUT: Final = 60.0
 # An origin answers when the blob is on its disk and on those of its replicas.
 ADOPT_TIMEOUT: Final = 3600.0
 # Blobs of which a host remembers where it announced them, some 200 bytes each; as many as a tracker keeps.
@@ -291,6 +294,42 @@ class OriginClient:
         request = api.PutManifestRequest(repository, reference, media_type, content)
         key = str(Digest.of(content))
         return await self._ring.call(key, api.PUT_MANIFEST, request, timeout=timeout)
+
+    async def mount_blob(
+        self,
+        repository: str,
+        digest: Digest,
+        source: str,
+        *,
+        timeout: float = ADOPT_TIMEOUT,
+    ) -> bool:
+        """Make a blob of another repository part of this one; False if that does not have it."""
+        request = api.MountRequest(repository, source, digest)
+        reply = await self._ring.call(str(digest), api.MOUNT_BLOB, request, timeout=timeout)
+        return reply.found
+
+    async def resolve_upstream(
+        self, repository: str, reference: str, *, timeout: float = UPSTREAM_TIMEOUT
+    ) -> Descriptor:
+        """Look up a tag or digest of an upstream.
+
+        All calls about one repository go to the same origin while it is healthy: what it has learnt from
+        the upstream is shared.
+
+        Raises:
+            UpstreamUnknown, ManifestNotFound, BackendUnavailable, UpstreamBusy, UpstreamRefused.
+        """
+        request = api.ReferenceRequest(repository, reference)
+        return await self._ring.call(repository, api.RESOLVE_UPSTREAM, request, timeout=timeout)
+
+    async def get_upstream_manifest(
+        self, repository: str, reference: str, *, timeout: float = UPSTREAM_TIMEOUT
+    ) -> UpstreamManifestReply:
+        """A manifest of an upstream with its content.  Raises what `resolve_upstream` does."""
+        request = api.ReferenceRequest(repository, reference)
+        return await self._ring.call(
+            repository, api.GET_UPSTREAM_MANIFEST, request, timeout=timeout
+        )
 
 
 class IndexClient:

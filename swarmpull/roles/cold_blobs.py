@@ -23,13 +23,15 @@ from swarmpull.errors import (
     RpcUnavailable,
     SwarmpullError,
 )
+from swarmpull.roles.blob_places import BlobPlace, not_given
 from swarmpull.roles.cluster import OriginClient, RingClient
 from swarmpull.roles.cold_fetch import ColdFetch, Quarantine
 from swarmpull.roles.downloads import Download
 from swarmpull.roles.shared_work import SharedWork
 from swarmpull.roles.small_blobs import SmallBlob
 from swarmpull.roles.swarm_host import SwarmHost
-from swarmpull.store.backends.base import Backend, ObjectStat, blob_key
+from swarmpull.store.backends.base import ObjectStat
+from swarmpull.store.backends.namespaces import Namespaces
 from swarmpull.store.blobs import BlobStore
 from swarmpull.swarm.metainfo import BlobShape, GrowingMetainfo
 from swarmpull.telemetry import Metrics
@@ -44,6 +46,9 @@ CONNECTIONS_MAX: Final = 12
 COPIES_MAX: Final = 16
 # Seconds for another origin to ask the backend about a blob, or to copy a small one.
 ASK_TIMEOUT: Final = 15.0
+# For which the first bytes of an upstream are waited for, in seconds: many a registry says yes to HEAD and
+# no to GET, and whoever asks is better told why than cut short.
+BEGIN_PATIENCE: Final = 10.0
 # Between two looks at a download from another origin, in seconds.  One that has no peer at two in a row is
 # continued from the backend.
 LOOK_INTERVAL: Final = 3.0
@@ -71,7 +76,7 @@ class ColdBlobs:
     def __init__(
         self,
         store: BlobStore,
-        backend: Backend,
+        namespaces: Namespaces,
         host: SwarmHost,
         origins: RingClient | None,
         nursery: trio.Nursery,
@@ -86,10 +91,10 @@ class ColdBlobs:
             elsewhere: where what the backend cannot give may be; None when there is no such place.
             fetch_connections: ranges of one blob that are read from the backend at the same time.
         """
-        self.quarantine = Quarantine(backend.name, metrics)
+        self.quarantine = Quarantine(metrics)
         self._elsewhere = elsewhere
         self._store = store
-        self._backend = backend
+        self._namespaces = namespaces
         self._host = host
         self._origins = origins
         self._nursery = nursery
@@ -118,6 +123,7 @@ class ColdBlobs:
 
         Raises:
             BlobNotFound: neither the backend has it nor another origin.
+            RepositoryUnmatched: it is not here, and the repository has no backend.
             BackendUnavailable: the backend fails and no other origin has it, or its object is not what its
                 name says.
             StoreFull, StoreUnavailable: the disk has no room for it, or fails.
@@ -127,18 +133,20 @@ class ColdBlobs:
         under_way = self._host.downloading(digest)
         if under_way is not None:
             return under_way
+        place = self._place(digest, namespace)
         if decide or not self._has_others():
-            return await self._beginning.run(digest, partial(self._begin, namespace))
-        return await self._asking.run(digest, partial(self._ask, namespace))
+            return await self._beginning.run(place, partial(self._begin, namespace))
+        return await self._asking.run(place, partial(self._ask, namespace))
 
-    async def recall(self, digest: Digest) -> None:
+    async def recall(self, digest: Digest, namespace: str) -> None:
         """Begin to get a blob that a peer wants to have from here.  Raises what `begin` does.
 
         One that was found to be corrupt is not tried again for a peer: the next pull does that.
         """
-        if digest in self.quarantine:
-            raise BlobNotFound(str(digest), self._backend.name)
-        await self.begin(digest, "", decide=False)
+        place = self._place(digest, namespace)
+        if place in self.quarantine:
+            raise BlobNotFound(str(digest), place.name)
+        await self.begin(digest, namespace, decide=False)
 
     def urge(self, digest: Digest, indices: tuple[int, ...]) -> bool:
         """Have pieces fetched first; False if they are not fetched here."""
@@ -160,9 +168,10 @@ class ColdBlobs:
     def _has_others(self) -> bool:
         return self._origins is not None and len(self._origins.members.members) > 1
 
-    async def _ask(self, namespace: str, digest: Digest) -> Download | None:
+    async def _ask(self, namespace: str, place: BlobPlace) -> Download | None:
         """Ask the origins in the order of the ring to decide; one of them is this one."""
         assert self._origins is not None
+        digest = place.digest
         origins = OriginClient(self._origins)
         try:
             reply = await origins.get_metainfo(
@@ -180,12 +189,12 @@ class ColdBlobs:
         if isinstance(download, SmallBlob):
             await download.wait()
             return None
-        self._nursery.start_soon(self._look_after, download, namespace)
+        self._nursery.start_soon(self._look_after, download, namespace, place)
         return download
 
-    async def _look_after(self, download: Download, namespace: str) -> None:
+    async def _look_after(self, download: Download, namespace: str, place: BlobPlace) -> None:
         """Continue a download from the backend, or other origins, when nobody is left to give us pieces."""
-        digest = download.metainfo.digest
+        digest = place.digest
         alone = 0
         while not download.ended and alone < 2:
             with trio.move_on_after(LOOK_INTERVAL):
@@ -196,50 +205,64 @@ class ColdBlobs:
             return
         log.warning("blob_from_backend_instead", digest=str(digest))
         try:
-            found = await self._backend.stat(blob_key(digest))
+            found = await place.backend.stat(place.key)
         except SwarmpullError as error:
             # What is only queued has more than one holder: another one becomes a peer of this download.
-            if not await self._fetched_elsewhere(digest):
+            if not await self._fetched_elsewhere(place):
                 self._host.give_up(download, error)
             return
         if not download.ended:
             self._host.feed(download, namespace)
-            await self._fetch(download, found)
+            await self._run(self._fetch_of(download, found, place))
 
-    async def length_elsewhere(self, digest: Digest) -> int | None:
+    async def length_elsewhere(self, place: BlobPlace) -> int | None:
         """The length in bytes of a blob that the backend cannot give; None when it is nowhere."""
-        return await self._elsewhere.length(digest) if self._elsewhere is not None else None
+        if self._elsewhere is None or place.is_foreign:
+            return None
+        return await self._elsewhere.length(place.digest)
 
-    async def _fetched_elsewhere(self, digest: Digest) -> bool:
-        return self._elsewhere is not None and await self._elsewhere.fetch(digest)
+    async def _fetched_elsewhere(self, place: BlobPlace) -> bool:
+        if self._elsewhere is None or place.is_foreign:
+            return False
+        return await self._elsewhere.fetch(place.digest)
+
+    def _place(self, digest: Digest, namespace: str) -> BlobPlace:
+        return BlobPlace.of(self._namespaces, digest, namespace)
 
     # --- from the backend ---------------------------------------------------------------------
 
-    async def _begin(self, namespace: str, digest: Digest) -> Download | None:
+    async def _begin(self, namespace: str, place: BlobPlace) -> Download | None:
         try:
-            found = await self._backend.stat(blob_key(digest))
+            found = await place.backend.stat(place.key)
         except (ObjectNotFound, BackendUnavailable) as error:
-            if await self._fetched_elsewhere(digest):
+            if await self._fetched_elsewhere(place):
                 return None
-            raise not_given(digest, error) from error
-        shape = BlobShape.of(digest, found.length)
+            raise not_given(place.digest, error) from error
+        shape = BlobShape.of(place.digest, found.length)
         if shape.piece_count <= 1:
-            await self._copy(digest, found)
+            await self._copy(place, found)
             return None
         metainfo = GrowingMetainfo.from_shape(shape)
         download = await self._host.fetch(metainfo, namespace)
         if isinstance(download, SmallBlob):
             await download.wait()
             return None
-        if download.metainfo is metainfo:
-            self._nursery.start_soon(self._fetch, download, found)
+        if download.metainfo is not metainfo:
+            return download
+        fetch = self._fetch_of(download, found, place)
+        self._nursery.start_soon(self._run, fetch)
+        if place.is_foreign:
+            with trio.move_on_after(BEGIN_PATIENCE):
+                await fetch.begun.wait()
+            if download.failed:
+                await download.wait()
         return download
 
-    async def _fetch(self, download: Download, found: ObjectStat) -> None:
-        fetch = ColdFetch(
+    def _fetch_of(self, download: Download, found: ObjectStat, place: BlobPlace) -> ColdFetch:
+        return ColdFetch(
             download,
             found,
-            self._backend,
+            place,
             self._host,
             self.quarantine,
             workers=self._workers,
@@ -247,6 +270,8 @@ class ColdBlobs:
             bytes_read=self._bytes_read,
             pieces=self._pieces,
         )
+
+    async def _run(self, fetch: ColdFetch) -> None:
         self._fetches[fetch.digest] = fetch
         try:
             await fetch.run()
@@ -254,31 +279,24 @@ class ColdBlobs:
             if self._fetches.get(fetch.digest) is fetch:
                 del self._fetches[fetch.digest]
 
-    async def _copy(self, digest: Digest, found: ObjectStat) -> None:
+    async def _copy(self, place: BlobPlace, found: ObjectStat) -> None:
         """Bring a blob of one piece to the disk: it is there as soon as its piece would be."""
-        key = found.key
+        digest = place.digest
         try:
             async with self._copies, self._store.create() as writer:
-                async with self._backend.open(key) as chunks:
+                async with place.backend.open(place.key) as chunks:
                     async for chunk in chunks:
                         await writer.write(chunk)
                         self._bytes_read.inc(len(chunk))
                 await writer.commit(digest)
         except (ObjectNotFound, BackendUnavailable) as error:
-            if await self._fetched_elsewhere(digest):
+            if await self._fetched_elsewhere(place):
                 return
             raise not_given(digest, error) from error
         except DigestMismatch as error:
-            raise self.quarantine.put(digest, key, f"it hashes to {error.actual}") from error
-        self.quarantine.release(digest)
-        log.info("blob_fetched", digest=str(digest), length=found.length)
-
-
-def not_given(digest: Digest, error: ObjectNotFound | BackendUnavailable) -> SwarmpullError:
-    """What to say of a blob that the backend did not give."""
-    if isinstance(error, ObjectNotFound):
-        return BlobNotFound(str(digest), error.backend)
-    return BackendUnavailable(error.backend, error.key, error.reason)
+            raise self.quarantine.put(place, f"it hashes to {error.actual}") from error
+        self.quarantine.release(place)
+        log.info("blob_fetched", digest=str(digest), backend=place.name, length=found.length)
 
 
 Find = Callable[[AnnounceRequest], Awaitable[AnnounceReply]]

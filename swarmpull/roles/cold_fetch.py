@@ -8,6 +8,7 @@ the next one goes on from there.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import AsyncIterator
 from typing import Any, Final
@@ -28,11 +29,15 @@ from swarmpull.errors import (
     StoreFull,
     StoreUnavailable,
     SwarmpullError,
+    UpstreamBusy,
+    UpstreamRefused,
 )
+from swarmpull.roles.blob_places import BlobPlace
 from swarmpull.roles.downloads import Download
 from swarmpull.roles.swarm_host import SwarmHost
-from swarmpull.store.backends.base import Backend, ObjectStat
+from swarmpull.store.backends.base import ObjectStat
 from swarmpull.store.backends.metainfo import load_metainfo, save_metainfo
+from swarmpull.store.backends.paced import PacedBackend
 from swarmpull.store.fetch_plan import FetchPlan, Run
 from swarmpull.swarm import bitfield
 from swarmpull.swarm.torrent import URGES_MAX
@@ -50,6 +55,8 @@ FAILURES_MAX: Final = 3
 PAUSE: Final = 0.5
 # After these what was fetched is no part of the blob.
 USELESS: Final = (ObjectCorrupt, ObjectReplaced)
+# After these another attempt is of no use.
+FINAL: Final = (*USELESS, UpstreamBusy, UpstreamRefused)
 
 
 class Quarantine:
@@ -58,9 +65,8 @@ class Quarantine:
     The next pull tries again, and the next push replaces the object.
     """
 
-    def __init__(self, backend: str, metrics: Metrics) -> None:
-        self._backend = backend
-        self._digests: set[Digest] = set()
+    def __init__(self, metrics: Metrics) -> None:
+        self._places: set[BlobPlace] = set()
         self._found = metrics.counter(
             "backend_corrupt_objects_total",
             "Times that an object of the backend was found not to be what its name says.",
@@ -68,22 +74,30 @@ class Quarantine:
         metrics.gauge(
             "backend_quarantined_objects",
             "Objects of the backend that were not what their name says when they were last read.",
-        ).set_function(lambda: len(self._digests))
+        ).set_function(lambda: len(self._places))
 
-    def __contains__(self, digest: Digest) -> bool:
-        return digest in self._digests
+    def __contains__(self, place: BlobPlace) -> bool:
+        return place in self._places
 
-    def put(self, digest: Digest, key: str, what: str) -> ObjectCorrupt:
+    def put(self, place: BlobPlace, what: str) -> ObjectCorrupt:
         """An object was found to be corrupt; returns the error for those who wanted it."""
-        self._digests.add(digest)
+        self._places.add(place)
         self._found.inc()
-        log.error("backend_object_corrupt", digest=str(digest), key=key, reason=what)
-        reason = f"the object is corrupt, {what}: push the blob again"
-        return ObjectCorrupt(self._backend, key, reason)
+        log.error(
+            "backend_object_corrupt",
+            digest=str(place.digest),
+            backend=place.name,
+            key=place.key,
+            reason=what,
+        )
+        remedy = "the next pull tries it again"
+        if not place.is_foreign:
+            remedy = f"a push replaces it, and {remedy}"
+        return ObjectCorrupt(place.name, place.key, f"the object is corrupt, {what}: {remedy}")
 
-    def release(self, digest: Digest) -> None:
+    def release(self, place: BlobPlace) -> None:
         """The object is right after all, or was replaced."""
-        self._digests.discard(digest)
+        self._places.discard(place)
 
 
 class WrongPiece(Exception):
@@ -91,13 +105,17 @@ class WrongPiece(Exception):
 
 
 class ColdFetch:
-    """The fetch of one blob; `run` it once."""
+    """The fetch of one blob; `run` it once.
+
+    Attributes:
+        begun: the first bytes have come, or it has ended.
+    """
 
     def __init__(
         self,
         download: Download,
         found: ObjectStat,
-        backend: Backend,
+        place: BlobPlace,
         host: SwarmHost,
         quarantine: Quarantine,
         *,
@@ -109,6 +127,7 @@ class ColdFetch:
         """
         Args:
             found: the object.
+            place: where it is.
             workers: ranges that are read at the same time.
             connections: limits those of all fetches together.
         """
@@ -118,13 +137,15 @@ class ColdFetch:
         self.plan = FetchPlan(missing, piece_length=shape.piece_length, workers=workers)
         self._found = found
         self._pin: dict[str, Any] = {"version": found.version} if found.version else {}
-        self._backend = backend
+        self._place = place
+        self._backend = place.backend
         self._host = host
         self._quarantine = quarantine
         self._workers = workers
         self._connections = connections
         self._bytes_read = bytes_read
         self._pieces = pieces
+        self.begun = trio.Event()
         self._changed = trio.Event()
         self._published = 0
         self._wrong: set[int] = set()
@@ -151,9 +172,10 @@ class ColdFetch:
                 nursery.start_soon(self._work)
             await self.download.wait_ended()
             nursery.cancel_scope.cancel()
+        self.begun.set()
         if self.download.failed:
             return
-        self._quarantine.release(self.digest)
+        self._quarantine.release(self._place)
         log.info("blob_fetched", digest=str(self.digest), length=self.download.metainfo.length)
         await self._keep_hashes()
 
@@ -161,8 +183,8 @@ class ColdFetch:
 
     async def _learn_hashes(self) -> None:
         """Take over what an earlier fetch found out about the same blob."""
-        if self.digest in self._quarantine:
-            return  # it may have been this that was wrong
+        if self._place.is_foreign or self._place in self._quarantine:
+            return  # there is none, or it may have been this that was wrong
         metainfo = await load_metainfo(self._backend, self.download.metainfo)
         if metainfo is None:
             return
@@ -177,7 +199,7 @@ class ColdFetch:
 
     async def _keep_hashes(self) -> None:
         metainfo = self.download.metainfo.complete()
-        if metainfo is None or self._metainfo_was_known:
+        if metainfo is None or self._metainfo_was_known or self._place.is_foreign:
             return
         try:
             await save_metainfo(self._backend, metainfo)
@@ -194,7 +216,7 @@ class ColdFetch:
             except BackendUnavailable as error:
                 failures = failures + 1 if self._published == published else 1
                 published = self._published
-                if failures >= FAILURES_MAX or isinstance(error, USELESS):
+                if failures >= FAILURES_MAX or isinstance(error, FINAL):
                     self._fail(error)
                     return
                 log.info("range_not_fetched", digest=str(self.digest), reason=str(error))
@@ -229,7 +251,7 @@ class ColdFetch:
             if run.next in self._wrong:
                 # Not the connection's fault: what was known of the blob, or the object, is wrong.
                 what = f"piece {run.next} is not what it was"
-                raise self._quarantine.put(self.digest, self._found.key, what) from error
+                raise self._quarantine.put(self._place, what) from error
             self._wrong.add(run.next)
             reason = f"piece {run.next} does not match its hash"
             raise BackendUnavailable(self._backend.name, self._found.key, reason) from error
@@ -250,6 +272,7 @@ class ColdFetch:
             while True:
                 rest = memoryview(await self._next_chunk(chunks))
                 self._bytes_read.inc(len(rest))
+                self.begun.set()
                 while rest:
                     part, rest = rest[: writer.left], rest[writer.left :]
                     await writer.write(part)
@@ -263,8 +286,10 @@ class ColdFetch:
                     writer = self.download.partial.piece_writer(run.next)
 
     async def _next_chunk(self, chunks: AsyncIterator[bytes]) -> bytes:
+        # One that is paced waits on purpose, and knows itself when nothing comes.
+        is_paced = isinstance(self._backend, PacedBackend)
         reason = f"no bytes for {CHUNK_TIMEOUT:g} s"
-        with trio.move_on_after(CHUNK_TIMEOUT):
+        with trio.move_on_after(math.inf if is_paced else CHUNK_TIMEOUT):
             async for chunk in chunks:
                 return chunk
             reason = "the object ends too soon"
@@ -283,7 +308,7 @@ class ColdFetch:
     # --- the end ------------------------------------------------------------------------------
 
     def _explain(self, error: DigestMismatch) -> SwarmpullError:
-        return self._quarantine.put(self.digest, self._found.key, f"it hashes to {error.actual}")
+        return self._quarantine.put(self._place, f"it hashes to {error.actual}")
 
     def _fail(self, error: SwarmpullError) -> None:
         self._host.give_up(self.download, error, keep=not isinstance(error, USELESS))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Final
@@ -17,7 +17,7 @@ from swarmpull.digest import Digest
 from swarmpull.errors import ProtocolError
 from swarmpull.registry.app import create_registry_app
 from swarmpull.registry.manifests import Manifest, parse_manifest, under_digest
-from swarmpull.registry.names import is_repository
+from swarmpull.registry.names import UpstreamNames, is_repository
 from swarmpull.registry.service import BlobReader, StoredManifest
 from swarmpull.ring.membership import Membership
 from swarmpull.roles.addresses import RoleAddresses
@@ -25,23 +25,27 @@ from swarmpull.roles.backend_watch import BackendWatch
 from swarmpull.roles.cluster import IndexClient, RingClient
 from swarmpull.roles.cold_blobs import ColdBlobs
 from swarmpull.roles.hash_log import HashPolls, complete_growth
+from swarmpull.roles.origin_backends import open_backends
 from swarmpull.roles.origin_content import OriginContent
+from swarmpull.roles.origin_upstreams import UpstreamManifests
 from swarmpull.roles.replication import Replication
-from swarmpull.roles.repositories import Repositories
+from swarmpull.roles.repositories import Repositories, upstream_names
 from swarmpull.roles.role_store import open_role_store
 from swarmpull.roles.serving import serve_role
+from swarmpull.roles.stored_manifests import store_manifest
 from swarmpull.roles.swarm_host import SwarmHost, open_swarm_host
 from swarmpull.roles.swarm_status import swarm_status, unreachable
 from swarmpull.roles.write_back import WriteBack
-from swarmpull.store.backends import open_backend
 from swarmpull.store.blobs import BlobStore
 from swarmpull.store.holds import Pin
+from swarmpull.store.tags import open_tags
 from swarmpull.store.uploads import UploadStore
 from swarmpull.store.write_back_queue import open_write_back_queue
 from swarmpull.store.write_back_schedule import QueuedBlob
 from swarmpull.swarm.peers import PeerContact, PeerKind
 from swarmpull.telemetry import Metrics
 from swarmpull.wire import api
+from swarmpull.wire.api import Descriptor
 from swarmpull.wire.rpc import RpcContext, RpcService, open_rpc_pool
 
 log = structlog.get_logger()
@@ -56,19 +60,41 @@ HASH_POLLS_MAX: Final = 1000
 class OriginRegistry(Repositories):
     """The registry of an origin; implements `swarmpull.registry.service.RegistryService`."""
 
-    def __init__(self, content: OriginContent, write_back: WriteBack, index: IndexClient) -> None:
-        super().__init__(index)
+    def __init__(
+        self,
+        content: OriginContent,
+        write_back: WriteBack,
+        index: IndexClient,
+        upstreams: UpstreamManifests,
+        names: UpstreamNames,
+    ) -> None:
+        super().__init__(index, names)
         self._content = content
         self._write_back = write_back
+        self._upstreams = upstreams
 
     @property
     def uploads(self) -> UploadStore | None:
         return self._content.store.uploads
 
+    def check_push(self, repository: str) -> None:
+        self._content.namespaces.check_push(repository)
+
+    async def resolve(self, repository: str, reference: str, *, upstream: str | None) -> Descriptor:
+        """Look up a tag or a digest.  Raises ManifestNotFound, RepositoryNotFound."""
+        foreign = self._names.select(repository, upstream)
+        if foreign is not None:
+            return await self._upstreams.resolve(foreign, reference)
+        return await self._index.resolve(repository, reference)
+
     async def get_manifest(
         self, repository: str, reference: str, *, upstream: str | None
     ) -> StoredManifest:
-        descriptor = await self.resolve(repository, reference, upstream=upstream)
+        foreign = self._names.select(repository, upstream)
+        if foreign is not None:
+            reply = await self._upstreams.get(foreign, reference)
+            return StoredManifest(reply.descriptor, reply.content)
+        descriptor = await self._index.resolve(repository, reference)
         with self._content.store.hold(descriptor.digest, Pin.READING):
             await self._content.ensure_local(descriptor.digest, repository)
             with self._content.store.open(descriptor.digest) as handle:
@@ -76,26 +102,26 @@ class OriginRegistry(Repositories):
         return StoredManifest(descriptor, content)
 
     async def stat_blob(
-        self,
-        repository: str | None,
-        digest: Digest,
-        *,
-        upstream: str | None,  # noqa: ARG002
+        self, repository: str | None, digest: Digest, *, upstream: str | None
     ) -> int:
-        await self.check_membership(repository, digest)
-        return await self._content.stat(digest)
+        namespace = await self._namespace(repository, digest, upstream)
+        return await self._content.stat(digest, namespace)
 
     @asynccontextmanager
     async def open_blob(
-        self,
-        repository: str | None,
-        digest: Digest,
-        *,
-        upstream: str | None,  # noqa: ARG002
+        self, repository: str | None, digest: Digest, *, upstream: str | None
     ) -> AsyncIterator[BlobReader]:
-        await self.check_membership(repository, digest)
-        async with self._content.open(digest, repository or "") as reader:
+        namespace = await self._namespace(repository, digest, upstream)
+        async with self._content.open(digest, namespace) as reader:
             yield reader
+
+    async def _namespace(self, repository: str | None, digest: Digest, upstream: str | None) -> str:
+        """Where a blob is looked for.  Raises BlobNotFound when the repository does not have it."""
+        foreign = self._names.select(repository, upstream)
+        if foreign is not None:
+            return foreign
+        await self.check_membership(repository, digest)
+        return repository or ""
 
     async def accept_blob(self, repository: str | None, digest: Digest) -> None:
         with self._content.store.hold(digest, Pin.NOT_WRITTEN_BACK):
@@ -103,15 +129,25 @@ class OriginRegistry(Repositories):
         if repository is not None:
             await self._index.link_blob(repository, digest)
 
+    async def mount_blob(self, repository: str, digest: Digest, source: str | None) -> bool:
+        """Make a blob of another repository part of this one; between two backends it is copied."""
+        if source is None or not await self._index.has_blob(source, digest):
+            return False
+        if not self._content.namespaces.share_backend(source, repository):
+            with self._content.store.hold(digest, Pin.NOT_WRITTEN_BACK):
+                await self._content.ensure_local(digest, source)
+                await self._write_back.accept(digest, repository)
+        await self._index.link_blob(repository, digest)
+        return True
+
     async def put_manifest(self, repository: str, reference: str, manifest: Manifest) -> None:
         """Check what it refers to, accept its bytes, and only then let the index know it."""
+        self.check_push(repository)
         await self._index.check_references(
             repository, blobs=manifest.blobs, manifests=manifest.manifests
         )
         with self._content.store.hold(manifest.digest, Pin.NOT_WRITTEN_BACK):
-            async with self._content.store.create() as writer:
-                await writer.write(manifest.content)
-                await writer.commit(manifest.digest)
+            await store_manifest(self._content.store, manifest.digest, manifest.content)
             await self._write_back.accept(manifest.digest, repository)
         is_tag = (
             ":" not in reference
@@ -152,11 +188,13 @@ class OriginCalls:
         content: OriginContent,
         write_back: WriteBack,
         registry: OriginRegistry,
+        upstreams: UpstreamManifests,
         host: SwarmHost,
     ) -> None:
         self._content = content
         self._write_back = write_back
         self._registry = registry
+        self._upstreams = upstreams
         self._host = host
         self._polls = HashPolls(HASH_POLLS_MAX)
 
@@ -170,10 +208,14 @@ class OriginCalls:
         service.register(api.REPLICATE_BLOB, self.replicate_blob)
         service.register(api.HELD_BLOB, self.held_blob)
         service.register(api.PUT_MANIFEST, self.put_manifest)
+        service.register(api.MOUNT_BLOB, self.mount_blob)
+        service.register(api.RESOLVE_UPSTREAM, self.resolve_upstream)
+        service.register(api.GET_UPSTREAM_MANIFEST, self.get_upstream_manifest)
         return service
 
     async def stat_blob(self, request: api.BlobRequest, _context: RpcContext) -> api.BlobStatReply:
-        return api.BlobStatReply(await self._content.stat(request.digest))
+        _check_namespace(request.namespace)
+        return api.BlobStatReply(await self._content.stat(request.digest, request.namespace))
 
     async def get_metainfo(
         self, request: api.BlobRequest, context: RpcContext
@@ -226,6 +268,7 @@ class OriginCalls:
         """Fetch a blob from the agent that took the push, and accept it."""
         digest = request.metainfo.digest
         _check_namespace(request.namespace)
+        self._content.namespaces.check_push(request.namespace)
         with self._content.store.hold(digest, Pin.NOT_WRITTEN_BACK):
             # Not from the backend, even if it has the blob: it may be down, and the agent is there.
             await self._host.adopt(
@@ -276,6 +319,24 @@ class OriginCalls:
         await self._registry.put_manifest(request.repository, request.reference, manifest)
         return api.PutManifestReply(manifest.digest, manifest.subject)
 
+    async def mount_blob(self, request: api.MountRequest, _context: RpcContext) -> api.Found:
+        self._registry.check_push(request.repository)
+        return api.Found(
+            await self._registry.mount_blob(request.repository, request.digest, request.source)
+        )
+
+    async def resolve_upstream(
+        self, request: api.ReferenceRequest, _context: RpcContext
+    ) -> Descriptor:
+        _check_namespace(request.repository)
+        return await self._upstreams.resolve(request.repository, request.reference)
+
+    async def get_upstream_manifest(
+        self, request: api.ReferenceRequest, _context: RpcContext
+    ) -> api.UpstreamManifestReply:
+        _check_namespace(request.repository)
+        return await self._upstreams.get(request.repository, request.reference)
+
 
 def _dialable(source: PeerContact, context: RpcContext) -> PeerContact:
     """A caller that does not advertise a host is where it calls from."""
@@ -287,10 +348,20 @@ def _sane(seconds: float) -> float:
     return seconds if 0 <= seconds <= REPLICATION_WAIT_MAX else REPLICATION_WAIT_MAX
 
 
-def _blobs_on_disk(store: BlobStore) -> Iterator[QueuedBlob]:
-    """Everything in a store, as a queue that is new begins with; blocking."""
+def _blobs_on_disk(store: BlobStore, settings: OriginConfig) -> list[QueuedBlob]:
+    """What a queue that is new begins with; blocking.
+
+    Everything in the store: what was acknowledged and not written is among it.  Nothing where repositories
+    have backends of their own, for nobody knows any more which of them a blob belongs to.
+    """
     now = time.time()
-    return (QueuedBlob(stat.digest, stat.length, "", now, next_at=now) for stat in store.list())
+    blobs = [
+        QueuedBlob(stat.digest, stat.length, "", now, next_at=now) for stat in list(store.list())
+    ]
+    queued = [] if settings.namespaces else blobs
+    if blobs:
+        log.warning("write_back_queue_new", on_disk=len(blobs), queued=len(queued))
+    return queued
 
 
 def _check_namespace(namespace: str) -> None:
@@ -314,18 +385,22 @@ async def run_origin(
     metrics = Metrics()
     indexes = Membership(config.cluster.indexes, name="index")
     origins = Membership(config.cluster.origins, name="origin")
-    backend = await open_backend(settings.backend.url)
     async with (
+        open_backends(settings, config.upstreams) as backends,
         open_role_store("origin", settings.data_dir, settings.store, metrics) as store,
-        open_write_back_queue(store.root, store.name, partial(_blobs_on_disk, store)) as queue,
+        open_write_back_queue(
+            store.root, store.name, partial(_blobs_on_disk, store, settings)
+        ) as queue,
+        open_tags(settings.data_dir / "upstream-tags.sqlite") as tags,
         open_rpc_pool() as pool,
         open_swarm_host(store, PeerKind.ORIGIN, settings.peer, config.swarm, metrics) as host,
         trio.open_nursery() as nursery,
     ):
+        index = IndexClient(RingClient(pool, indexes, "index"))
         replication = Replication(pool, origins, host, settings.replicas, metrics)
         cold = ColdBlobs(
             store,
-            backend,
+            backends.namespaces,
             host,
             RingClient(pool, origins),
             nursery,
@@ -333,20 +408,20 @@ async def run_origin(
             fetch_connections=settings.fetch_connections,
             elsewhere=replication,
         )
-        content = OriginContent(store, backend, host, cold, nursery, metrics)
+        content = OriginContent(store, backends.namespaces, host, cold, nursery, metrics)
         write_back = WriteBack(queue, content, host, replication, metrics, settings.write_back)
+        upstreams = UpstreamManifests(backends.upstreams, store, tags, nursery, metrics)
         # After the queue has pinned its blobs.
         nursery.start_soon(store.janitor.run)
         nursery.start_soon(write_back.run)
-        watch = BackendWatch(backend)
+        watch = BackendWatch(backends.namespaces.own())
         nursery.start_soon(watch.run)
         for members in (indexes, origins):
             nursery.start_soon(members.run)
         host.recall = cold.recall
         host.urge = cold.urge_for_readers
-        index = IndexClient(RingClient(pool, indexes, "index"))
-        registry = OriginRegistry(content, write_back, index)
-        calls = OriginCalls(content, write_back, registry, host)
+        registry = OriginRegistry(content, write_back, index, upstreams, upstream_names(config))
+        calls = OriginCalls(content, write_back, registry, upstreams, host)
         nursery.start_soon(calls.end_polls, drain)
         await serve_role(
             "origin",

@@ -1,4 +1,7 @@
-"""The blobs of an origin: its disk in front, the backend behind.
+"""The blobs of an origin: its disk in front, the backends behind.
+
+Which backend depends on the repository, called the namespace here: `Namespaces` knows.  The disk is one for
+all of them, because content is its own proof; everything else is kept for each backend by itself.
 
 The backend is the truth.  A blob counts as accepted when it is in both; one that only the backend has is
 brought to the disk by `swarmpull.roles.cold_blobs` when somebody asks for it.
@@ -22,11 +25,12 @@ from swarmpull.errors import (
     SwarmpullError,
 )
 from swarmpull.registry.service import BlobReader
-from swarmpull.roles.cold_blobs import ColdBlobs, not_given
+from swarmpull.roles.blob_places import BlobPlace, not_given
+from swarmpull.roles.cold_blobs import ColdBlobs
 from swarmpull.roles.shared_work import SharedWork
 from swarmpull.roles.swarm_host import SwarmHost
-from swarmpull.store.backends.base import Backend, blob_key
 from swarmpull.store.backends.metainfo import save_metainfo
+from swarmpull.store.backends.namespaces import Namespaces
 from swarmpull.store.blobs import BlobStore
 from swarmpull.store.holds import Pin
 from swarmpull.telemetry import Metrics
@@ -44,14 +48,14 @@ class OriginContent:
     def __init__(
         self,
         store: BlobStore,
-        backend: Backend,
+        namespaces: Namespaces,
         host: SwarmHost,
         cold: ColdBlobs,
         nursery: trio.Nursery,
         metrics: Metrics,
     ) -> None:
         self.store = store
-        self.backend = backend
+        self.namespaces = namespaces
         self.cold = cold
         self._host = host
         self._writing: SharedWork[None] = SharedWork(nursery)
@@ -60,37 +64,39 @@ class OriginContent:
             "backend_bytes_written_total", "Bytes of blobs written to the backend."
         )
 
-    async def stat(self, digest: Digest) -> int:
+    async def stat(self, digest: Digest, namespace: str) -> int:
         """Length of a blob in bytes, at once and without fetching it.
 
         Raises:
             BlobNotFound: on no disk and not in the backend, or corrupt there: clients push only
                 what they are told is missing.
+            RepositoryUnmatched: not on the disk, and the repository has no backend.
             BackendUnavailable: not on the disk, and the backend cannot say.
         """
         try:
             return self.store.stat(digest).length
         except BlobNotFound:
-            if self.is_corrupt(digest):
+            # Nobody can push to an upstream: whether it has mended the blob is for the upstream to say.
+            if not self.namespaces.is_foreign(namespace) and self.is_corrupt(digest, namespace):
                 raise
         download = self._host.downloading(digest)
         if download is not None:
             return download.metainfo.length
+        place = self._place(digest, namespace)
         try:
-            return (await self.backend.stat(blob_key(digest))).length
+            return (await place.backend.stat(place.key)).length
         except (ObjectNotFound, BackendUnavailable) as error:
-            length = await self.cold.length_elsewhere(digest)
+            length = await self.cold.length_elsewhere(place)
             if length is not None:
                 return length
             raise not_given(digest, error) from error
 
-    async def ensure_local(
-        self, digest: Digest, namespace: str = "", *, decide: bool = False
-    ) -> None:
+    async def ensure_local(self, digest: Digest, namespace: str, *, decide: bool = False) -> None:
         """Return when the blob is on the disk.  For the arguments see `ColdBlobs.begin`.
 
         Raises:
             BlobNotFound: the backend does not have it either.
+            RepositoryUnmatched: it is not on the disk, and the repository has no backend.
             BackendUnavailable: the backend fails, or its object is not what its name says and is not used.
             StoreFull, StoreUnavailable: the disk has no room for it, or fails.
         """
@@ -121,61 +127,73 @@ class OriginContent:
             with self.store.open(digest) as handle:
                 yield handle
 
-    async def make_durable(self, digest: Digest) -> None:
+    async def make_durable(self, digest: Digest, namespace: str) -> None:
         """Return when a blob of the disk is in the backend too.
 
         Raises:
             BlobNotFound: it is not on the disk.
+            PushRefused: the repository has no backend that could be written to.
             BackendUnavailable: it is not in the backend; try again.
             StoreUnavailable: the disk failed; likewise.
         """
-        await self._writing.run(digest, self._write)
+        self.namespaces.check_push(namespace)
+        await self._writing.run(self._place(digest, namespace), self._write)
 
-    async def is_in_backend(self, digest: Digest, length: int) -> bool:
-        """Whether the backend has a blob, in the right length.  Raises BackendUnavailable."""
-        return await self._is_in_backend(digest, blob_key(digest), length)
+    async def is_in_backend(self, digest: Digest, namespace: str, length: int) -> bool:
+        """Whether the backend has a blob, in the right length.
 
-    def is_corrupt(self, digest: Digest) -> bool:
-        """Whether the backend's object was found to be something else; the next write replaces it."""
-        return digest in self.cold.quarantine
+        Raises:
+            RepositoryUnmatched: the repository has no backend.
+            BackendUnavailable: the backend cannot say.
+        """
+        return await self._is_in_backend(self._place(digest, namespace), length)
 
-    async def _write(self, digest: Digest) -> None:
+    def is_corrupt(self, digest: Digest, namespace: str) -> bool:
+        """Whether the backend's object was found to be something else; the next write replaces it.
+
+        Raises RepositoryUnmatched.
+        """
+        return self._place(digest, namespace) in self.cold.quarantine
+
+    def _place(self, digest: Digest, namespace: str) -> BlobPlace:
+        return BlobPlace.of(self.namespaces, digest, namespace)
+
+    async def _write(self, place: BlobPlace) -> None:
         # Held by this task too: it goes on when the one that asked for it has given up.
-        with self.store.hold(digest, Pin.NOT_WRITTEN_BACK):
+        with self.store.hold(place.digest, Pin.NOT_WRITTEN_BACK):
             async with self._writes:
-                await self._write_now(digest)
+                await self._write_now(place)
 
-    async def _write_now(self, digest: Digest) -> None:
-        key = blob_key(digest)
-        length = self.store.stat(digest).length
-        if await self._is_in_backend(digest, key, length):
+    async def _write_now(self, place: BlobPlace) -> None:
+        length = self.store.stat(place.digest).length
+        if await self._is_in_backend(place, length):
             return
-        await self._copy_to_backend(digest, key)
-        self.cold.quarantine.release(digest)
+        await self._copy_to_backend(place)
+        self.cold.quarantine.release(place)
         self._written.inc(length)
-        log.info("blob_durable", digest=str(digest), length=length)
-        await self._keep_metainfo(digest)
+        log.info("blob_durable", digest=str(place.digest), backend=place.name, length=length)
+        await self._keep_metainfo(place)
 
-    async def _keep_metainfo(self, digest: Digest) -> None:
+    async def _keep_metainfo(self, place: BlobPlace) -> None:
         """Put the metainfo of a blob of several pieces beside it; the blob is durable without."""
         try:
-            metainfo = await self.store.metainfo(digest)
+            metainfo = await self.store.metainfo(place.digest)
             if metainfo.piece_count > 1:
-                await save_metainfo(self.backend, metainfo)
+                await save_metainfo(place.backend, metainfo)
         except SwarmpullError as error:
-            log.info("metainfo_not_saved", digest=str(digest), reason=str(error))
+            log.info("metainfo_not_saved", digest=str(place.digest), reason=str(error))
 
-    async def _copy_to_backend(self, digest: Digest, key: str) -> None:
+    async def _copy_to_backend(self, place: BlobPlace) -> None:
         try:
-            await self.backend.put_file(key, self.store.path(digest))
+            await place.backend.put_file(place.key, self.store.path(place.digest))
         except OSError as error:
             # About our own file; nobody else would catch it, and the role would end.
             raise StoreUnavailable(self.store.name, str(error)) from error
 
-    async def _is_in_backend(self, digest: Digest, key: str, length: int) -> bool:
-        if self.is_corrupt(digest):
+    async def _is_in_backend(self, place: BlobPlace, length: int) -> bool:
+        if place in self.cold.quarantine:
             return False
         try:
-            return (await self.backend.stat(key)).length == length
+            return (await place.backend.stat(place.key)).length == length
         except ObjectNotFound:
             return False

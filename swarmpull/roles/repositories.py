@@ -4,42 +4,33 @@ from __future__ import annotations
 
 import structlog
 
+from swarmpull.config import Config
 from swarmpull.digest import Digest
 from swarmpull.errors import BlobNotFound, ManifestNotFound, RepositoryNotFound, RpcUnavailable
+from swarmpull.registry.names import UpstreamNames
 from swarmpull.roles.cluster import IndexClient
 from swarmpull.wire.api import Descriptor, ListReply
 
 log = structlog.get_logger()
 
 
+def upstream_names(config: Config) -> UpstreamNames:
+    """Which requests are for which upstream, as the configuration says."""
+    return UpstreamNames((entry.name for entry in config.upstreams), config.cluster.names)
+
+
 class Repositories:
-    """The part of a `RegistryService` that the index answers."""
+    """The part of a `RegistryService` that the index answers, which knows nothing of upstreams."""
 
-    def __init__(self, index: IndexClient) -> None:
+    def __init__(self, index: IndexClient, names: UpstreamNames) -> None:
         self._index = index
-
-    async def resolve(
-        self,
-        repository: str,
-        reference: str,
-        *,
-        upstream: str | None,  # noqa: ARG002 - one upstream, ourselves
-    ) -> Descriptor:
-        """Look up a tag or a digest.  Raises ManifestNotFound, RepositoryNotFound."""
-        return await self._index.resolve(repository, reference)
+        self._names = names
 
     async def delete_manifest(self, repository: str, digest: Digest) -> None:
         await self._index.delete_manifest(repository, digest)
 
     async def delete_tag(self, repository: str, tag: str) -> None:
         await self._index.delete_tag(repository, tag)
-
-    async def mount_blob(self, repository: str, digest: Digest, source: str | None) -> bool:
-        """Make a blob of another repository part of this one, without moving a byte."""
-        if source is None or not await self._index.has_blob(source, digest):
-            return False
-        await self._index.link_blob(repository, digest)
-        return True
 
     async def list_tags(self, repository: str, *, after: str, limit: int) -> ListReply:
         return await self._index.list_tags(repository, after=after, limit=limit)

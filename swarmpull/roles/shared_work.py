@@ -1,17 +1,17 @@
-"""Work on one blob that several callers want at the same time: done once, for all of them."""
+"""Work on one thing that several callers want at the same time: done once, for all of them."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
 
 import attrs
 import trio
 
-from swarmpull.digest import Digest
 from swarmpull.errors import DownloadFailed, SwarmpullError
 
+K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
 
@@ -30,34 +30,32 @@ class SharedWork(Generic[T]):
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
-        self._works: dict[Digest, _Work[T]] = {}
+        self._works: dict[Hashable, _Work[T]] = {}
 
-    async def run(self, digest: Digest, job: Callable[[Digest], Awaitable[T]]) -> T:
-        """Join the job under way for this digest, or begin this one; returns what it returns.
+    async def run(self, key: K, job: Callable[[K], Awaitable[T]]) -> T:
+        """Join the job under way for this key, or begin this one; returns what it returns.
 
         Raises:
             DownloadFailed: the nursery was cancelled before the job was done.
             SwarmpullError: what the job raises, a copy for each caller.
         """
-        work = self._works.get(digest)
+        work = self._works.get(key)
         if work is None:
-            work = self._works[digest] = _Work()
-            self._nursery.start_soon(self._run, digest, job, work)
+            work = self._works[key] = _Work()
+            self._nursery.start_soon(self._run, key, job, work)
         await work.done.wait()
         if work.error is not None:
             # An exception collects the traceback of whoever raises it: each caller raises its own.
             raise copy.copy(work.error)
         if not work.results:
-            raise DownloadFailed(str(digest), "this host shuts down")
+            raise DownloadFailed(str(key), "this host shuts down")
         return work.results[0]
 
-    async def _run(
-        self, digest: Digest, job: Callable[[Digest], Awaitable[T]], work: _Work[T]
-    ) -> None:
+    async def _run(self, key: K, job: Callable[[K], Awaitable[T]], work: _Work[T]) -> None:
         try:
-            work.results.append(await job(digest))
+            work.results.append(await job(key))
         except SwarmpullError as error:
             work.error = error
         finally:
-            del self._works[digest]
+            del self._works[key]
             work.done.set()

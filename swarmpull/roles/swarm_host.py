@@ -37,12 +37,13 @@ from swarmpull.roles.buffers import PieceBuffers
 from swarmpull.roles.downloads import Download
 from swarmpull.roles.hash_log import AskForHashes, follow_growth, log_of
 from swarmpull.roles.peer_connections import ArrivedPiece, PeerConnections
-from swarmpull.roles.rates import Rates, TokenBucket
+from swarmpull.roles.rates import Rates
 from swarmpull.roles.shared_work import SharedWork
 from swarmpull.roles.small_blobs import SmallBlob
 from swarmpull.roles.swarm_metrics import SwarmMetrics
 from swarmpull.store.blobs import BlobStore
 from swarmpull.store.holds import Pin
+from swarmpull.store.token_bucket import TokenBucket
 from swarmpull.swarm import actions as act
 from swarmpull.swarm import bitfield
 from swarmpull.swarm import events as ev
@@ -121,7 +122,7 @@ class SwarmHost:
         self.address = address
         self.rates = rates
         self.metrics = metrics
-        self.recall: Callable[[Digest], Awaitable[object]] | None = None
+        self.recall: Callable[[Digest, str], Awaitable[object]] | None = None
         self.urge: Callable[[Digest, tuple[int, ...]], Awaitable[None]] | None = None
         self._urging = trio.CapacityLimiter(URGES_MAX)
         self._scheduler = scheduler
@@ -592,7 +593,7 @@ class SwarmHost:
             return torrent.shape
         if self.recall is not None and not self._store.has(hello.digest):
             try:
-                await self.recall(hello.digest)
+                await self.recall(hello.digest, hello.namespace)
             except SwarmpullError as error:
                 log.info("blob_not_recalled", digest=str(hello.digest), reason=str(error))
                 return None

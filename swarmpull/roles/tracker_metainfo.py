@@ -226,7 +226,7 @@ class MetainfoSource:
             if isinstance(fetch.result, Metainfo | HashLog):
                 return fetch.result
             # Another repository may have the blob in another backend: that one has not been asked.
-            if not isinstance(fetch.result, BlobNotFound) or fetch.namespace == namespace:
+            if fetch.result is None or fetch.namespace == namespace:
                 raise _copy(fetch.result, digest)
 
     def _begin(self, digest: Digest, namespace: str) -> _Fetch:

@@ -2,6 +2,9 @@
 
 An accepted blob is on the disk and in the queue of this origin, and of its replicas.  The worker writes what
 is queued; until the backend has a blob, it is pinned in the store.
+
+Which backend that is depends on the repository of the push, the namespace.  Each has a lane of its own, so
+that one which is down holds up nothing that goes to another.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from swarmpull.digest import Digest
 from swarmpull.errors import (
     BackendUnavailable,
     BlobNotFound,
+    PushRefused,
     StoreFull,
     StoreUnavailable,
     SwarmpullError,
@@ -36,10 +40,13 @@ from swarmpull.telemetry import Metrics
 
 log = structlog.get_logger()
 
-# Blobs written at the same time; a large one goes up in several parts at once as it is.
+# Blobs written to one backend at the same time; a large one goes up in several parts at once as it is.
 UPLOADS_MAX: Final = 4
 # Blobs that wait: an hour without a backend at 13 pushes per second, and 65 MB of memory.
 QUEUED_MAX: Final = 50_000
+# Seconds until a blob is looked at again whose repository has no backend any more.  It needs another
+# configuration, and with that a restart, which tries everything at once.
+REFUSED_DELAY: Final = 3600.0
 # How often a replica finds one before it alive and yet the backend without the blob, and lets it be.
 POSTPONED_MAX: Final = 20
 # Seconds between two lines in the log about the same kind of failure.
@@ -55,6 +62,14 @@ class _Queued:
     blob: QueuedBlob
     hold: Hold
     postponed: int = 0
+
+
+@attrs.define
+class _Lane:
+    """The way to one backend."""
+
+    schedule: Schedule
+    failures: _Failures
 
 
 class WriteBack:
@@ -78,12 +93,12 @@ class WriteBack:
         self._host = host
         self._replication = replication
         self._mode = mode
-        self._schedule = Schedule(random.Random(), UPLOADS_MAX)
+        # By the name of the backend; empty for what no backend takes any more.
+        self._lanes: dict[str, _Lane] = {}
         # In the order in which they were accepted.
         self._queued: dict[Key, _Queued] = {}
         self._bytes = 0
         self._wake = trio.Event()
-        self._failures = _Failures()
         self._metrics = _WriteBackMetrics(metrics, self)
         for blob in queue.loaded:
             self._enter(blob, max(0.0, blob.next_at - time.time()))
@@ -99,12 +114,15 @@ class WriteBack:
 
         Raises:
             BlobNotFound: it is not on the disk.
+            PushRefused: the repository has no backend that could be written to.
             StoreFull: no room on the disk for the queue, or too much waits.
             StoreUnavailable: the disk failed.
             BackendUnavailable: in mode ``sync``, the backend does not have it; try again.
         """
+        # What is refused must not be queued: it would wait for ever.
+        self._content.namespaces.check_push(namespace)
         if self._mode == "sync":
-            await self._content.make_durable(digest)
+            await self._content.make_durable(digest, namespace)
             return
         with self._store.hold(digest, Pin.NOT_WRITTEN_BACK):
             await self._enqueue(digest, namespace, 0)
@@ -117,6 +135,7 @@ class WriteBack:
 
         The download goes on when the caller gives up.  Raises what `SwarmHost.adopt` and `accept` do.
         """
+        self._content.namespaces.check_push(namespace)
         with self._store.hold(metainfo.digest, Pin.NOT_WRITTEN_BACK):
             await self._host.adopt(metainfo, namespace, source)
             await self._enqueue(metainfo.digest, namespace, rank)
@@ -133,7 +152,7 @@ class WriteBack:
                 "queued": len(self._queued),
                 "bytes": self._bytes,
                 "oldest_seconds": round(self.oldest(), 1),
-                "failure": self._failures.last,
+                "failure": self._failure(),
             }
         }
 
@@ -141,6 +160,10 @@ class WriteBack:
         """Seconds since the blob that waits for longest was accepted; 0 when none waits."""
         first = next(iter(self._queued.values()), None)
         return max(0.0, time.time() - first.blob.enqueued_at) if first else 0.0
+
+    def _failure(self) -> str | None:
+        lasts = (lane.failures.last for lane in self._lanes.values())
+        return next((last for last in lasts if last is not None), None)
 
     def depth(self) -> int:
         """Blobs in the queue."""
@@ -155,10 +178,23 @@ class WriteBack:
         async with trio.open_nursery() as nursery:
             while True:
                 self._wake = trio.Event()
-                while (key := self._schedule.take(trio.current_time())) is not None:
-                    nursery.start_soon(self._attempt, self._queued[key])
-                with trio.move_on_at(self._schedule.next_time()):
+                for lane in self._lanes.values():
+                    while (key := lane.schedule.take(trio.current_time())) is not None:
+                        nursery.start_soon(self._attempt, self._queued[key], lane)
+                times = (lane.schedule.next_time() for lane in self._lanes.values())
+                with trio.move_on_at(min(times, default=math.inf)):
                     await self._wake.wait()
+
+    def _lane(self, namespace: str) -> _Lane:
+        namespaces = self._content.namespaces
+        try:
+            namespaces.check_push(namespace)
+            name = namespaces.backend_for(namespace).name
+        except PushRefused:
+            name = ""
+        if name not in self._lanes:
+            self._lanes[name] = _Lane(Schedule(random.Random(), UPLOADS_MAX), _Failures())
+        return self._lanes[name]
 
     # --- accepting ----------------------------------------------------------------------------
 
@@ -187,22 +223,24 @@ class WriteBack:
         else:
             known.blob = blob
         due = trio.current_time() + min(delay, rank_delay(blob.rank, blob.length))
-        self._schedule.add(blob.key, blob.rank, blob.length, due)
+        self._lane(blob.namespace).schedule.add(blob.key, blob.rank, blob.length, due)
         self._wake.set()
 
     # --- writing ------------------------------------------------------------------------------
 
-    async def _attempt(self, queued: _Queued) -> None:
+    async def _attempt(self, queued: _Queued, lane: _Lane) -> None:
         self._metrics.attempts.inc()
         try:
+            self._content.namespaces.check_push(queued.blob.namespace)
             if await self._is_left_to_another(queued):
                 queued.postponed += 1
                 delay = rank_delay(queued.blob.rank, queued.blob.length)
-                self._schedule.postpone(queued.blob.key, delay, trio.current_time())
+                lane.schedule.postpone(queued.blob.key, delay, trio.current_time())
             else:
                 await self._write(queued)
+                await self._written(queued, lane)
         except SwarmpullError as error:
-            await self._failed(queued, error)
+            await self._failed(queued, lane, error)
         finally:
             self._wake.set()
 
@@ -211,43 +249,44 @@ class WriteBack:
         blob = queued.blob
         if not blob.rank or queued.postponed >= POSTPONED_MAX:
             return False
-        if await self._content.is_in_backend(blob.digest, blob.length):
+        if await self._content.is_in_backend(blob.digest, blob.namespace, blob.length):
             return False
         return await self._replication.is_ahead(blob.key, blob.rank)
 
     async def _write(self, queued: _Queued) -> None:
-        digest = queued.blob.digest
+        digest, namespace = queued.blob.key
         try:
-            await self._content.make_durable(digest)
+            await self._content.make_durable(digest, namespace)
         except BlobNotFound:
-            if not await self._content.is_in_backend(digest, queued.blob.length):
+            if not await self._content.is_in_backend(digest, namespace, queued.blob.length):
                 if not await self._replication.fetch(digest):
                     raise
-                await self._content.make_durable(digest)
-        await self._written(queued)
+                await self._content.make_durable(digest, namespace)
 
-    async def _written(self, queued: _Queued) -> None:
+    async def _written(self, queued: _Queued, lane: _Lane) -> None:
         key = queued.blob.key
         del self._queued[key]
         self._bytes -= queued.blob.length
         # Even if the file cannot be changed: a full disk is mended by evicting what is in the backend.
         queued.hold.release()
         self._metrics.written.inc()
-        back = self._schedule.written(key, trio.current_time())
-        self._failures.over(len(self._queued), back=back)
+        back = lane.schedule.written(key, trio.current_time())
+        lane.failures.over(len(self._queued), back=back)
         try:
             await self._queue.remove(key)
         except (StoreFull, StoreUnavailable) as error:
             # At the next start it is looked for in the backend, found, and removed then.
             log.warning("write_back_entry_left", digest=str(key[0]), reason=str(error))
 
-    async def _failed(self, queued: _Queued, error: SwarmpullError) -> None:
+    async def _failed(self, queued: _Queued, lane: _Lane, error: SwarmpullError) -> None:
         self._metrics.failures.inc()
-        self._failures.note(error, queued.blob, len(self._queued))
-        attempts = queued.blob.attempts + 1
-        backend = isinstance(error, BackendUnavailable)
-        now = trio.current_time()
-        delay = self._schedule.failed(queued.blob.key, attempts, now, backend=backend)
+        lane.failures.note(error, queued.blob, len(self._queued))
+        key, attempts, now = queued.blob.key, queued.blob.attempts + 1, trio.current_time()
+        if isinstance(error, PushRefused):
+            delay = lane.schedule.postpone(key, REFUSED_DELAY, now)
+        else:
+            backend = isinstance(error, BackendUnavailable)
+            delay = lane.schedule.failed(key, attempts, now, backend=backend)
         queued.blob = attrs.evolve(
             queued.blob,
             attempts=attempts,
@@ -262,7 +301,7 @@ class WriteBack:
 
 
 class _Failures:
-    """Why nothing can be written just now: one line in the log for each kind, not for each attempt.
+    """Why a backend takes nothing just now: one line in the log for each kind, not for each attempt.
 
     Attributes:
         last: why the last attempt failed; None when it did not.
@@ -280,6 +319,7 @@ class _Failures:
             log.warning(
                 "write_back_failing",
                 digest=str(blob.digest),
+                namespace=blob.namespace,
                 attempts=blob.attempts + 1,
                 queued=queued,
                 reason=self.last,

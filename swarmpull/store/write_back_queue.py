@@ -4,8 +4,9 @@ One sqlite database in the data directory of the origin, ``write-back.sqlite``, 
 each repository through which it was pushed, because that says where it belongs.  A change is on the disk when
 its method returns; changes that are made at the same time share one flush.
 
-A directory without the file gets one with a row for every blob that it holds.  So the file may be moved away
-when it is damaged: every blob is then looked for in the backend, and written if it is missing.
+A directory without the file gets one with a row for every blob that it holds, as far as the role knows where
+they belong.  So the file may be moved away when it is damaged: every such blob is then looked for in the
+backend, and written if it is missing.
 """
 
 from __future__ import annotations
@@ -266,7 +267,8 @@ def _damage_named(path: Path) -> Iterator[None]:
         raise StartupError(
             f"the write-back queue {path} is damaged ({error})",
             "move it and what is named like it away: a new one is made, with every blob of this disk, so "
-            "that all that the backend lacks is written",
+            "that all that the backend lacks is written; with origin.namespaces it is made empty, and what "
+            "waited in it is written by its replicas, or has to be pushed again",
         ) from error
     except OSError as error:
         raise StartupError(

@@ -287,6 +287,15 @@ class PutManifestReply:
     subject: Digest | None = None
 
 
+@attrs.frozen
+class MountRequest:
+    """Make a blob of repository ``source`` part of ``repository`` too, in whatever backends they are."""
+
+    repository: str
+    source: str
+    digest: Digest
+
+
 STAT_BLOB: Final = Method("origin.stat_blob", BlobRequest, BlobStatReply)
 GET_METAINFO: Final = Method("origin.get_metainfo", BlobRequest, MetainfoReply)
 # Raises BlobNotFound, BackendUnavailable, DownloadFailed: there will be no more.
@@ -304,13 +313,17 @@ PUT_MANIFEST: Final = Method("origin.put_manifest", PutManifestRequest, PutManif
 
 @attrs.frozen
 class Descriptor:
-    """A manifest as the index knows it; annotations and artifact type as referrers list them."""
+    """A manifest as the index knows it; annotations and artifact type as referrers list them.
+
+    ``stale`` when it is of an upstream registry that could not be asked whether it still is the one.
+    """
 
     digest: Digest
     media_type: str
     length: int
     artifact_type: str | None = None
     annotations: dict[str, str] | None = None
+    stale: bool = False
 
 
 @attrs.frozen
@@ -387,6 +400,20 @@ class ReferrersReply:
     manifests: tuple[Descriptor, ...]
 
 
+@attrs.frozen
+class UpstreamManifestReply:
+    """A manifest of an upstream registry."""
+
+    descriptor: Descriptor
+    content: bytes = attrs.field(repr=False)
+
+
+# The repository is that of the cluster's name for it: docker.io/library/alpine.
+MOUNT_BLOB: Final = Method("origin.mount_blob", MountRequest, Found)
+RESOLVE_UPSTREAM: Final = Method("origin.resolve_upstream", ReferenceRequest, Descriptor)
+GET_UPSTREAM_MANIFEST: Final = Method(
+    "origin.get_upstream_manifest", ReferenceRequest, UpstreamManifestReply
+)
 # Raises ManifestNotFound (or RepositoryNotFound).
 RESOLVE: Final = Method("index.resolve", ReferenceRequest, Descriptor)
 # Both raise ManifestReferencesMissing.

@@ -71,8 +71,8 @@ async def test_a_download_goes_on_where_the_connection_was_cut(registry, tmp_pat
     await download(registry, tmp_path / "x", digest)
     assert (tmp_path / "x").read_bytes() == CONTENT
     ranges = [asked for _, _, asked in registry.requests]
-    # whole chunks of 1 MiB count as received
-    assert ranges == [None, f"bytes={1 << 20}-", f"bytes={2 << 20}-"]
+    # Everything that had arrived counts, not only whole chunks.
+    assert ranges == [None, "bytes=1500000-", "bytes=2600000-"]
 
 
 async def test_a_server_that_ignores_ranges_is_read_again_from_the_start(
@@ -83,7 +83,7 @@ async def test_a_server_that_ignores_ranges_is_read_again_from_the_start(
     registry.ranges = False
     await download(registry, tmp_path / "x", digest)
     assert (tmp_path / "x").read_bytes() == CONTENT
-    assert [asked for _, _, asked in registry.requests] == [None, f"bytes={2 << 20}-"]
+    assert [asked for _, _, asked in registry.requests] == [None, "bytes=2500000-"]
 
 
 async def test_a_download_that_gets_nowhere_is_given_up_and_leaves_nothing(

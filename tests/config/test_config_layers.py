@@ -516,3 +516,148 @@ def test_ports_beyond_the_last_one_are_refused() -> None:
 
 def test_there_is_no_key_for_what_does_not_exist() -> None:
     assert not [key for key in settings() if key.startswith("tls")]
+
+
+# --- lists of sections ----------------------------------------------------------------------------
+
+SECTIONS = """
+[[upstreams]]
+name = "docker.io"
+url = "registry+https://registry-1.docker.io"
+username = "bob"
+password = "hunter2"
+
+[[upstreams]]
+name = "localhost:5000"
+url = "registry+http://localhost:5000"
+freshness = "0s"
+
+[[origin.namespaces]]
+pattern = "team/*"
+url = "s3://bucket/team?profile=team"
+rate = "10MB/s"
+"""
+
+
+def test_each_entry_of_a_list_of_sections_becomes_an_object(write) -> None:
+    loaded = load(Sources(file=write(SECTIONS)))
+    hub, local = loaded.config.upstreams
+    assert (hub.name, hub.username, hub.password, hub.freshness) == (
+        "docker.io",
+        "bob",
+        "hunter2",
+        60.0,
+    )
+    assert (local.name, local.freshness) == ("localhost:5000", 0.0)
+    (team,) = loaded.config.origin.namespaces
+    assert (team.pattern, team.rate) == ("team/*", 10e6)
+    assert loaded.provenance["upstreams.1.name"].endswith("cluster.toml:9")
+    assert loaded.provenance["origin.namespaces.0.rate"].endswith("cluster.toml:16")
+    assert loaded.provenance["upstreams.1.username"] == "default"
+
+
+def test_entries_can_be_set_and_added_in_every_layer(write) -> None:
+    environ = {
+        "SWARMPULL_UPSTREAMS__0__PASSWORD": "other",
+        "SWARMPULL_UPSTREAMS__2__NAME": "quay.io",
+    }
+    overrides = options(
+        "upstreams.2.url=registry+https://quay.io", "origin.namespaces.0.rate=1MB/s"
+    )
+    config = load(Sources(write(SECTIONS), environ, overrides)).config
+    assert [upstream.name for upstream in config.upstreams] == [
+        "docker.io",
+        "localhost:5000",
+        "quay.io",
+    ]
+    assert config.upstreams[0].password == "other"
+    assert config.origin.namespaces[0].rate == 1e6
+
+
+def test_a_secret_is_never_shown(write) -> None:
+    loaded = load(Sources(file=write(SECTIONS)))
+    values = toml_values(loaded.config)
+    assert values["upstreams.0.password"] == "(hidden)"
+    assert values["upstreams.1.password"] == ""
+    assert "hunter2" not in repr(loaded)
+    said = problems(Sources(overrides=options("upstreams.0.password=(hidden)")))
+    assert "must be the secret itself" in said[0]
+
+
+def test_everything_that_is_wrong_in_lists_of_sections_is_reported_at_once(write) -> None:
+    file = write(
+        """
+[[upstreams]]
+name = "docker.io"
+url = "registry+https://bob:hunter2@registry-1.docker.io"
+
+[[upstreams]]
+nam = "quay.io"
+password = 7
+
+[[upstreams]]
+
+[[origin.namespaces]]
+pattern = "TEAM/*"
+url = "registry+https://quay.io"
+
+[origin.backend]
+url = "s3://key:hunter2@bucket"
+"""
+    )
+    overrides = options(
+        "upstreams=x", "upstreams.4.name=ghcr.io", "upstreams.0=x", "upstreams.x.url=y"
+    )
+    said = problems(Sources(file, {}, overrides))
+    assert not any("hunter2" in problem for problem in said)
+    expected = {
+        "upstreams.0.url": "cluster.toml:4",
+        "upstreams.1.nam": "cluster.toml:7",
+        "upstreams.1.password": "cluster.toml:8",
+        "upstreams.2": "cluster.toml:10",
+        "origin.namespaces.0.pattern": "cluster.toml:13",
+        "origin.namespaces.0.url": "cluster.toml:14",
+        "origin.backend.url": "cluster.toml:17",
+        "upstreams": "-o",
+        "upstreams.0": "-o",
+        "upstreams.x.url": "-o",
+    }
+    for key, place in expected.items():
+        assert any(p.startswith(f"{key}: ") and p.endswith(f"({place})") for p in said), (key, said)
+    assert any("did you mean upstreams.1.name?" in problem for problem in said)
+
+
+def test_what_an_entry_needs_and_what_contradicts_itself_is_said(write) -> None:
+    file = write(
+        """
+cluster.names = ["mine.example"]
+[[upstreams]]
+name = "mine.example"
+url = "registry+https://a.example"
+[[upstreams]]
+name = "b.example"
+url = "registry+https://b.example"
+password = "x"
+docker_config = "/root/.docker/config.json"
+[[upstreams]]
+name = "b.example"
+[[origin.namespaces]]
+pattern = "team/*"
+"""
+    )
+    said = problems(Sources(file))
+    for text in (
+        "upstreams.0.name: must not be named in cluster.names too: mine.example  (cluster.toml:4)",
+        "upstreams.1.docker_config: must not be set together with password  (cluster.toml:10)",
+        "upstreams.1.username: needs a password or password_file, and they need it  (default)",
+        "upstreams.2.url: must be set  (cluster.toml:12)",
+        "origin.namespaces.0.url: must be set  (cluster.toml:14)",
+    ):
+        assert text in said, said
+
+
+def test_a_gap_in_the_numbers_is_reported() -> None:
+    said = problems(Sources(overrides=options("upstreams.1.name=quay.io")))
+    assert said == [
+        "upstreams.1: there is no upstreams.0: entries are counted from 0 without a gap  (-o)"
+    ]

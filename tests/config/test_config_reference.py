@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import attrs
+import pytest
 
 from swarmpull.config import Address, Config
-from swarmpull.layers import settings
+from swarmpull.layers import Setting, Sources, listings, load, settings
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "configuration.md"
 BEGIN = "<!-- keys: begin -->\n"
 END = "<!-- keys: end -->\n"
@@ -32,15 +35,26 @@ def reference() -> str:
     lines = table("")
     for section, meaning in sections(Config()):
         lines += ["", f"### {section}", "", meaning, *table(section)]
+    for listing in listings().values():
+        rows = [row(name, setting) for name, setting in listing.settings.items()]
+        lines += ["", f"### [[{listing.key}]]", "", listing.help, *with_head(rows)]
     return "\n".join(lines) + "\n\n"
 
 
 def table(section: str) -> list[str]:
     rows = [
-        f"| `{setting.key}` | {shown(setting.shown_default)} | {setting.help} |"
+        row(setting.key, setting)
         for setting in settings().values()
         if setting.key.rpartition(".")[0] == section
     ]
+    return with_head(rows)
+
+
+def row(name: str, setting: Setting) -> str:
+    return f"| `{name}` | {shown(setting.shown_default)} | {setting.help} |"
+
+
+def with_head(rows: list[str]) -> list[str]:
     return ["", "| key | default | meaning |", "|---|---|---|", *rows] if rows else []
 
 
@@ -57,8 +71,21 @@ def test_the_document_lists_every_key_with_its_default_and_meaning() -> None:
     assert listed == reference(), "run: python tests/config/test_config_reference.py"
 
 
+@pytest.mark.parametrize("name", ["cluster.toml", "mirror.toml"])
+def test_the_examples_are_valid(name: str, tmp_path: Path) -> None:
+    example = EXAMPLES / name
+    if not EXAMPLES.is_dir():
+        pytest.skip("the examples are in the source tree only")
+    load(Sources(file=example), roles=frozenset({"origin", "agent"}))
+    # What is only shown must be right too: the lines of its own comments that are TOML.
+    shown = re.sub(r"(?m)^#   (?=[a-z_.]+ = )", "", example.read_text())
+    (tmp_path / name).write_text(shown)
+    load(Sources(file=tmp_path / name), roles=frozenset({"origin", "agent"}))
+
+
 def test_every_key_has_a_help_line() -> None:
-    for setting in settings().values():
+    entries = [setting for listing in listings().values() for setting in listing.settings.values()]
+    for setting in (*settings().values(), *entries):
         assert setting.help.endswith("."), setting.key
         assert "\n" not in setting.help
 

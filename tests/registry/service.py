@@ -61,6 +61,9 @@ class IndexedService:
             raise ManifestNotFound(repository, reference)
         return found.manifests[digest]
 
+    def check_push(self, repository: str) -> None:
+        """Whatever there is."""
+
     async def resolve(self, repository: str, reference: str, *, upstream: str | None) -> Descriptor:
         self.asked.append(f"resolve {reference}")
         self.upstreams.append(upstream)

@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmpull.digest import Digest
-from swarmpull.errors import InvalidDigest
+from swarmpull.errors import InvalidDigest, UpstreamUnknown
 from swarmpull.registry.errors import RegistryError
 from swarmpull.registry.names import (
+    UpstreamNames,
     check_repository,
     check_upstream,
     is_repository,
@@ -195,3 +196,49 @@ def test_no_path_yields_a_repository_outside_the_grammar(path: str) -> None:
     except RegistryError:
         return
     assert route.repository == "" or is_repository(route.repository)
+
+
+# --- other registries -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("repository", "upstream", "name"),
+    [
+        ("library/alpine", "docker.io", "docker.io/library/alpine"),
+        ("alpine", "docker.io", "docker.io/library/alpine"),
+        ("docker.io/alpine", None, "docker.io/library/alpine"),
+        ("docker.io/a/b/c", None, "docker.io/a/b/c"),
+        ("docker.io/alpine", "docker.io", "docker.io/library/alpine"),
+        ("docker.io/alpine", "mine.example", "docker.io/library/alpine"),
+        ("alpine", "DOCKER.IO", "docker.io/library/alpine"),
+        ("app", "localhost:5000", "localhost_5000/app"),
+        ("localhost_5000/app", "localhost:5000", "localhost_5000/app"),
+        ("team/app", None, None),
+        ("docker.io", None, None),
+        ("team/app", "mine.example", None),
+        ("quay.io/team/app", None, None),
+    ],
+)
+def test_a_repository_of_an_upstream_has_one_name_here(repository, upstream, name) -> None:
+    names = UpstreamNames(["docker.io", "localhost:5000"], ["mine.example"])
+    assert names.select(repository, upstream) == name
+
+
+def test_a_registry_that_is_no_upstream_is_named_in_the_error() -> None:
+    names = UpstreamNames(["docker.io"], ["mine.example"])
+    with pytest.raises(UpstreamUnknown, match=r"quay\.io is not among .*\(docker\.io\)"):
+        names.select("team/app", "quay.io")
+    # By its port it cannot be a repository of our own, with or without upstreams.
+    with pytest.raises(UpstreamUnknown, match=r"quay\.io:443 .*\(none\)"):
+        UpstreamNames([]).select("quay.io_443/team/app", "quay.io:443")
+    assert UpstreamNames([]).select("team/app", "quay.io") is None
+    assert names.select(None, "quay.io") is None, "a generic blob is of no registry"
+
+
+def test_a_path_may_begin_with_a_registry_and_its_port() -> None:
+    route = find_route("GET", b"/v2/localhost:5000/team/app/manifests/v1")
+    assert route == Route(Endpoint.MANIFEST, "localhost_5000/team/app", "v1", "localhost:5000")
+    assert find_route("GET", b"/v2/quay.io/app/tags/list") == Route(Endpoint.TAGS, "quay.io/app")
+    for path in (b"/v2/a:b/manifests/v1", b"/v2/a/b:1/manifests/v1", b"/v2/[::1]:5/a/tags/list"):
+        with pytest.raises(RegistryError):
+            find_route("GET", path)

@@ -22,6 +22,8 @@ from swarmpull.config import (
     Config,
     IndexConfig,
     ListenerConfig,
+    NamespaceConfig,
+    OriginBackendConfig,
     OriginConfig,
     PeerListenerConfig,
     StoreConfig,
@@ -94,6 +96,7 @@ class Cluster:
     client: httpx.AsyncClient
     config: Config
     roles: dict[str, Role] = attrs.Factory(dict)
+    namespaces: tuple[NamespaceConfig, ...] = ()
 
     async def start(
         self, name: str, main: Callable[..., Awaitable[None]], settings: object
@@ -133,7 +136,8 @@ class Cluster:
             store=StoreConfig(**store),
         )
         if role.address("rpc") not in self.config.cluster.origins:
-            self._learn(origins=(role.address("rpc"),))
+            others = self.config.cluster.origins if name != "origin" else ()
+            self._learn(origins=(*others, role.address("rpc")))
         return role
 
     async def start_one_origin(self, name: str, **settings: Any) -> Role:
@@ -143,7 +147,8 @@ class Cluster:
             "rpc": LISTEN,
             "peer": PEER,
             "admin": LISTEN,
-            "backend": BackendConfig(url=(self.root / "backend").as_uri()),
+            "backend": OriginBackendConfig(url=(self.root / "backend").as_uri()),
+            "namespaces": self.namespaces,
             "data_dir": self.root / name,
         }
         return await self.start(name, run_origin, OriginConfig(**usual | settings))

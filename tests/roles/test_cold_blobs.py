@@ -16,7 +16,7 @@ import trio
 from swarmpull.digest import Digest
 from swarmpull.errors import BackendUnavailable
 from swarmpull.ring.membership import Membership
-from swarmpull.roles import cold_blobs, cold_fetch, origin
+from swarmpull.roles import cold_blobs, cold_fetch, origin_backends
 from swarmpull.roles.cluster import OriginClient, RingClient
 from swarmpull.roles.hash_log import log_of
 from swarmpull.store.backends import open_backend
@@ -92,7 +92,7 @@ async def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Gated:
     async def open_gated(_url: str) -> Gated:
         return gated
 
-    monkeypatch.setattr(origin, "open_backend", open_gated)
+    monkeypatch.setattr(origin_backends, "open_backend", open_gated)
     monkeypatch.setattr(cold_fetch, "PAUSE", 0.01)
     return gated
 

@@ -20,6 +20,7 @@ from swarmpull.roles.shared_work import SharedWork
 from swarmpull.store.backends import open_backend
 from swarmpull.store.backends.base import blob_key
 from swarmpull.store.backends.directory import DirectoryBackend
+from swarmpull.store.backends.namespaces import Namespaces
 from swarmpull.store.blobs import BlobStore
 from swarmpull.swarm.peers import PeerKind
 from swarmpull.telemetry import Metrics
@@ -94,9 +95,9 @@ async def play(tmp_path: Path) -> AsyncIterator[Play]:
         running_node(tmp_path / "store", kind=PeerKind.ORIGIN) as node,
         trio.open_nursery() as nursery,
     ):
-        store, metrics = node.store, Metrics()
-        cold = ColdBlobs(store, backend, node.host, None, nursery, metrics, fetch_connections=2)
-        content = OriginContent(store, backend, node.host, cold, nursery, metrics)
+        store, metrics, namespaces = node.store, Metrics(), Namespaces(backend)
+        cold = ColdBlobs(store, namespaces, node.host, None, nursery, metrics, fetch_connections=2)
+        content = OriginContent(store, namespaces, node.host, cold, nursery, metrics)
         yield Play(content, store, backend, tmp_path)
         nursery.cancel_scope.cancel()
 
@@ -106,15 +107,15 @@ async def test_a_blob_is_found_on_the_disk_or_in_the_backend(play: Play) -> None
     in_backend = Digest.of(b"only there")
     await play.put(in_backend, b"only there")
 
-    assert await play.content.stat(on_disk) == len(DATA)
-    assert await play.content.stat(in_backend) == 10
+    assert await play.content.stat(on_disk, "") == len(DATA)
+    assert await play.content.stat(in_backend, "") == 10
     assert play.backend.reads == 0, "a question about the length fetches nothing"
 
 
 async def test_a_blob_that_nobody_has_is_not_found(play: Play) -> None:
     for ask in (play.content.stat, play.content.ensure_local):
         with pytest.raises(BlobNotFound) as caught:
-            await ask(BLOB)
+            await ask(BLOB, "")
         assert caught.value.where.startswith("file://")
     assert play.nothing_is_left()
 
@@ -125,7 +126,7 @@ async def test_concurrent_requests_share_one_fetch(play: Play) -> None:
 
     async with trio.open_nursery() as nursery:
         for _ in range(20):
-            nursery.start_soon(play.content.ensure_local, BLOB)
+            nursery.start_soon(play.content.ensure_local, BLOB, "")
         await trio.testing.wait_all_tasks_blocked()
         play.backend.gate.set()
 
@@ -137,10 +138,10 @@ async def test_a_fetch_goes_on_when_those_who_wait_give_up(play: Play) -> None:
     await play.put(BLOB, DATA)
     play.backend.gate = trio.Event()
     with trio.move_on_after(0.05):
-        await play.content.ensure_local(BLOB)
+        await play.content.ensure_local(BLOB, "")
     play.backend.gate.set()
 
-    await play.content.ensure_local(BLOB)
+    await play.content.ensure_local(BLOB, "")
 
     assert play.backend.reads == 1
 
@@ -156,7 +157,7 @@ async def test_only_so_many_blobs_are_fetched_at_once(
 
     async with trio.open_nursery() as nursery:
         for data in blobs:
-            nursery.start_soon(play.content.ensure_local, Digest.of(data))
+            nursery.start_soon(play.content.ensure_local, Digest.of(data), "")
         await until(lambda: play.backend.open_now == 3)
         play.backend.gate.set()
 
@@ -168,10 +169,10 @@ async def test_a_corrupt_object_is_refused_and_nothing_is_visible(play: Play) ->
     await play.put(BLOB, DATA[:-1] + b"x")
 
     with pytest.raises(BackendUnavailable, match="corrupt, it hashes to sha256") as caught:
-        await play.content.ensure_local(BLOB)
+        await play.content.ensure_local(BLOB, "")
 
     assert BLOB.hex in caught.value.key
-    assert play.content.is_corrupt(BLOB)
+    assert play.content.is_corrupt(BLOB, "")
     with pytest.raises(BlobNotFound):
         play.store.stat(BLOB)
     assert play.nothing_is_left()
@@ -182,31 +183,31 @@ async def test_a_corrupt_object_of_the_right_length_is_replaced_by_the_next_push
 ) -> None:
     await play.put(BLOB, DATA[:-1] + b"x")
     with pytest.raises(BackendUnavailable):
-        await play.content.ensure_local(BLOB)
+        await play.content.ensure_local(BLOB, "")
     await play.add()
 
-    await play.content.make_durable(BLOB)
+    await play.content.make_durable(BLOB, "")
 
     assert await play.backend.get_bytes(blob_key(BLOB)) == DATA
-    assert not play.content.is_corrupt(BLOB)
+    assert not play.content.is_corrupt(BLOB, "")
 
 
 async def test_a_truncated_object_is_replaced_by_the_next_push(play: Play) -> None:
     await play.put(BLOB, DATA[:100])
     await play.add()
 
-    await play.content.make_durable(BLOB)
+    await play.content.make_durable(BLOB, "")
 
     assert await play.backend.get_bytes(blob_key(BLOB)) == DATA
 
 
 async def test_what_the_backend_has_is_not_written_again(play: Play) -> None:
     await play.add()
-    await play.content.make_durable(BLOB)
+    await play.content.make_durable(BLOB, "")
     file = play.backend.backend._path(blob_key(BLOB))
     written_at = file.stat().st_mtime_ns
 
-    await play.content.make_durable(BLOB)
+    await play.content.make_durable(BLOB, "")
 
     assert file.stat().st_mtime_ns == written_at
 
@@ -224,30 +225,30 @@ async def test_a_process_without_descriptors_fails_the_write_and_nothing_else(
 
     monkeypatch.setattr(os, "open", fail)
     with pytest.raises(StoreUnavailable, match="Too many open files"):
-        await play.content.make_durable(BLOB)
+        await play.content.make_durable(BLOB, "")
     monkeypatch.undo()
 
-    await play.content.make_durable(BLOB)
+    await play.content.make_durable(BLOB, "")
 
     assert await play.backend.get_bytes(blob_key(BLOB)) == DATA
 
 
 async def test_what_is_corrupt_in_the_backend_counts_as_missing(play: Play) -> None:
     await play.put(BLOB, DATA[:-1] + b"x")
-    assert await play.content.stat(BLOB) == len(DATA), "nobody knows yet"
+    assert await play.content.stat(BLOB, "") == len(DATA), "nobody knows yet"
     with pytest.raises(BackendUnavailable):
-        await play.content.ensure_local(BLOB)
+        await play.content.ensure_local(BLOB, "")
 
     with pytest.raises(BlobNotFound):
-        await play.content.stat(BLOB)
+        await play.content.stat(BLOB, "")
 
     await play.add()
-    assert await play.content.stat(BLOB) == len(DATA)
+    assert await play.content.stat(BLOB, "") == len(DATA)
 
 
 async def test_what_is_not_on_the_disk_cannot_be_made_durable(play: Play) -> None:
     with pytest.raises(BlobNotFound):
-        await play.content.make_durable(BLOB)
+        await play.content.make_durable(BLOB, "")
 
 
 async def test_an_answer_never_comes_from_work_that_was_cancelled() -> None:

@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from swarmpull.config import SwarmConfig
-from swarmpull.roles.rates import BURST_BYTES_MIN, PORTION_BYTES_MIN, TokenBucket
+from swarmpull.store.token_bucket import BURST_BYTES_MIN, PORTION_BYTES_MIN, TokenBucket
 from swarmpull.swarm.messages import Have, Message, PieceChunk
 from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN
 from swarmpull.wire.streams import CHUNK_BYTES_MAX, PeerStream

@@ -5,11 +5,11 @@ import structlog
 import trio
 from trio.testing import MockClock
 
-from swarmpull.roles.rates import (
+from swarmpull.roles.rates import Rates
+from swarmpull.store.token_bucket import (
     BURST_BYTES_MIN,
     PORTION_BYTES_MIN,
     PORTION_SECONDS,
-    Rates,
     TokenBucket,
 )
 

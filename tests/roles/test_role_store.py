@@ -12,6 +12,7 @@ import trio
 
 from swarmpull.config import Capacity, StoreConfig
 from swarmpull.digest import Digest
+from swarmpull.registry.names import UpstreamNames
 from swarmpull.roles.agent import AgentRegistry
 from swarmpull.roles.role_store import limits_of
 from swarmpull.store.eviction import Limits
@@ -119,7 +120,13 @@ async def test_a_blob_that_was_pushed_to_an_agent_stays_until_an_origin_has_it(
         origins = Origins(agent)
         unused: Any = None
         registry = AgentRegistry(
-            agent.store, agent.host, unused, cast(Any, origins), unused, push=True
+            agent.store,
+            agent.host,
+            unused,
+            cast(Any, origins),
+            unused,
+            UpstreamNames(()),
+            push=True,
         )
 
         await registry.accept_blob("team/app", content.digest)

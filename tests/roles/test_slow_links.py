@@ -14,8 +14,8 @@ import trio
 
 from swarmpull.config import SwarmConfig
 from swarmpull.roles import peer_link, swarm_host
-from swarmpull.roles.rates import BURST_BYTES_MIN, TokenBucket
 from swarmpull.roles.swarm_host import limits_of
+from swarmpull.store.token_bucket import BURST_BYTES_MIN, TokenBucket
 from swarmpull.swarm import timing
 from swarmpull.swarm.messages import PieceChunk
 from swarmpull.swarm.offers import OfferLimits

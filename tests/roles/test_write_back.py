@@ -15,10 +15,10 @@ import trio
 
 from swarmpull.config import (
     Address,
-    BackendConfig,
     Capacity,
     Lifetime,
     ListenerConfig,
+    OriginBackendConfig,
     StoreConfig,
 )
 from swarmpull.digest import Digest
@@ -176,7 +176,7 @@ async def test_a_replica_leaves_writing_to_the_acceptor_until_that_is_dead(
         # The acceptor lives and cannot write; the other one could.
         await ring.kill("origin-1")
         lost = tmp_path / "lost"
-        await ring.start("origin-1", backend=BackendConfig(url=lost.as_uri()))
+        await ring.start("origin-1", backend=OriginBackendConfig(url=lost.as_uri()))
         lost.rename(tmp_path / "lost-away")
         assert (await ring.put("origin-1", content.data)).status_code == 201
         await ring.cluster.counted("origin-2", "write_back_attempts_total", 3)
@@ -197,7 +197,7 @@ async def test_a_replica_does_not_wait_for_an_acceptor_for_ever(
     async with ring_of(tmp_path, 2) as ring:
         await ring.kill("origin-1")
         lost = tmp_path / "lost"
-        await ring.start("origin-1", backend=BackendConfig(url=lost.as_uri()))
+        await ring.start("origin-1", backend=OriginBackendConfig(url=lost.as_uri()))
         lost.rename(tmp_path / "lost-away")
         assert (await ring.put("origin-1", content.data)).status_code == 201
 
@@ -464,7 +464,7 @@ async def test_what_is_queued_is_pinned_from_the_start_and_then_it_may_go(tmp_pa
         expired = StoreConfig(idle_timeout=Lifetime(0.001))
 
         # The janitor's first round removes everything that it may.
-        lost_backend = BackendConfig(url=lost.as_uri())
+        lost_backend = OriginBackendConfig(url=lost.as_uri())
         (lost / "temporary").mkdir(parents=True)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(janitor, "INTERVAL", 0.02)
@@ -580,7 +580,9 @@ async def test_an_origin_whose_backend_was_silent_from_the_start_is_not_ready_an
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     async with cluster_under(tmp_path) as cluster:
-        nowhere = BackendConfig(url="s3://bucket?endpoint=127.0.0.1:9&secure=false&attempts=1")
+        nowhere = OriginBackendConfig(
+            url="s3://bucket?endpoint=127.0.0.1:9&secure=false&attempts=1"
+        )
         await cluster.start_one_origin("origin", backend=nowhere)
         status = await cluster.status("origin")
         reasons = [reason for reason in status["reasons"] if "127.0.0.1:9" in reason]

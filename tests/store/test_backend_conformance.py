@@ -27,6 +27,8 @@ from swarmpull.errors import (
 )
 from swarmpull.store.backends import Backend, ObjectStat, blob_key, check_key, open_backend
 from swarmpull.store.backends.base import CHUNK_BYTES_MAX, KEY_BYTES_MAX, SEGMENT_BYTES_MAX
+from swarmpull.store.backends.paced import PacedBackend
+from swarmpull.store.token_bucket import TokenBucket
 
 from .s3_proxy import Relay
 from .s3_server import BUCKET, S3Server
@@ -92,7 +94,17 @@ def s3_relay(s3_server: S3Server) -> Iterator[Relay]:
         yield relay
 
 
-HARNESSES = {"directory": directory_harness, "s3": s3_harness}
+def paced_harness(request: pytest.FixtureRequest) -> Harness:
+    """A directory at a rate that nothing here comes near."""
+    inner = directory_harness(request)
+
+    async def open_paced() -> PacedBackend:
+        return PacedBackend(await inner.open(), TokenBucket(1e12))
+
+    return attrs.evolve(inner, open=open_paced)
+
+
+HARNESSES = {"directory": directory_harness, "paced": paced_harness, "s3": s3_harness}
 
 
 @pytest.fixture(params=sorted(HARNESSES))

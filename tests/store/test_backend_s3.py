@@ -119,6 +119,9 @@ def test_a_bucket_alone_is_one_of_amazon(monkeypatch) -> None:
         ("s3://bucket?read_timeout=30", "a duration with its unit"),
         ("s3://bucket?attempts=0", "from 1 to 999"),
         ("s3://bucket?attempts=1&attempts=2", "given twice"),
+        ("s3://bucket?credentials_file=relative", "absolute path"),
+        ("s3://bucket?credentials_env=1", "name of a variable"),
+        ("s3://bucket?credentials_env=A&profile=b", "two places"),
         ("s3://bucket/a//b", "prefix"),
         ("s3://bucket/../b", "prefix"),
         ("s3://bucket/a#b", "'#'"),
@@ -156,6 +159,28 @@ async def test_credentials_come_from_a_profile(s3_server, tmp_path, monkeypatch)
         backend = await open_backend(url_of(s3_server.port, options="profile=team"))
 
         assert (await backend.list()).keys == ()
+
+
+async def test_credentials_come_from_a_file_or_variables_of_one_backend(
+    s3_server, tmp_path, monkeypatch
+) -> None:
+    key, secret = os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]
+    file = tmp_path / "credentials"
+    file.write_text(f"[default]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n")
+    monkeypatch.setenv("TEAM_ACCESS_KEY_ID", key)
+    monkeypatch.setenv("TEAM_SECRET_ACCESS_KEY", secret)
+    with credentials("nobody", "wrong"):
+        for options in (f"credentials_file={file}", "credentials_env=TEAM"):
+            backend = await open_backend(url_of(s3_server.port, options=options))
+            assert (await backend.list()).keys == ()
+        for options, looked in (
+            (f"credentials_file={file}&profile=other", f"profile other in {file}"),
+            ("credentials_env=NONE", "NONE_ACCESS_KEY_ID"),
+        ):
+            with pytest.raises(StartupError) as caught:
+                await open_backend(url_of(s3_server.port, options=options))
+            assert looked in str(caught.value)
+            assert secret not in str(caught.value)
 
 
 async def test_a_server_that_does_not_answer_yet_is_no_reason_not_to_start(

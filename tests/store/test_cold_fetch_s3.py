@@ -17,6 +17,7 @@ from swarmpull.roles.downloads import Download
 from swarmpull.roles.swarm_host import open_swarm_host
 from swarmpull.store.backends import Backend, blob_key, open_backend
 from swarmpull.store.backends.metainfo import metainfo_key
+from swarmpull.store.backends.namespaces import Namespaces
 from swarmpull.store.blobs import BlobStore, open_store
 from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN as PIECE
 from swarmpull.swarm.peers import PeerKind
@@ -80,7 +81,9 @@ async def play(
         open_swarm_host(store, PeerKind.ORIGIN, LOOPBACK, SwarmConfig(), metrics) as host,
         trio.open_nursery() as nursery,
     ):
-        cold = ColdBlobs(store, backend, host, None, nursery, metrics, fetch_connections=3)
+        cold = ColdBlobs(
+            store, Namespaces(backend), host, None, nursery, metrics, fetch_connections=3
+        )
         yield Play(cold, store, backend, content, metrics)
         nursery.cancel_scope.cancel()
     proxy._faults.clear()

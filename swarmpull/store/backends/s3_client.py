@@ -338,7 +338,7 @@ class S3Client:
             location.endpoint,
             secure=location.secure,
             region=location.region or None,
-            credentials=_Credentials(location.profile),
+            credentials=_Credentials(location),
             http_client=_Pools(
                 # An open body keeps its connection while its reader is busy.
                 connections=2 * location.connections,
@@ -573,21 +573,47 @@ class _Credentials(Provider):
     """Credentials from the first place that has any, asked before each request.
 
     The environment, MinIO's environment, the AWS credentials file, the configuration of ``mc``, the role
-    of the instance; with a profile only the credentials file.
+    of the instance; with a place of their own in the URL only that one.
     """
 
-    def __init__(self, profile: str) -> None:
-        self._profile = profile
-        self._chain = ChainedProvider(
-            [AWSConfigProvider(profile=profile)] if profile else _usual_providers()
+    def __init__(self, location: S3Location) -> None:
+        profile, file, env = (
+            location.profile,
+            location.credentials_file,
+            location.credentials_env,
         )
+        providers: list[Provider]
+        if env:
+            self._looked = f"variables {env}_ACCESS_KEY_ID and {env}_SECRET_ACCESS_KEY"
+            providers = [_EnvironmentProvider(env)]
+        elif profile or file:
+            self._looked = f"profile {profile or 'default'}" + (f" in {file}" if file else "")
+            providers = [AWSConfigProvider(filename=file or None, profile=profile or None)]
+        else:
+            self._looked = "environment, files, instance"
+            providers = _usual_providers()
+        self._chain = ChainedProvider(providers)
 
     def retrieve(self) -> Credentials:
         try:
             return self._chain.retrieve()
         except (ValueError, OSError, configparser.Error, HTTPError) as error:
-            looked = f"profile {self._profile}" if self._profile else "environment, files, instance"
-            raise S3Failure("NoCredentials", f"none found ({looked})") from error
+            raise S3Failure("NoCredentials", f"none found ({self._looked})") from error
+
+
+class _EnvironmentProvider(Provider):
+    """Credentials from variables of one backend's own: ``<prefix>_ACCESS_KEY_ID`` and so on."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+
+    def retrieve(self) -> Credentials:
+        # An empty key is refused by the class, with a ValueError.
+        return Credentials(
+            access_key=os.environ.get(f"{self._prefix}_ACCESS_KEY_ID", ""),
+            secret_key=os.environ.get(f"{self._prefix}_SECRET_ACCESS_KEY", ""),
+            session_token=os.environ.get(f"{self._prefix}_SESSION_TOKEN") or None,
+        )
 
 
 def _usual_providers() -> list[Provider]:

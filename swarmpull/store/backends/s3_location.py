@@ -36,6 +36,8 @@ class S3Location:
         endpoint: host, or host:port.
         region: empty: the server is asked.
         profile: the section of the AWS credentials file; empty: the usual places in turn.
+        credentials_file: of that form, to be looked into instead of all other places.
+        credentials_env: the beginning of the names of the variables that are looked into instead.
         part_size: bytes of one part of an upload; longer files go up in parts.
         connections: requests at the same time.
         connect_timeout: seconds.
@@ -50,6 +52,8 @@ class S3Location:
     secure: bool = True
     region: str = ""
     profile: str = ""
+    credentials_file: str = ""
+    credentials_env: str = ""
     part_size: int = 16 << 20
     connections: int = 16
     connect_timeout: float = 5.0
@@ -75,6 +79,11 @@ def parse_location(url: str) -> S3Location:
     endpoint = str(options.get("endpoint", DEFAULT_ENDPOINT))
     if "region" not in options:
         options["region"] = _default_region(endpoint)
+    if "credentials_env" in options and {"profile", "credentials_file"} & options.keys():
+        raise StartupError(
+            "the S3 backend is told of two places for its credentials",
+            "give either credentials_env, or credentials_file and profile",
+        )
     prefix = unquote(parts.path).strip("/")
     return S3Location(bucket=parts.netloc, prefix=prefix + "/" if prefix else "", **options)
 
@@ -143,6 +152,18 @@ def _word(text: str) -> str:
     return text
 
 
+def _file(text: str) -> str:
+    if not os.path.isabs(text):
+        raise ValueError(f"must be an absolute path: {text!r}")
+    return text
+
+
+def _variables(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", text, re.ASCII):
+        raise ValueError(f"must be the beginning of the name of a variable: {text!r}")
+    return text
+
+
 def _part_size(text: str) -> int:
     size = parse_size(text)
     if not PART_BYTES_MIN <= size <= PART_BYTES_MAX:
@@ -169,6 +190,8 @@ OPTIONS: Final[dict[str, Callable[[str], Any]]] = {
     "secure": _boolean,
     "region": _word,
     "profile": _word,
+    "credentials_file": _file,
+    "credentials_env": _variables,
     "part_size": _part_size,
     "connections": _count,
     "connect_timeout": _timeout,
