@@ -27,13 +27,13 @@ __all__ = ["CHUNK_BYTES_MAX", "PeerStream"]
 READ_AHEAD_BYTES: Final = 4096
 # Unsent bytes in the kernel, behind which a message has to wait: what the connection carries in so many
 # seconds, between these bounds.  Fewer would leave a fast connection idle until this process is awake again.
-NOTSENT_SECONDS: Final = 0.002
+NOTSENT_SECONDS: Final = 0.008
 NOTSENT_BYTES_MIN: Final = 32 * 1024
 NOTSENT_BYTES_MAX: Final = 512 * 1024
 # Payload is read when so many seconds' worth of it is there, so many bytes at the most: on a link of 25 MB/s
 # segments arrive a few KiB at a time, and each turn of the event loop would take one.  What stops to come
 # is read after the patience, in seconds.
-GATHER_SECONDS: Final = 0.004
+GATHER_SECONDS: Final = 0.008
 GATHER_BYTES_MAX: Final = 256 * 1024
 GATHER_PATIENCE: Final = 0.02
 LEAVE_TIMEOUT: Final = 1.0
