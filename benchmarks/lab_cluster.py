@@ -242,6 +242,9 @@ def _configuration(hosts: Hosts) -> str:
         f'trackers = ["{hosts.tracker.address}:{TRACKER_PORT}"]',
         f'indexes = ["{hosts.index.address}:{INDEX_PORT}"]',
         f"origins = [{origins}]",
+        # Nothing is to be written to the backend while pulls are measured.
+        "[origin]",
+        'write_back = "sync"',
         "[log]",
         'level = "warning"',
     ]

@@ -148,6 +148,7 @@ async def _send_body(
                     await send_chunk(call.send, head + chunk if head else chunk)
                 head = b""
                 offset += len(chunk)
+                del chunk  # the budget counts it no longer
     except SwarmpullError as error:
         # With no last chunk the server closes the connection, so the client sees that bytes are missing.
         log.warning("response_cut_short", digest=str(digest), reason=str(error))

@@ -45,6 +45,9 @@ Rep = TypeVar("Rep")
 
 # Seconds for a member to answer a call that needs no other host: after that the next one is asked.
 LOOKUP_TIMEOUT: Final = 10.0
+# A tracker answers from memory.  Three that hang are asked in less time than an announce may take in all
+# (`swarmpull.roles.swarm_host.ANNOUNCE_TIMEOUT`).
+ANNOUNCE_TIMEOUT: Final = 3.0
 # A put or delete may wait for a busy backend, and is better answered late than done twice.
 WRITE_TIMEOUT: Final = 60.0
 # An origin may have to hash the whole blob before it has its metainfo: 10 GB at 17 MB/s.
@@ -160,8 +163,8 @@ class TrackerClient:
     ) -> AnnounceReply:
         """Announce to the tracker of this blob, or to another one while that is down.
 
-        ``timeout`` in seconds is by default that of a lookup, and longer when metainfo is wanted,
-        because the tracker asks an origin for it.
+        ``timeout`` in seconds is for each tracker, and by default longer when metainfo is wanted, because the
+        tracker asks an origin for it.
 
         Raises:
             BlobNotFound: metainfo is wanted and no origin can get the blob.
@@ -169,7 +172,7 @@ class TrackerClient:
             RpcUnavailable: no tracker answers.
         """
         if timeout is None:
-            timeout = METAINFO_TIMEOUT if request.want_metainfo else LOOKUP_TIMEOUT
+            timeout = METAINFO_TIMEOUT if request.want_metainfo else ANNOUNCE_TIMEOUT
         if request.state is AnnounceState.STOPPED:
             self._announced.pop(request.digest, None)
         address, reply = await self._ring.call_member(

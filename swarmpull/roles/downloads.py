@@ -117,7 +117,8 @@ class Download:
             self._readers_changed = trio.Event()
             with trio.move_on_after(math.inf if self._readers else seconds) as scope:
                 await self._readers_changed.wait()
-            if scope.cancelled_caught:
+            # A reader may have come in the same turn of the event loop.
+            if scope.cancelled_caught and not self._readers:
                 return True
         return False
 

@@ -278,12 +278,12 @@ class PeerLink:
     async def _pace(self) -> None:
         """Wait for the host's rate, chunk by chunk, while messages go on being written."""
         while True:
-            self._chunk_due = trio.Event()
             await self._chunk_due.wait()
             if self._outgoing is not None and not self._chunk_paid:
                 length = self._next_chunk(self._outgoing)
                 self._chunk_paid = await self._owner.may_send(self.number, length)
                 self._work.set()
+            self._chunk_due = trio.Event()
 
     async def _send_chunk(self, piece: _Outgoing) -> None:
         length, self._chunk_paid = self._chunk_paid, 0

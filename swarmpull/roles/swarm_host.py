@@ -61,7 +61,7 @@ log = structlog.get_logger()
 
 # Announces that wait for a tracker at the same time, over all torrents.
 ANNOUNCES_MAX: Final = 16
-# A first announce may wait for an origin that has to fetch the blob; the others wait for nobody.
+# For one announce, however many trackers are asked: long enough for three that hang.
 ANNOUNCE_TIMEOUT: Final = 10.0
 
 # Torrents that watch for peers at the same time, a quarter of the calls that one tracker takes from us; the

@@ -27,15 +27,14 @@ __all__ = ["CHUNK_BYTES_MAX", "PeerStream"]
 READ_AHEAD_BYTES: Final = 4096
 # Unsent bytes in the kernel, behind which a message has to wait: what the connection carries in so many
 # seconds, between these bounds.  Fewer would leave a fast connection idle until this process is awake again.
-NOTSENT_SECONDS: Final = 0.002
+NOTSENT_SECONDS: Final = 0.016
 NOTSENT_BYTES_MIN: Final = 32 * 1024
 NOTSENT_BYTES_MAX: Final = 512 * 1024
-# Payload is read when so many seconds' worth of it is there, so many bytes at the most: on a link of 25 MB/s
-# segments arrive a few KiB at a time, and each turn of the event loop would take one.  What stops to come
-# is read after the patience, in seconds.
-GATHER_SECONDS: Final = 0.004
-GATHER_BYTES_MAX: Final = 256 * 1024
-GATHER_PATIENCE: Final = 0.02
+# Payload is read when the rest of its chunk is there, or what arrives in so many seconds: nobody can use a
+# part of a piece, and on a link of 25 MB/s segments arrive a few KiB at a time, each of which would take a
+# turn of the event loop.  What stops to come is read after the patience, in seconds.
+GATHER_SECONDS: Final = 0.05
+GATHER_PATIENCE: Final = 0.1
 LEAVE_TIMEOUT: Final = 1.0
 # Disk reads of streams without sendfile, and of pages that sendfile would have to wait for.
 _disk_limiter = trio.CapacityLimiter(4)
@@ -383,7 +382,7 @@ class PeerStream:
         """After a chunk: what arrives in `GATHER_SECONDS` at the rate at which it came."""
         seconds = max(trio.current_time() - self._chunk_began, 1e-6)
         worth = int(self._chunk_length / seconds * GATHER_SECONDS)
-        self._gather = max(1, min(worth, GATHER_BYTES_MAX))
+        self._gather = max(1, min(worth, CHUNK_BYTES_MAX))
 
 
 def _must_wait_for_disk(file: int, offset: int, length: int) -> bool:

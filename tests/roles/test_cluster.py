@@ -12,7 +12,8 @@ from swarmpull.digest import Digest
 from swarmpull.errors import BlobNotFound, RpcFailed, RpcUnavailable, SwarmpullError
 from swarmpull.ring.health import HealthLimits
 from swarmpull.ring.membership import Membership
-from swarmpull.roles.cluster import Cluster, OriginClient, RingClient
+from swarmpull.roles import cluster, swarm_host
+from swarmpull.roles.cluster import Cluster, OriginClient, RingClient, TrackerClient
 from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN, Metainfo
 from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
 from swarmpull.wire import api
@@ -71,6 +72,38 @@ async def test_the_next_member_is_asked_when_one_does_not_answer(pool, member):
     for number in range(20):
         assert await client.stat_blob(Digest.of(bytes([number]))) == 7
     assert member.calls == 20
+
+
+async def test_a_tracker_that_hangs_is_passed_over_within_one_announce(pool, nursery, monkeypatch):
+    monkeypatch.setattr(cluster, "ANNOUNCE_TIMEOUT", 0.3)
+
+    async def hang(request: api.AnnounceRequest, _: RpcContext) -> api.AnnounceReply:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async def answer(request: api.AnnounceRequest, _: RpcContext) -> api.AnnounceReply:
+        return api.AnnounceReply((), 5.0)
+
+    addresses = []
+    for handler in (hang, hang, answer):
+        service = RpcService()
+        service.register(api.ANNOUNCE, handler)
+        host, port = await nursery.start(partial(serve_rpc, service, "127.0.0.1", 0))
+        addresses.append(f"{host}:{port}")
+    client = ring(pool, *addresses, fall=1, expiry=1000.0)
+    contact = PeerContact("0" * 32, "", 1, PeerKind.AGENT)
+    with trio.fail_after(swarm_host.ANNOUNCE_TIMEOUT):
+        for number in range(20):
+            request = api.AnnounceRequest(
+                Digest.of(bytes([number])), "", contact, AnnounceState.LEECHING
+            )
+            assert (await TrackerClient(client).announce(request)).interval == 5.0
+
+    assert set(client.members.unhealthy()) == set(addresses[:2])
+
+
+def test_three_trackers_that_hang_are_asked_within_one_announce():
+    assert 3 * cluster.ANNOUNCE_TIMEOUT < swarm_host.ANNOUNCE_TIMEOUT
 
 
 async def test_members_that_do_not_answer_are_tried_last(pool, member):

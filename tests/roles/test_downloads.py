@@ -156,6 +156,27 @@ async def test_unread_is_a_download_whose_last_reader_left_some_time_ago(
     assert unread_at == [trio.current_time()] == pytest.approx([350.0])
 
 
+async def test_a_reader_that_comes_at_the_last_moment_is_a_reader(
+    play: Play, autojump_clock: trio.testing.MockClock
+) -> None:
+    readers_then: list[int] = []
+
+    async def watch() -> None:
+        await play.download.wait_unread(30.0)
+        readers_then.append(play.download._readers)
+
+    # Who is first in a turn of the event loop is left to chance.
+    for _ in range(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch)
+            await trio.sleep(30)
+            reader = play.reader()
+            await trio.sleep(1)
+            reader.close()
+
+    assert readers_then == [0] * 20
+
+
 async def test_a_download_that_has_ended_is_not_unread(play: Play) -> None:
     play.download.end()
 
