@@ -92,7 +92,9 @@ class Replication:
 
         async def fill_one_place() -> None:
             for rank, address in candidates:
-                failure = await self._copy_to(address, metainfo, namespace, rank)
+                failure = self._passed_over(address) or await self._copy_to(
+                    address, metainfo, namespace, rank
+                )
                 if not failure:
                     holders.append(address)
                     return
@@ -122,6 +124,15 @@ class Replication:
                 )
         if others and all(map(self._is_own, holders)):
             self._alone.inc()
+
+    def _passed_over(self, address: str) -> str:
+        """Why a member is not asked to take copies for the time being; empty when it is.
+
+        Every push would wait for it anew: one whose time is over finds out whether it is back.
+        """
+        if address in self._members.unhealthy() and not self._is_own(address):
+            return "did not answer of late"
+        return ""
 
     async def _copy_to(self, address: str, metainfo: Metainfo, namespace: str, rank: int) -> str:
         """Wait until a member has a blob; returns why it does not, or nothing."""
