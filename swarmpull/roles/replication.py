@@ -33,6 +33,8 @@ POLL: Final = 2.0
 ANSWER_PATIENCE: Final = 3.0
 # A replica that gets no piece for so long is given up.
 STALLED: Final = 10.0
+# For so many seconds nobody waits for it then: it answers, so it does not count as unhealthy.
+STALLED_BELIEVED: Final = 30.0
 # The bound of all replication before an acknowledgement: seconds, and the slowest rate in bytes per second
 # that is still waited for.
 PATIENCE: Final = 30.0
@@ -69,6 +71,8 @@ class Replication:
         self._spreading = trio.CapacityLimiter(SPREADING_MAX)
         # Members that turned out to be this process, and when.
         self._own: dict[str, float] = {}
+        # Members that were given up because no piece came to them, and when.
+        self._stalled: dict[str, float] = {}
         self._missing = metrics.counter(
             "write_back_replicas_missing_total",
             "Copies that a blob lacked on other origins when it was acknowledged.",
@@ -100,17 +104,20 @@ class Replication:
                     return
                 failures[address] = failure
 
-        async with self._spreading:
-            with trio.move_on_after(PATIENCE + metainfo.length / SLOWEST_RATE):
-                async with trio.open_nursery() as nursery:
-                    for _ in range(wanted):
-                        nursery.start_soon(fill_one_place)
+        # Waiting for others to be replicated is waiting too: a push is not held up by them without a bound.
+        with trio.move_on_after(PATIENCE + metainfo.length / SLOWEST_RATE):
+            async with self._spreading, trio.open_nursery() as nursery:
+                for _ in range(wanted):
+                    nursery.start_soon(fill_one_place)
         self._count(metainfo.digest, wanted, holders, failures)
 
     def _count(
         self, digest: Digest, wanted: int, holders: list[str], failures: dict[str, str]
     ) -> None:
-        others = [each for each in self._members.members if not self._is_own(each)]
+        members = self._members.members
+        others = [each for each in members if not self._is_own(each)]
+        # This origin has the blob, even if the time was over before its turn came.
+        holders = [each for each in members if each in holders or self._is_own(each)]
         if len(holders) < wanted:
             self._missing.inc(wanted - len(holders))
             if trio.current_time() - self._logged_at >= LOG_INTERVAL:
@@ -132,6 +139,9 @@ class Replication:
         """
         if address in self._members.unhealthy() and not self._is_own(address):
             return "did not answer of late"
+        stalled_at = self._stalled.get(address, -math.inf)
+        if trio.current_time() - stalled_at < STALLED_BELIEVED:
+            return "got no piece of late"
         return ""
 
     async def _copy_to(self, address: str, metainfo: Metainfo, namespace: str, rank: int) -> str:
@@ -159,6 +169,7 @@ class Replication:
             if reply.received > received:
                 received, heard_at = reply.received, trio.current_time()
             elif trio.current_time() - heard_at > STALLED:
+                self._stalled[address] = trio.current_time()
                 return f"no piece for {STALLED:g} s, after {received} bytes"
 
     # --- reading ------------------------------------------------------------------------------

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections import Counter
 
 import attrs
+import pytest
 import trio
 
-from swarmpull.errors import BlobNotFound, RpcUnavailable
+from swarmpull.errors import RpcUnavailable
 from swarmpull.ring.membership import Membership
+from swarmpull.roles import replication
 from swarmpull.roles.replication import Replication
 from swarmpull.swarm.peers import PeerContact, PeerKind
 from swarmpull.telemetry import Metrics
@@ -20,7 +22,8 @@ from swarmpull.wire import api
 from .peers import make_content
 
 CONTENT = make_content(1000)
-OWN, SECOND, THIRD, FOURTH = (f"127.0.0.{number}:1" for number in range(1, 5))
+CONTACT = PeerContact("1" * 32, "127.0.0.1", 1, PeerKind.ORIGIN)
+OWN, SECOND, THIRD = (f"127.0.0.{number}:1" for number in range(1, 4))
 
 
 @attrs.define
@@ -36,7 +39,7 @@ class Origins:
     silent: set[str] = attrs.Factory(set)
     stalled: set[str] = attrs.Factory(set)
     asked: Counter[str] = attrs.Factory(Counter)
-    contact: PeerContact = PeerContact("1" * 32, "127.0.0.1", 1, PeerKind.ORIGIN)
+    contact: PeerContact = CONTACT
 
     async def call(self, address: str, method, request, *, timeout: float):
         self.asked[address] += 1
@@ -97,3 +100,52 @@ async def test_pushes_do_not_wait_for_a_dead_member_one_after_the_other(autojump
     assert await play.push() == 0
     assert play.others.asked[THIRD] == asked + 1
     assert play.missing() == 23
+
+
+async def many_pushes(play: Play, count: int) -> list[float]:
+    """How long each of ``count`` pushes at once waited."""
+    waits: list[float] = []
+
+    async def push() -> None:
+        waits.append(await play.push())
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(count):
+            nursery.start_soon(push)
+    return waits
+
+
+async def test_a_member_that_gets_no_piece_holds_up_only_the_first_pushes(autojump_clock) -> None:
+    play = play_of(OWN, SECOND, THIRD)
+    await play.push()
+    play.others.stalled = {THIRD}
+
+    waits = await many_pushes(play, 200)
+
+    # Those that were under way when it was given up, and those that waited for them.
+    assert max(waits) == 12
+    assert play.missing() == 200
+    asked = play.others.asked[THIRD]
+    assert await play.push() == 0
+    assert play.others.asked[THIRD] == asked
+
+    play.others.stalled = set()
+    await trio.sleep(30)
+    assert await play.push() == 0
+    assert play.others.asked[THIRD] == asked + 1
+    assert play.missing() == 201
+
+
+async def test_waiting_for_others_to_be_replicated_has_a_bound(
+    autojump_clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A copy takes as long as a push may wait, and nobody is given up: the limiter is never free.
+    monkeypatch.setattr(replication, "STALLED", 1000.0)
+    play = play_of(OWN, SECOND)
+    await play.push()
+    play.others.stalled = {SECOND}
+
+    waits = await many_pushes(play, 100)
+
+    assert max(waits) == pytest.approx(replication.PATIENCE, abs=0.01)
+    assert play.missing() == 100, "of two copies, this origin has its own"
