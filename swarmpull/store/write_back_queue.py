@@ -7,6 +7,9 @@ its method returns; changes that are made at the same time share one flush.
 A directory without the file gets one with a row for every blob that it holds, as far as the role knows where
 they belong.  So the file may be moved away when it is damaged: every such blob is then looked for in the
 backend, and written if it is missing.
+
+Beside it is an empty file, ``origin``, for whoever finds the directory without a queue: in that of an agent
+nothing waits, in that of an origin nobody knows what does.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ from swarmpull.store.durable import sync_directory
 from swarmpull.store.write_back_schedule import Key, QueuedBlob
 
 FILE_NAME: Final = "write-back.sqlite"
+# Not named like the queue: it stays when that is moved away.
+MARK_NAME: Final = "origin"
 # Raised by one with every change of the tables; an older file is then brought up to date when it is opened.
 SCHEMA: Final = 1
 # "swpb": tells our files from other databases.
@@ -149,10 +154,15 @@ def queued_digests(directory: Path) -> frozenset[Digest]:
     """What is queued in a data directory, whether a process has it open or not; blocking.
 
     Raises:
-        StartupError: the queue cannot be read.
+        StartupError: the queue cannot be read, or an origin's is missing: anything may be in it.
     """
     path = directory / FILE_NAME
     if not path.exists():
+        if (directory / MARK_NAME).exists():
+            raise StartupError(
+                f"the write-back queue {path} is missing: the backend may lack any blob of this origin",
+                "put it back, or start the origin, which makes a new one",
+            )
         return frozenset()
     with _damage_named(path):
         database = sqlite3.connect(
@@ -186,6 +196,7 @@ def _open(
                 raise sqlite3.DatabaseError(verdict)
             database.execute("pragma journal_mode = wal")
             loaded = _load(database)
+            (path.parent / MARK_NAME).touch()
             sync_directory(path.parent)
         except BaseException:
             database.close()
