@@ -39,7 +39,7 @@ FILE_NAME: Final = "write-back.sqlite"
 # Not named like the queue: it stays when that is moved away.
 MARK_NAME: Final = "origin"
 # Raised by one with every change of the tables; an older file is then brought up to date when it is opened.
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 # "swpb": tells our files from other databases.
 APPLICATION_ID: Final = 0x73777062
 # Seconds that a reader outside of the process, which has the file for a moment, may take.
@@ -55,10 +55,11 @@ create table blobs (
     attempts integer not null,
     next_at real not null,
     last_error text not null,
+    is_found integer not null default 0,
     primary key (digest, namespace)
 ) strict
 """
-_PUT: Final = "insert or replace into blobs values (?, ?, ?, ?, ?, ?, ?, ?)"
+_PUT: Final = "insert or replace into blobs values (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _REMOVE: Final = "delete from blobs where digest = ? and namespace = ?"
 _ALL: Final = "select * from blobs order by enqueued_at, digest, namespace"
 
@@ -194,6 +195,7 @@ def _open(
             (verdict,) = database.execute("pragma quick_check(1)").fetchone()
             if verdict != "ok":
                 raise sqlite3.DatabaseError(verdict)
+            _bring_up_to_date(database)
             database.execute("pragma journal_mode = wal")
             loaded = _load(database)
             (path.parent / MARK_NAME).touch()
@@ -235,6 +237,17 @@ def _check_version(path: Path, database: sqlite3.Connection) -> None:
             f"(schema {version}, this one knows {SCHEMA})",
             "start that version or a newer one; an older one could lose what is in it",
         )
+
+
+def _bring_up_to_date(database: sqlite3.Connection) -> None:
+    """Change the table of an older version to that of this one: all of it, or nothing."""
+    (version,) = database.execute("pragma user_version").fetchone()
+    if version == SCHEMA:
+        return
+    database.execute("begin immediate")
+    database.execute("alter table blobs add column is_found integer not null default 0")
+    database.execute(f"pragma user_version = {SCHEMA}")
+    database.execute("commit")
 
 
 def _load(database: sqlite3.Connection) -> list[QueuedBlob]:

@@ -526,6 +526,41 @@ async def test_a_lost_queue_is_made_anew_from_the_disk(tmp_path: Path) -> None:
             assert ring.backend_bytes(content.digest) == content.data
 
 
+async def test_what_a_queue_made_anew_finds_on_the_disk_refuses_no_push(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = [make_content(1000, seed=number) for number in range(4)]
+    async with ring_of(tmp_path, 1) as ring:
+        for content in contents:
+            assert (await ring.put("origin-1", content.data)).status_code == 201
+        await ring.cluster.written_back("origin-1")
+        await ring.kill("origin-1")
+        for path in (tmp_path / "origin-1").glob(f"{FILE_NAME}*"):
+            path.unlink()
+        monkeypatch.setattr(write_back, "QUEUED_MAX", 2)
+        monkeypatch.setattr(DirectoryBackend, "stat", fail_stat)
+
+        pushed = []
+        for data in (b"one", b"two", b"three"):
+            # A restart does not make accepted ones of them.
+            await ring.start("origin-1")
+            pushed.append((await ring.put("origin-1", data)).status_code)
+            await ring.kill("origin-1")
+        assert pushed == [201, 201, 507]
+
+        monkeypatch.undo()
+        await ring.start("origin-1")
+        await ring.cluster.written_back("origin-1")
+        monkeypatch.setattr(write_back, "QUEUED_MAX", 1)
+        monkeypatch.setattr(DirectoryBackend, "stat", fail_stat)
+        last = [(await ring.put("origin-1", data)).status_code for data in (b"four", b"five")]
+        assert last == [201, 507], "what was found and is written counts for nothing"
+
+
+async def fail_stat(_: DirectoryBackend, key: str) -> None:
+    raise BackendUnavailable("lost", key, "no answer")
+
+
 async def test_in_mode_sync_a_push_is_acknowledged_when_the_backend_has_it(
     tmp_path: Path,
 ) -> None:
