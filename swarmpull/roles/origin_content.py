@@ -22,6 +22,7 @@ from swarmpull.errors import (
     BlobNotFound,
     DigestMismatch,
     ObjectNotFound,
+    RpcUnavailable,
     StoreUnavailable,
     SwarmpullError,
 )
@@ -44,11 +45,11 @@ class Elsewhere(Protocol):
     """Where a blob may be that neither the disk nor the backend has: on the disks of other origins."""
 
     async def length(self, digest: Digest) -> int | None:
-        """Its length in bytes; None when it is nowhere."""
+        """Its length in bytes; None when it is nowhere.  Raises RpcUnavailable when that is not known."""
         ...
 
     async def fetch(self, digest: Digest) -> bool:
-        """Get it to the disk; False when it is nowhere."""
+        """Get it to the disk; False when it is nowhere.  Raises RpcUnavailable when that is not known."""
         ...
 
 
@@ -107,7 +108,8 @@ class OriginContent:
 
         Raises:
             BlobNotFound: neither on the disk nor in the backend, or corrupt there: clients push only
-                what they are told is missing.
+                what they are told is missing.  So too when an origin that may have it cannot be asked: to
+                push it again mends that.
             RepositoryUnmatched: not on the disk, and the repository has no backend.
             BackendUnavailable: not on the disk, and the backend cannot say.
         """
@@ -121,8 +123,7 @@ class OriginContent:
         try:
             return (await place.backend.stat(place.key)).length
         except (ObjectNotFound, BackendUnavailable) as error:
-            others = self._others(place)
-            length = await others.length(digest) if others else None
+            length = await self._length_elsewhere(place)
             if length is None:
                 raise _missing(digest, error) from error
             return length
@@ -131,9 +132,10 @@ class OriginContent:
         """Return when the blob is on the disk.
 
         Raises:
-            BlobNotFound: the backend does not have it either.
+            BlobNotFound: the backend does not have it either, nor do other origins.
             RepositoryUnmatched: it is not on the disk, and the repository has no backend.
-            BackendUnavailable: the backend fails, or its object is not what its name says and is not used.
+            BackendUnavailable: the backend fails, or its object is not what its name says and is not used; or
+                it does not have the blob, and an origin that may have it cannot be asked.
             StoreFull, StoreUnavailable: the disk has no room for it, or fails.
         """
         if not self.store.has(digest):
@@ -180,6 +182,29 @@ class OriginContent:
     def _others(self, place: _Place) -> Elsewhere | None:
         return None if place.is_foreign else self.elsewhere
 
+    async def _length_elsewhere(self, place: _Place) -> int | None:
+        others = self._others(place)
+        try:
+            return await others.length(place.digest) if others else None
+        except RpcUnavailable:
+            return None
+
+    async def _is_fetched_elsewhere(
+        self, place: _Place, error: ObjectNotFound | BackendUnavailable
+    ) -> bool:
+        """Whether another origin gave what the backend did not.
+
+        Raises BackendUnavailable when the backend does not have it, and an origin did not say whether it has.
+        """
+        others = self._others(place)
+        try:
+            return others is not None and await others.fetch(place.digest)
+        except RpcUnavailable as silent:
+            if isinstance(error, BackendUnavailable):
+                return False
+            reason = f"it is not there, and may wait on another origin ({silent}): try again"
+            raise BackendUnavailable(place.name, place.key, reason) from silent
+
     async def _fetch(self, place: _Place) -> None:
         digest = place.digest
         async with self._fetches:
@@ -188,8 +213,7 @@ class OriginContent:
             try:
                 length = await self._copy_to_disk(place)
             except (ObjectNotFound, BackendUnavailable) as error:
-                others = self._others(place)
-                if others is not None and await others.fetch(digest):
+                if await self._is_fetched_elsewhere(place, error):
                     return
                 raise _missing(digest, error) from error
             except DigestMismatch as error:

@@ -11,7 +11,7 @@ import attrs
 import pytest
 import trio
 
-from swarmpull.errors import RpcUnavailable
+from swarmpull.errors import BlobNotFound, DownloadFailed, RpcUnavailable, StoreUnavailable
 from swarmpull.ring.membership import Membership
 from swarmpull.roles import replication
 from swarmpull.roles.replication import Replication
@@ -33,11 +33,17 @@ class Origins:
     Attributes:
         silent: they do not answer.
         stalled: they answer, and no piece comes.
+        holders: they have the blob on their disks.
+        failing: their disks fail.
+        gives_nothing: nothing can be downloaded from any of them.
         asked: how often each was called.
     """
 
     silent: set[str] = attrs.Factory(set)
     stalled: set[str] = attrs.Factory(set)
+    holders: set[str] = attrs.Factory(set)
+    failing: set[str] = attrs.Factory(set)
+    gives_nothing: bool = False
     asked: Counter[str] = attrs.Factory(Counter)
     contact: PeerContact = CONTACT
 
@@ -46,11 +52,26 @@ class Origins:
         if address in self.silent:
             await trio.sleep(timeout)
             raise RpcUnavailable(address, method.name, "no answer")
+        if method is api.HELD_BLOB:
+            return self._held(address)
         if address in self.stalled:
             await trio.sleep(request.seconds)
             return api.ReplicateReply(stored=False)
         await trio.lowlevel.checkpoint()
         return api.ReplicateReply(stored=address != OWN, itself=address == OWN)
+
+    def _held(self, address: str) -> api.HeldReply:
+        if address in self.failing:
+            raise StoreUnavailable("origin", "Input/output error")
+        if address not in self.holders and address != OWN:
+            raise BlobNotFound(str(CONTENT.digest), "origin")
+        seeder = attrs.evolve(CONTACT, peer_id=CONTACT.peer_id if address == OWN else "2" * 32)
+        return api.HeldReply(CONTENT.metainfo, seeder)
+
+    async def adopt(self, *_: object) -> None:
+        await trio.lowlevel.checkpoint()
+        if self.gives_nothing:
+            raise DownloadFailed(str(CONTENT.digest), "no peer has it")
 
 
 @attrs.define
@@ -149,3 +170,49 @@ async def test_waiting_for_others_to_be_replicated_has_a_bound(
 
     assert max(waits) == pytest.approx(replication.PATIENCE, abs=0.01)
     assert play.missing() == 100, "of two copies, this origin has its own"
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+async def test_a_blob_is_nowhere_when_all_members_say_so(autojump_clock) -> None:
+    replication = play_of(OWN, SECOND, THIRD).replication
+
+    assert await replication.length(CONTENT.digest) is None
+    assert await replication.fetch(CONTENT.digest) is False
+
+
+async def test_a_member_that_does_not_say_may_have_the_blob(autojump_clock) -> None:
+    play = play_of(OWN, SECOND, THIRD)
+    for play.others.silent, play.others.failing in (({THIRD}, set()), (set(), {THIRD})):
+        for ask in (play.replication.length, play.replication.fetch):
+            with pytest.raises(RpcUnavailable) as caught:
+                await ask(CONTENT.digest)
+            assert caught.value.address == THIRD
+            assert caught.value.reason in {"no answer", "store origin failed: Input/output error"}
+
+    play.others.holders = {SECOND}
+    assert await play.replication.length(CONTENT.digest) == 1000
+    assert await play.replication.fetch(CONTENT.digest) is True
+
+
+async def test_a_member_that_is_not_asked_because_it_was_silent_may_have_the_blob(
+    autojump_clock,
+) -> None:
+    play = play_of(OWN, SECOND, THIRD)
+    play.others.silent = {THIRD}
+    for _ in range(3):
+        await play.push()
+    asked = play.others.asked[THIRD]
+
+    with pytest.raises(RpcUnavailable, match="did not answer of late"):
+        await play.replication.fetch(CONTENT.digest)
+    assert play.others.asked[THIRD] == asked
+
+
+async def test_a_blob_that_its_holder_did_not_give_is_not_nowhere(autojump_clock) -> None:
+    play = play_of(OWN, SECOND)
+    play.others.holders, play.others.gives_nothing = {SECOND}, True
+
+    with pytest.raises(RpcUnavailable, match="no peer has it"):
+        await play.replication.fetch(CONTENT.digest)

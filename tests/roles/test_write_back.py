@@ -252,6 +252,31 @@ async def test_what_no_origin_has_is_not_found(tmp_path: Path) -> None:
     assert reply.status_code == 404
 
 
+async def test_what_a_dead_origin_may_have_is_not_there_now_and_can_be_pushed(
+    tmp_path: Path,
+) -> None:
+    async with ring_of(tmp_path, 3, replicas=1) as ring:
+        ring.break_backend()
+        assert (await ring.put("origin-3", b"data")).status_code == 201
+        await ring.kill("origin-3")
+        ring.mend_backend()
+        path = f"/blobs/{Digest.of(b'data')}"
+
+        # Asked, and then not asked any more.
+        for _ in range(5):
+            reply = await ring.cluster.get("origin-1", path)
+            (error,) = reply.json()["errors"]
+            assert (reply.status_code, error["code"]) == (503, "UNAVAILABLE")
+            assert (
+                f"may wait on another origin (origin.held_blob at {ring.addresses[2]}"
+                in error["message"]
+            )
+        # Clients push what they are told is missing.
+        assert (await ring.cluster.request("HEAD", "origin-1", path)).status_code == 404
+        assert (await ring.put("origin-1", b"data")).status_code == 201
+        assert (await ring.get("origin-2", Digest.of(b"data"))).content == b"data"
+
+
 async def test_with_no_replica_in_reach_a_push_is_acknowledged_and_counted(
     tmp_path: Path,
 ) -> None:
