@@ -654,7 +654,7 @@ def store_gc(
 @_json_option
 def store_verify(directory: Path, delete: bool, as_json: bool) -> int:
     """Hash every blob and every stored piece; the exit status is 1 if one is wrong."""
-    from swarmpull.storage import checked_document, checked_line
+    from swarmpull.storage import checked_document, checked_line, checked_summary
     from swarmpull.store.offline import find_store, verify, verify_and_repair
 
     root = find_store(directory)
@@ -663,13 +663,11 @@ def store_verify(directory: Path, delete: bool, as_json: bool) -> int:
         found.append(checked)
         if checked.problem and not as_json:
             click.echo(checked_line(checked))
-    wrong = sum(bool(checked.problem) for checked in found)
+    wrong = any(checked.problem for checked in found)
     if as_json:
         click.echo(json.dumps([checked_document(checked) for checked in found], indent=2))
     else:
-        click.echo(
-            f"{len(found) - wrong} right, {wrong} wrong{' and removed' * (delete and wrong > 0)}."
-        )
+        click.echo(checked_summary(found, removing=delete))
     return EXIT_FAILED if wrong else 0
 
 

@@ -84,12 +84,24 @@ def checked_document(checked: Checked) -> dict[str, Any]:
         "bytes": checked.length,
         "problem": checked.problem or None,
         "wrong_pieces": list(checked.pieces),
+        "kept": checked.kept or None,
     }
 
 
 def checked_line(checked: Checked) -> str:
     """One that is not right."""
-    return f"{checked.kind.value} {checked.digest}: {checked.problem}"
+    kept = f" (kept: {checked.kept})" if checked.kept else ""
+    return f"{checked.kind.value} {checked.digest}: {checked.problem}{kept}"
+
+
+def checked_summary(found: Sequence[Checked], *, removing: bool) -> str:
+    """How many were right; ``removing``: what was not is removed, but for what there is a reason to keep."""
+    wrong = sum(bool(checked.problem) for checked in found)
+    kept = sum(bool(checked.kept) for checked in found)
+    text = f"{len(found) - wrong} right, {wrong} wrong"
+    if kept:
+        return f"{text}: {wrong - kept} removed, {kept} kept."
+    return f"{text} and removed." if removing and wrong else f"{text}."
 
 
 def _table(*columns: str) -> Table:

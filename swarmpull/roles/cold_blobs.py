@@ -58,11 +58,11 @@ class Elsewhere(Protocol):
     """Where a blob may be that neither the disk nor the backend has: on the disks of other origins."""
 
     async def length(self, digest: Digest) -> int | None:
-        """Its length in bytes; None when it is nowhere."""
+        """Its length in bytes; None when it is nowhere.  Raises RpcUnavailable when that is not known."""
         ...
 
     async def fetch(self, digest: Digest) -> bool:
-        """Get it to the disk; False when it is nowhere."""
+        """Get it to the disk; False when it is nowhere.  Raises RpcUnavailable when that is not known."""
         ...
 
 
@@ -216,15 +216,28 @@ class ColdBlobs:
             await self._run(self._fetch_of(download, found, place))
 
     async def length_elsewhere(self, place: BlobPlace) -> int | None:
-        """The length in bytes of a blob that the backend cannot give; None when it is nowhere."""
+        """The length in bytes of a blob that the backend cannot give; None when that is not known."""
         if self._elsewhere is None or place.is_foreign:
             return None
-        return await self._elsewhere.length(place.digest)
+        try:
+            return await self._elsewhere.length(place.digest)
+        except RpcUnavailable:
+            return None
 
-    async def _fetched_elsewhere(self, place: BlobPlace) -> bool:
+    async def _fetched_elsewhere(self, place: BlobPlace, *, absent: bool = False) -> bool:
+        """Whether another origin gave what the backend did not.
+
+        Raises BackendUnavailable when the object is ``absent``, and an origin did not say whether it has it.
+        """
         if self._elsewhere is None or place.is_foreign:
             return False
-        return await self._elsewhere.fetch(place.digest)
+        try:
+            return await self._elsewhere.fetch(place.digest)
+        except RpcUnavailable as silent:
+            if not absent:
+                return False
+            reason = f"it is not there, and may wait on another origin ({silent}): try again"
+            raise BackendUnavailable(place.name, place.key, reason) from silent
 
     def _place(self, digest: Digest, namespace: str) -> BlobPlace:
         return BlobPlace.of(self._namespaces, digest, namespace)
@@ -232,10 +245,12 @@ class ColdBlobs:
     # --- from the backend ---------------------------------------------------------------------
 
     async def _begin(self, namespace: str, place: BlobPlace) -> Download | None:
+        if place in self.quarantine and await self._fetched_elsewhere(place):
+            return None
         try:
             found = await place.backend.stat(place.key)
         except (ObjectNotFound, BackendUnavailable) as error:
-            if await self._fetched_elsewhere(place):
+            if await self._fetched_elsewhere(place, absent=isinstance(error, ObjectNotFound)):
                 return None
             raise not_given(place.digest, error) from error
         shape = BlobShape.of(place.digest, found.length)
@@ -290,11 +305,14 @@ class ColdBlobs:
                         self._bytes_read.inc(len(chunk))
                 await writer.commit(digest)
         except (ObjectNotFound, BackendUnavailable) as error:
-            if await self._fetched_elsewhere(place):
+            if await self._fetched_elsewhere(place, absent=isinstance(error, ObjectNotFound)):
                 return
             raise not_given(digest, error) from error
         except DigestMismatch as error:
-            raise self.quarantine.put(place, f"it hashes to {error.actual}") from error
+            corrupt = self.quarantine.put(place, f"it hashes to {error.actual}")
+            if await self._fetched_elsewhere(place):
+                return
+            raise corrupt from error
         self.quarantine.release(place)
         log.info("blob_fetched", digest=str(digest), backend=place.name, length=found.length)
 

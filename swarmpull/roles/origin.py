@@ -356,7 +356,8 @@ def _blobs_on_disk(store: BlobStore, settings: OriginConfig) -> list[QueuedBlob]
     """
     now = time.time()
     blobs = [
-        QueuedBlob(stat.digest, stat.length, "", now, next_at=now) for stat in list(store.list())
+        QueuedBlob(stat.digest, stat.length, "", now, next_at=now, is_found=True)
+        for stat in list(store.list())
     ]
     queued = [] if settings.namespaces else blobs
     if blobs:

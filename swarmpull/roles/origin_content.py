@@ -20,6 +20,7 @@ from swarmpull.digest import Digest
 from swarmpull.errors import (
     BackendUnavailable,
     BlobNotFound,
+    DigestMismatch,
     ObjectNotFound,
     StoreUnavailable,
     SwarmpullError,
@@ -68,8 +69,9 @@ class OriginContent:
         """Length of a blob in bytes, at once and without fetching it.
 
         Raises:
-            BlobNotFound: on no disk and not in the backend, or corrupt there: clients push only
-                what they are told is missing.
+            BlobNotFound: on no disk and not in the backend, or corrupt there: clients push only what they
+                are told is missing.  So too when an origin that may have it cannot be asked: to push it
+                again mends that.
             RepositoryUnmatched: not on the disk, and the repository has no backend.
             BackendUnavailable: not on the disk, and the backend cannot say.
         """
@@ -95,9 +97,10 @@ class OriginContent:
         """Return when the blob is on the disk.  For the arguments see `ColdBlobs.begin`.
 
         Raises:
-            BlobNotFound: the backend does not have it either.
+            BlobNotFound: the backend does not have it either, nor do other origins.
             RepositoryUnmatched: it is not on the disk, and the repository has no backend.
-            BackendUnavailable: the backend fails, or its object is not what its name says and is not used.
+            BackendUnavailable: the backend fails, or its object is not what its name says and is not used; or
+                it does not have the blob, and an origin that may have it cannot be asked.
             StoreFull, StoreUnavailable: the disk has no room for it, or fails.
         """
         while not self.store.has(digest):
@@ -168,11 +171,23 @@ class OriginContent:
         length = self.store.stat(place.digest).length
         if await self._is_in_backend(place, length):
             return
+        await self._check_disk(place.digest)
         await self._copy_to_backend(place)
         self.cold.quarantine.release(place)
         self._written.inc(length)
         log.info("blob_durable", digest=str(place.digest), backend=place.name, length=length)
         await self._keep_metainfo(place)
+
+    async def _check_disk(self, digest: Digest) -> None:
+        """Raise BlobNotFound for a blob that was damaged on the disk since it was accepted.
+
+        That may be hours ago, and what is written now is the truth from then on.
+        """
+        try:
+            await self.store.verify(digest)
+        except DigestMismatch as error:
+            log.error("blob_damaged", digest=str(digest), actual=error.actual)
+            raise BlobNotFound(str(digest), self.store.name) from error
 
     async def _keep_metainfo(self, place: BlobPlace) -> None:
         """Put the metainfo of a blob of several pieces beside it; the blob is durable without."""

@@ -14,7 +14,7 @@ import structlog
 import trio
 
 from swarmpull.digest import Digest
-from swarmpull.errors import RpcUnavailable, SwarmpullError
+from swarmpull.errors import BlobNotFound, RpcUnavailable, SwarmpullError
 from swarmpull.ring.membership import Membership
 from swarmpull.roles.swarm_host import SwarmHost
 from swarmpull.store.write_back_schedule import Key
@@ -33,6 +33,8 @@ POLL: Final = 2.0
 ANSWER_PATIENCE: Final = 3.0
 # A replica that gets no piece for so long is given up.
 STALLED: Final = 10.0
+# For so many seconds nobody waits for it then: it answers, so it does not count as unhealthy.
+STALLED_BELIEVED: Final = 30.0
 # The bound of all replication before an acknowledgement: seconds, and the slowest rate in bytes per second
 # that is still waited for.
 PATIENCE: Final = 30.0
@@ -48,6 +50,25 @@ HELD_PATIENCE: Final = 2.0
 ASKED_MAX: Final = 16
 # Seconds for which an address that was found to be this process counts as such: it may move to another host.
 OWN_BELIEVED: Final = 60.0
+
+
+@attrs.frozen
+class _Asked:
+    """What the other origins say of a blob.
+
+    Attributes:
+        found: those whose disks have it, in the order of the ring.
+        silent: those that may have it as well, and why they did not say.
+    """
+
+    found: list[tuple[str, api.HeldReply]]
+    silent: dict[str, str]
+
+    def check_silent(self) -> None:
+        """Raise RpcUnavailable for one that may have the blob and did not say."""
+        if self.silent:
+            address, reason = next(iter(self.silent.items()))
+            raise RpcUnavailable(address, api.HELD_BLOB.name, reason)
 
 
 class Replication:
@@ -69,6 +90,8 @@ class Replication:
         self._spreading = trio.CapacityLimiter(SPREADING_MAX)
         # Members that turned out to be this process, and when.
         self._own: dict[str, float] = {}
+        # Members that were given up because no piece came to them, and when.
+        self._stalled: dict[str, float] = {}
         self._missing = metrics.counter(
             "write_back_replicas_missing_total",
             "Copies that a blob lacked on other origins when it was acknowledged.",
@@ -92,23 +115,28 @@ class Replication:
 
         async def fill_one_place() -> None:
             for rank, address in candidates:
-                failure = await self._copy_to(address, metainfo, namespace, rank)
+                failure = self._passed_over(address) or await self._copy_to(
+                    address, metainfo, namespace, rank
+                )
                 if not failure:
                     holders.append(address)
                     return
                 failures[address] = failure
 
-        async with self._spreading:
-            with trio.move_on_after(PATIENCE + metainfo.length / SLOWEST_RATE):
-                async with trio.open_nursery() as nursery:
-                    for _ in range(wanted):
-                        nursery.start_soon(fill_one_place)
+        # Waiting for others to be replicated is waiting too: a push is not held up by them without a bound.
+        with trio.move_on_after(PATIENCE + metainfo.length / SLOWEST_RATE):
+            async with self._spreading, trio.open_nursery() as nursery:
+                for _ in range(wanted):
+                    nursery.start_soon(fill_one_place)
         self._count(metainfo.digest, wanted, holders, failures)
 
     def _count(
         self, digest: Digest, wanted: int, holders: list[str], failures: dict[str, str]
     ) -> None:
-        others = [each for each in self._members.members if not self._is_own(each)]
+        members = self._members.members
+        others = [each for each in members if not self._is_own(each)]
+        # This origin has the blob, even if the time was over before its turn came.
+        holders = [each for each in members if each in holders or self._is_own(each)]
         if len(holders) < wanted:
             self._missing.inc(wanted - len(holders))
             if trio.current_time() - self._logged_at >= LOG_INTERVAL:
@@ -122,6 +150,18 @@ class Replication:
                 )
         if others and all(map(self._is_own, holders)):
             self._alone.inc()
+
+    def _passed_over(self, address: str) -> str:
+        """Why a member is not asked to take copies for the time being; empty when it is.
+
+        Every push would wait for it anew: one whose time is over finds out whether it is back.
+        """
+        if address in self._members.unhealthy() and not self._is_own(address):
+            return "did not answer of late"
+        stalled_at = self._stalled.get(address, -math.inf)
+        if trio.current_time() - stalled_at < STALLED_BELIEVED:
+            return "got no piece of late"
+        return ""
 
     async def _copy_to(self, address: str, metainfo: Metainfo, namespace: str, rank: int) -> str:
         """Wait until a member has a blob; returns why it does not, or nothing."""
@@ -148,67 +188,91 @@ class Replication:
             if reply.received > received:
                 received, heard_at = reply.received, trio.current_time()
             elif trio.current_time() - heard_at > STALLED:
+                self._stalled[address] = trio.current_time()
                 return f"no piece for {STALLED:g} s, after {received} bytes"
 
     # --- reading ------------------------------------------------------------------------------
 
     async def length(self, digest: Digest) -> int | None:
-        """The length in bytes of a blob on another origin's disk; None when none has it."""
-        found = await self._ask_all(digest)
-        return found[0][1].metainfo.length if found else None
+        """The length in bytes of a blob on another origin's disk; None when none has it.
+
+        Raises:
+            RpcUnavailable: one of them may have it, and could not be asked.
+        """
+        asked = await self._ask_all(digest)
+        if asked.found:
+            return asked.found[0][1].metainfo.length
+        asked.check_silent()
+        return None
 
     async def is_ahead(self, key: Key, rank: int) -> bool:
         """Whether an origin that answers is to write a blob to the backend before ``rank``."""
-        ranks = [held.write_back_rank for _, held in await self._ask_all(*key)]
+        asked = await self._ask_all(*key)
+        ranks = [held.write_back_rank for _, held in asked.found]
         return any(other is not None and other < rank for other in ranks)
 
     async def fetch(self, digest: Digest) -> bool:
-        """Get a blob from another origin's disk, through the swarm; False when none can give it."""
-        for address, held in await self._ask_all(digest):
+        """Get a blob from another origin's disk, through the swarm; False when none has it.
+
+        Raises:
+            RpcUnavailable: one of them has it and did not give it, or may have it and could not be asked.
+        """
+        asked = await self._ask_all(digest)
+        for address, held in asked.found:
             try:
                 await self._host.adopt(held.metainfo, "", _dialable(held.seeder, address))
             except SwarmpullError as error:
                 log.info("replica_not_read", digest=str(digest), origin=address, reason=str(error))
+                asked.silent[address] = str(error)
             else:
                 log.info("replica_read", digest=str(digest), origin=address)
                 return True
+        asked.check_silent()
         return False
 
-    async def _ask_all(
-        self, digest: Digest, namespace: str = ""
-    ) -> list[tuple[str, api.HeldReply]]:
-        """The other origins whose disks have a blob, in the order of the ring.
+    async def _ask_all(self, digest: Digest, namespace: str = "") -> _Asked:
+        """Which of the other origins have a blob on their disks.
 
-        Those that did not answer of late are left out: a client waits, and most blobs that are asked for here
-        are nowhere.
+        Those that did not answer of late are not called: a client waits, and most blobs that are asked for
+        here are nowhere.
         """
+        order = [each for each in self._members.order(str(digest)) if not self._is_own(each)]
         unhealthy = set(self._members.unhealthy())
-        order = [
-            address
-            for address in self._members.order(str(digest))
-            if address not in unhealthy and not self._is_own(address)
-        ]
+        silent = {each: "did not answer of late" for each in order if each in unhealthy}
         found: dict[str, api.HeldReply] = {}
 
         async def ask(address: str) -> None:
-            held = await self._ask(address, api.HeldRequest(digest, namespace))
-            if held is not None:
-                found[address] = held
+            try:
+                held = await self._ask(address, api.HeldRequest(digest, namespace))
+            except RpcUnavailable as error:
+                silent[address] = error.reason
+            except SwarmpullError as error:
+                silent[address] = str(error)
+            else:
+                if held is not None:
+                    found[address] = held
 
         async with trio.open_nursery() as nursery:
-            for address in order[:ASKED_MAX]:
+            for address in [each for each in order if each not in unhealthy][:ASKED_MAX]:
                 nursery.start_soon(ask, address)
-        return [(address, found[address]) for address in order if address in found]
+        return _Asked([(each, found[each]) for each in order if each in found], silent)
 
     async def _ask(self, address: str, request: api.HeldRequest) -> api.HeldReply | None:
+        """What a member says of a blob; None when it does not have it, or is this origin.
+
+        Raises SwarmpullError when it does not say.
+        """
         try:
             held = await self._pool.call(address, api.HELD_BLOB, request, timeout=HELD_PATIENCE)
         except RpcUnavailable as error:
             self._members.record_failure(address, error.reason)
+            raise
+        except BlobNotFound:
+            self._members.record_success(address)
             return None
         except SwarmpullError:
             self._members.record_success(address)
-            return None
+            raise
         self._members.record_success(address)
         if held.seeder.peer_id == self._host.contact.peer_id:
             self._own[address] = trio.current_time()

@@ -42,7 +42,9 @@ log = structlog.get_logger()
 
 # Blobs written to one backend at the same time; a large one goes up in several parts at once as it is.
 UPLOADS_MAX: Final = 4
-# Blobs that wait: an hour without a backend at 13 pushes per second, and 65 MB of memory.
+# Blobs that were accepted and wait: an hour without a backend at 13 pushes per second, and 65 MB of memory.
+# What a queue that is made anew finds on the disk does not count: it would refuse all pushes until a backend
+# has been asked for every blob.
 QUEUED_MAX: Final = 50_000
 # Seconds until a blob is looked at again whose repository has no backend any more.  It needs another
 # configuration, and with that a restart, which tries everything at once.
@@ -98,6 +100,8 @@ class WriteBack:
         # In the order in which they were accepted.
         self._queued: dict[Key, _Queued] = {}
         self._bytes = 0
+        # Of these, the ones that were found on the disk.
+        self._found = 0
         self._wake = trio.Event()
         self._metrics = _WriteBackMetrics(metrics, self)
         for blob in queue.loaded:
@@ -203,7 +207,7 @@ class WriteBack:
         known = self._queued.get((digest, namespace))
         if known is not None and known.blob.rank <= rank:
             return
-        if known is None and len(self._queued) >= QUEUED_MAX:
+        if known is None and len(self._queued) - self._found >= QUEUED_MAX:
             remedy = f"{QUEUED_MAX} blobs wait to be written to the backend: see why it takes none"
             raise StoreFull(self._store.name, length, remedy)
         now, delay = time.time(), rank_delay(rank, length)
@@ -221,7 +225,9 @@ class WriteBack:
             self._queued[blob.key] = _Queued(blob, hold)
             self._bytes += blob.length
         else:
+            self._found -= known.blob.is_found
             known.blob = blob
+        self._found += blob.is_found
         due = trio.current_time() + min(delay, rank_delay(blob.rank, blob.length))
         self._lane(blob.namespace).schedule.add(blob.key, blob.rank, blob.length, due)
         self._wake.set()
@@ -267,6 +273,7 @@ class WriteBack:
         key = queued.blob.key
         del self._queued[key]
         self._bytes -= queued.blob.length
+        self._found -= queued.blob.is_found
         # Even if the file cannot be changed: a full disk is mended by evicting what is in the backend.
         queued.hold.release()
         self._metrics.written.inc()

@@ -26,7 +26,13 @@ from typing import Final, Self
 import trio
 
 from swarmpull.digest import Digest
-from swarmpull.errors import BlobNotFound, InvalidMetainfo, StartupError, StoreUnavailable
+from swarmpull.errors import (
+    BlobNotFound,
+    DigestMismatch,
+    InvalidMetainfo,
+    StartupError,
+    StoreUnavailable,
+)
 from swarmpull.store.content import BlobStat, ContentTree
 from swarmpull.store.disk import Disk, OpenFile
 from swarmpull.store.durable import Data, make_directory, read_exactly
@@ -42,7 +48,7 @@ from swarmpull.store.partials import (
     remove_halves,
 )
 from swarmpull.store.room import Room
-from swarmpull.store.scanning import compute_metainfo
+from swarmpull.store.scanning import compute_digest, compute_metainfo
 from swarmpull.store.spool import Spool
 from swarmpull.store.uploads import UploadLimits, UploadStore
 from swarmpull.swarm.metainfo import BlobShape, Metainfo
@@ -349,6 +355,23 @@ class BlobStore:
                 str(metainfo.digest), f"it says {metainfo.length} bytes, the blob has {length}"
             )
         await self._disk.run(self._tree.save_metainfo, metainfo)
+
+    async def verify(self, digest: Digest) -> None:
+        """Read a blob again, and remove it when it is not what its name says.
+
+        Raises:
+            BlobNotFound: it is not here.
+            DigestMismatch: it is damaged, and was removed.
+            StoreUnavailable: the disk failed: nothing is known, and nothing removed.
+        """
+        with self._open(digest) as handle:
+            actual = await compute_digest(
+                self._disk, handle.fileno(), digest.algorithm, handle.length
+            )
+        if actual != digest:
+            with suppress(BlobNotFound):
+                await self.delete(digest)
+            raise DigestMismatch(str(digest), str(actual))
 
     async def delete(self, digest: Digest) -> None:
         """Remove a blob; open handles go on.  Raises BlobNotFound, StoreUnavailable."""

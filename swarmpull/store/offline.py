@@ -58,6 +58,8 @@ class Checked:
         problem: what is wrong; empty when all is right.
         pieces: of a partial, the stored pieces that are wrong.
         sidecar: only the metainfo beside the blob is wrong.
+        readable: False when the disk did not give the bytes, which may be right.
+        kept: why `verify_and_repair` has not removed what is wrong; empty when it has, or was not to.
     """
 
     digest: Digest
@@ -66,6 +68,8 @@ class Checked:
     problem: str = ""
     pieces: tuple[int, ...] = ()
     sidecar: bool = False
+    readable: bool = True
+    kept: str = ""
 
 
 def find_store(directory: Path) -> Path:
@@ -99,8 +103,8 @@ def list_store(root: Path) -> list[Stored]:
 def plan_removals(root: Path, limits: Limits) -> list[Removal]:
     """What the limits say must go, and the write-back queue lets go.
 
-    What else a running process has pinned is not known here.  Raises StartupError for a queue that cannot be
-    read.
+    What else a running process has pinned is not known here.  Raises StartupError for a queue that is missing
+    or cannot be read.
     """
     ledger = _count(root)
     others = ledger.bytes(UPLOADS)
@@ -122,7 +126,8 @@ def delete(root: Path, digest: Digest) -> list[Stored]:
 
     Raises:
         BlobNotFound: there was neither.
-        StartupError: a process has the store open, or the backend does not have the blob yet.
+        StartupError: a process has the store open, or the backend does not have the blob yet, or nobody knows
+            because the queue is missing or cannot be read.
     """
     with _locked(root):
         found = [stored for stored in list_store(root) if stored.entry.digest == digest]
@@ -152,14 +157,19 @@ def verify(root: Path) -> Iterator[Checked]:
 def verify_and_repair(root: Path) -> Iterator[Checked]:
     """Verify, and remove what is wrong: the blob, the pieces, or the metainfo.
 
+    A blob stays that the disk does not give, for the next time it may, and one that the backend lacks: what
+    is left of it may be all there is.
+
     Raises:
-        StartupError: a process has the store open.
+        StartupError: a process has the store open, or the write-back queue is missing or cannot be read.
     """
     with _locked(root):
+        queued = queued_digests(root)
         for checked in verify(root):
-            if checked.problem:
+            kept = _reason_to_keep(checked, queued)
+            if checked.problem and not kept:
                 _repair(root, checked)
-            yield checked
+            yield attrs.evolve(checked, kept=kept)
 
 
 # --- inside ---------------------------------------------------------------------------------------
@@ -214,15 +224,19 @@ def _delete(root: Path, digest: Digest, kind: Kind) -> None:
 
 
 def _check_blob(tree: ContentTree, digest: Digest) -> Checked:
-    descriptor = os.open(tree.blob_path(digest), os.O_RDONLY | os.O_CLOEXEC)
     try:
-        length = os.fstat(descriptor).st_size
-        piece_length = piece_length_for(length)
-        actual, hashes = hash_blob(descriptor, digest.algorithm, length, piece_length)
+        descriptor = os.open(tree.blob_path(digest), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            length = os.fstat(descriptor).st_size
+            piece_length = piece_length_for(length)
+            actual, hashes = hash_blob(descriptor, digest.algorithm, length, piece_length)
+        finally:
+            os.close(descriptor)
+    except FileNotFoundError:
+        raise
     except OSError as error:
-        return Checked(digest, Kind.BLOB, 0, f"cannot be read: {error.strerror or error}")
-    finally:
-        os.close(descriptor)
+        problem = f"cannot be read: {error.strerror or error}"
+        return Checked(digest, Kind.BLOB, 0, problem, readable=False)
     if actual != digest:
         return Checked(digest, Kind.BLOB, length, f"hashes to {actual}")
     metainfo = tree.load_metainfo(digest, length)
@@ -253,6 +267,15 @@ def _check_partial(files: PartialFiles) -> Checked:
         os.close(descriptor)
     problem = f"{len(wrong)} of {have.bit_count()} stored pieces are wrong" if wrong else ""
     return Checked(files.digest, Kind.PARTIAL, length, problem, tuple(wrong))
+
+
+def _reason_to_keep(checked: Checked, queued: frozenset[Digest]) -> str:
+    if not checked.readable:
+        return "its bytes may be right"
+    is_damaged = checked.kind is Kind.BLOB and checked.problem and not checked.sidecar
+    if is_damaged and checked.digest in queued:
+        return "it was pushed here and the backend does not have it yet"
+    return ""
 
 
 def _repair(root: Path, checked: Checked) -> None:

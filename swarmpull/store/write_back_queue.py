@@ -7,6 +7,9 @@ its method returns; changes that are made at the same time share one flush.
 A directory without the file gets one with a row for every blob that it holds, as far as the role knows where
 they belong.  So the file may be moved away when it is damaged: every such blob is then looked for in the
 backend, and written if it is missing.
+
+Beside it is an empty file, ``origin``, for whoever finds the directory without a queue: in that of an agent
+nothing waits, in that of an origin nobody knows what does.
 """
 
 from __future__ import annotations
@@ -33,8 +36,10 @@ from swarmpull.store.durable import sync_directory
 from swarmpull.store.write_back_schedule import Key, QueuedBlob
 
 FILE_NAME: Final = "write-back.sqlite"
+# Not named like the queue: it stays when that is moved away.
+MARK_NAME: Final = "origin"
 # Raised by one with every change of the tables; an older file is then brought up to date when it is opened.
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 # "swpb": tells our files from other databases.
 APPLICATION_ID: Final = 0x73777062
 # Seconds that a reader outside of the process, which has the file for a moment, may take.
@@ -50,10 +55,11 @@ create table blobs (
     attempts integer not null,
     next_at real not null,
     last_error text not null,
+    is_found integer not null default 0,
     primary key (digest, namespace)
 ) strict
 """
-_PUT: Final = "insert or replace into blobs values (?, ?, ?, ?, ?, ?, ?, ?)"
+_PUT: Final = "insert or replace into blobs values (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _REMOVE: Final = "delete from blobs where digest = ? and namespace = ?"
 _ALL: Final = "select * from blobs order by enqueued_at, digest, namespace"
 
@@ -149,10 +155,15 @@ def queued_digests(directory: Path) -> frozenset[Digest]:
     """What is queued in a data directory, whether a process has it open or not; blocking.
 
     Raises:
-        StartupError: the queue cannot be read.
+        StartupError: the queue cannot be read, or an origin's is missing: anything may be in it.
     """
     path = directory / FILE_NAME
     if not path.exists():
+        if (directory / MARK_NAME).exists():
+            raise StartupError(
+                f"the write-back queue {path} is missing: the backend may lack any blob of this origin",
+                "put it back, or start the origin, which makes a new one",
+            )
         return frozenset()
     with _damage_named(path):
         database = sqlite3.connect(
@@ -184,8 +195,10 @@ def _open(
             (verdict,) = database.execute("pragma quick_check(1)").fetchone()
             if verdict != "ok":
                 raise sqlite3.DatabaseError(verdict)
+            _bring_up_to_date(database)
             database.execute("pragma journal_mode = wal")
             loaded = _load(database)
+            (path.parent / MARK_NAME).touch()
             sync_directory(path.parent)
         except BaseException:
             database.close()
@@ -224,6 +237,17 @@ def _check_version(path: Path, database: sqlite3.Connection) -> None:
             f"(schema {version}, this one knows {SCHEMA})",
             "start that version or a newer one; an older one could lose what is in it",
         )
+
+
+def _bring_up_to_date(database: sqlite3.Connection) -> None:
+    """Change the table of an older version to that of this one: all of it, or nothing."""
+    (version,) = database.execute("pragma user_version").fetchone()
+    if version == SCHEMA:
+        return
+    database.execute("begin immediate")
+    database.execute("alter table blobs add column is_found integer not null default 0")
+    database.execute(f"pragma user_version = {SCHEMA}")
+    database.execute("commit")
 
 
 def _load(database: sqlite3.Connection) -> list[QueuedBlob]:

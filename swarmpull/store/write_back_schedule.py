@@ -46,6 +46,7 @@ class QueuedBlob:
         attempts: how often writing has failed.
         next_at: when it is tried next.
         last_error: why the last attempt failed.
+        is_found: nobody pushed it just now: it was on the disk when the queue was made anew.
     """
 
     digest: Digest
@@ -56,6 +57,7 @@ class QueuedBlob:
     attempts: int = 0
     next_at: float = 0.0
     last_error: str = ""
+    is_found: bool = attrs.field(default=False, converter=bool)
 
     @property
     def key(self) -> Key:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -178,6 +179,63 @@ def test_gc_touches_nothing_when_it_cannot_read_the_queue(run, root) -> None:
         outcome = run(*command)
         assert outcome.status == 1
         assert "is damaged" in outcome.err
+    assert blob_path(root).exists()
+
+
+def test_nothing_is_removed_from_an_origins_directory_without_a_queue(run, root, queued) -> None:
+    age(root, 7200)
+    for path in root.glob("write-back.sqlite*"):
+        path.unlink()
+    spoil(blob_path(root), 10)
+
+    limit = ("-o", "agent.store.ttl=1h")
+    for command in (
+        ("gc", *limit),
+        ("gc", "--dry-run", *limit),
+        ("rm", BLOB),
+        ("verify", "--delete"),
+    ):
+        outcome = run(*command)
+        assert outcome.status == 1
+        assert "write-back.sqlite is missing: the backend may lack any blob" in outcome.err
+        assert "start the origin" in outcome.err
+    assert blob_path(root).exists()
+    assert len(run("ls", "--json").document) == 2
+
+
+def test_verify_keeps_a_damaged_blob_that_the_backend_does_not_have_yet(run, root, queued) -> None:
+    spoil(blob_path(root), 10)
+    (data,) = (root / "partials").glob("*.data")
+    spoil(data, PIECE + 3)
+
+    blob, partial = run("verify", "--delete", "--json").document
+    assert blob["kept"] == "it was pushed here and the backend does not have it yet"
+    assert (partial["kept"], partial["wrong_pieces"]) == (None, [1])
+    outcome = run("verify", "--delete")
+
+    assert outcome.status == 1
+    assert f"blob {BLOB}: hashes to sha256:" in outcome.out
+    assert "(kept: it was pushed here and the backend does not have it yet)" in outcome.out
+    assert outcome.out.endswith("1 right, 1 wrong: 0 removed, 1 kept.\n")
+    assert blob_path(root).exists()
+
+
+@pytest.mark.parametrize("place", ["hash_blob", "os.open"])
+def test_verify_keeps_a_blob_that_the_disk_does_not_give(run, root, monkeypatch, place) -> None:
+    open_file = os.open
+
+    def fail(path: object, *arguments: object) -> int:
+        if place == "os.open" and path != blob_path(root):
+            return open_file(path, *arguments)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(f"swarmpull.store.offline.{place}", fail)
+
+    outcome = run("verify", "--delete")
+
+    assert outcome.status == 1
+    line = f"blob {BLOB}: cannot be read: Input/output error (kept: its bytes may be right)"
+    assert line in outcome.out
     assert blob_path(root).exists()
 
 

@@ -13,7 +13,13 @@ import trio
 import trio.testing
 
 from swarmpull.digest import Digest
-from swarmpull.errors import BackendUnavailable, BlobNotFound, DownloadFailed, StoreUnavailable
+from swarmpull.errors import (
+    BackendUnavailable,
+    BlobNotFound,
+    DownloadFailed,
+    ObjectNotFound,
+    StoreUnavailable,
+)
 from swarmpull.roles.cold_blobs import ColdBlobs
 from swarmpull.roles.origin_content import OriginContent
 from swarmpull.roles.shared_work import SharedWork
@@ -244,6 +250,30 @@ async def test_what_is_corrupt_in_the_backend_counts_as_missing(play: Play) -> N
 
     await play.add()
     assert await play.content.stat(BLOB, "") == len(DATA)
+
+
+@pytest.mark.parametrize("there", [DATA, None], ids=["in the backend", "nowhere else"])
+@pytest.mark.parametrize("damaged", [DATA[:1000], DATA[:-1] + b"x"], ids=["cut", "changed"])
+async def test_what_was_damaged_on_the_disk_never_gets_into_the_backend(
+    play: Play, damaged: bytes, there: bytes | None
+) -> None:
+    if there is not None:
+        await play.put(BLOB, there)
+    await play.add()
+    play.store.path(BLOB).write_bytes(damaged)
+
+    if there is None or len(damaged) < len(DATA):
+        with pytest.raises(BlobNotFound):
+            await play.content.make_durable(BLOB, "")
+        assert not play.store.has(BLOB)
+    else:
+        await play.content.make_durable(BLOB, "")  # nothing to write
+
+    if there is None:
+        with pytest.raises(ObjectNotFound):
+            await play.backend.get_bytes(blob_key(BLOB))
+    else:
+        assert await play.backend.get_bytes(blob_key(BLOB)) == DATA
 
 
 async def test_what_is_not_on_the_disk_cannot_be_made_durable(play: Play) -> None:

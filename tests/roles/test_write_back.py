@@ -252,6 +252,31 @@ async def test_what_no_origin_has_is_not_found(tmp_path: Path) -> None:
     assert reply.status_code == 404
 
 
+async def test_what_a_dead_origin_may_have_is_not_there_now_and_can_be_pushed(
+    tmp_path: Path,
+) -> None:
+    async with ring_of(tmp_path, 3, replicas=1) as ring:
+        ring.break_backend()
+        assert (await ring.put("origin-3", b"data")).status_code == 201
+        await ring.kill("origin-3")
+        ring.mend_backend()
+        path = f"/blobs/{Digest.of(b'data')}"
+
+        # Asked, and then not asked any more.
+        for _ in range(5):
+            reply = await ring.cluster.get("origin-1", path)
+            (error,) = reply.json()["errors"]
+            assert (reply.status_code, error["code"]) == (503, "UNAVAILABLE")
+            assert (
+                f"may wait on another origin (origin.held_blob at {ring.addresses[2]}"
+                in error["message"]
+            )
+        # Clients push what they are told is missing.
+        assert (await ring.cluster.request("HEAD", "origin-1", path)).status_code == 404
+        assert (await ring.put("origin-1", b"data")).status_code == 201
+        assert (await ring.get("origin-2", Digest.of(b"data"))).content == b"data"
+
+
 async def test_with_no_replica_in_reach_a_push_is_acknowledged_and_counted(
     tmp_path: Path,
 ) -> None:
@@ -524,6 +549,41 @@ async def test_a_lost_queue_is_made_anew_from_the_disk(tmp_path: Path) -> None:
 
         for content in contents:
             assert ring.backend_bytes(content.digest) == content.data
+
+
+async def test_what_a_queue_made_anew_finds_on_the_disk_refuses_no_push(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = [make_content(1000, seed=number) for number in range(4)]
+    async with ring_of(tmp_path, 1) as ring:
+        for content in contents:
+            assert (await ring.put("origin-1", content.data)).status_code == 201
+        await ring.cluster.written_back("origin-1")
+        await ring.kill("origin-1")
+        for path in (tmp_path / "origin-1").glob(f"{FILE_NAME}*"):
+            path.unlink()
+        monkeypatch.setattr(write_back, "QUEUED_MAX", 2)
+        monkeypatch.setattr(DirectoryBackend, "stat", fail_stat)
+
+        pushed = []
+        for data in (b"one", b"two", b"three"):
+            # A restart does not make accepted ones of them.
+            await ring.start("origin-1")
+            pushed.append((await ring.put("origin-1", data)).status_code)
+            await ring.kill("origin-1")
+        assert pushed == [201, 201, 507]
+
+        monkeypatch.undo()
+        await ring.start("origin-1")
+        await ring.cluster.written_back("origin-1")
+        monkeypatch.setattr(write_back, "QUEUED_MAX", 1)
+        monkeypatch.setattr(DirectoryBackend, "stat", fail_stat)
+        last = [(await ring.put("origin-1", data)).status_code for data in (b"four", b"five")]
+        assert last == [201, 507], "what was found and is written counts for nothing"
+
+
+async def fail_stat(_: DirectoryBackend, key: str) -> None:
+    raise BackendUnavailable("lost", key, "no answer")
 
 
 async def test_in_mode_sync_a_push_is_acknowledged_when_the_backend_has_it(

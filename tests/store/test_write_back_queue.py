@@ -174,14 +174,30 @@ async def test_a_row_that_is_no_digest_is_damage(tmp_path: Path) -> None:
             pass
 
 
+async def test_an_older_file_is_brought_up_to_date(tmp_path: Path) -> None:
+    async with opening(tmp_path) as queue:
+        await queue.put(A)
+    with sqlite3.connect(tmp_path / FILE_NAME) as database:
+        database.execute("alter table blobs drop column is_found")
+        database.execute("pragma user_version = 1")
+    database.close()
+
+    assert queued_digests(tmp_path) == {A.digest}, "without changing it"
+    found = attrs.evolve(B, is_found=True)
+    async with opening(tmp_path) as queue:
+        assert queue.loaded == [A]
+        await queue.put(found)
+    assert await loaded(tmp_path) == [found, A]
+
+
 async def test_a_newer_file_is_left_to_the_newer_version(tmp_path: Path) -> None:
     async with opening(tmp_path, [A]):
         pass
     with sqlite3.connect(tmp_path / FILE_NAME) as database:
-        database.execute("pragma user_version = 2")
+        database.execute("pragma user_version = 3")
     database.close()
 
-    with pytest.raises(StartupError, match=r"newer version \(schema 2, .* start that version"):
+    with pytest.raises(StartupError, match=r"newer version \(schema 3, .* start that version"):
         async with opening(tmp_path):
             pass
     assert (tmp_path / FILE_NAME).exists()
