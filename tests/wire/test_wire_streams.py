@@ -491,6 +491,17 @@ async def receive_at_speed(left: PeerStream, right: PeerStream, content: bytes) 
     assert right._gather > 1000
 
 
+async def receive_the_beginning(
+    left: PeerStream, right: PeerStream, content: bytes
+) -> tuple[bytearray, int]:
+    """On such a connection: room for a chunk of 20,000 bytes, and how many of the 100 sent are there."""
+    await receive_at_speed(left, right, content)
+    await left._stream.send_all(peer.pack_chunk_header(PieceChunk(0, 0, 20_000)) + content[:100])
+    await right.receive()
+    payload = bytearray(20_000)
+    return payload, await right.receive_some_into(memoryview(payload))
+
+
 def low_water(stream: PeerStream) -> int:
     return stream._stream.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT)
 
@@ -498,11 +509,7 @@ def low_water(stream: PeerStream) -> int:
 async def test_payload_of_a_fast_connection_is_gathered_and_messages_are_not(tcp_pair, blob):
     left, right = tcp_pair
     content, _ = blob
-    await receive_at_speed(left, right, content)
-    await left._stream.send_all(peer.pack_chunk_header(PieceChunk(0, 0, 20_000)) + content[:100])
-    await right.receive()
-    payload = bytearray(20_000)
-    filled = await right.receive_some_into(memoryview(payload))
+    payload, filled = await receive_the_beginning(left, right, content)
     async with trio.open_nursery() as nursery:
 
         @nursery.start_soon
@@ -527,11 +534,7 @@ async def test_payload_of_a_fast_connection_is_gathered_and_messages_are_not(tcp
 async def test_what_stops_to_come_is_read_all_the_same(tcp_pair, blob):
     left, right = tcp_pair
     content, _ = blob
-    await receive_at_speed(left, right, content)
-    await left._stream.send_all(peer.pack_chunk_header(PieceChunk(0, 0, 20_000)) + content[:100])
-    await right.receive()
-    payload = bytearray(20_000)
-    filled = await right.receive_some_into(memoryview(payload))
+    payload, filled = await receive_the_beginning(left, right, content)
     async with trio.open_nursery() as nursery:
 
         @nursery.start_soon
@@ -551,12 +554,10 @@ async def test_what_stops_to_come_is_read_all_the_same(tcp_pair, blob):
 async def test_the_end_of_a_connection_is_noticed_while_payload_is_gathered(tcp_pair, blob):
     left, right = tcp_pair
     content, _ = blob
-    await receive_at_speed(left, right, content)
-    await left._stream.send_all(peer.pack_chunk_header(PieceChunk(0, 0, 20_000)) + content[:100])
-    await right.receive()
+    payload, filled = await receive_the_beginning(left, right, content)
     await left._stream.send_eof()
     with pytest.raises(ProtocolError, match="inside a PIECE"):
-        await right.receive_into(memoryview(bytearray(20_000)))
+        await right.receive_into(memoryview(payload)[filled:])
 
 
 async def test_pages_that_are_not_in_memory_are_read_in_a_thread(tcp_pair, blob, monkeypatch):
