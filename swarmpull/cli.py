@@ -318,10 +318,15 @@ def push(source: Path, image: str | None, registry: str | None, quiet: bool) -> 
 
 
 async def _push_file(file: Path, client: RegistryClient, progress: ProgressOf) -> str:
-    from swarmpull.registry.client import hash_file
+    from swarmpull.registry.client import ServerUnavailable, hash_file
 
     digest = await hash_file(file, progress=progress("hashing"))
-    if not await client.exists(f"/blobs/{digest}"):
+    try:
+        is_there = await client.exists(f"/blobs/{digest}")
+    except ServerUnavailable:
+        # Its backend may be down, which is no reason not to take a push; or the push says what is wrong.
+        is_there = False
+    if not is_there:
         await client.put_blob(f"/blobs/{digest}", file, progress=progress("pushing"))
     return str(digest)
 
@@ -460,10 +465,15 @@ def status(addresses: tuple[str, ...], as_json: bool) -> int:
         click.echo(json.dumps(documents, indent=2))
     elif found:
         _print_statuses(found)
-    if not addresses:
-        return 0 if found else _nobody_answers("role")
-    failures = [f"{each.address}: {each.failure}" for each in answers if each.document is None]
-    return _fail(EXIT_UNAVAILABLE, *failures) if failures else 0
+    failed = _failed(answers, addresses)
+    if failed:
+        return _fail(EXIT_UNAVAILABLE, *(f"{each.address}: {each.failure}" for each in failed))
+    return 0 if found else _nobody_answers("role")
+
+
+def _failed(answers: Sequence[AdminAnswer], addresses: Sequence[str]) -> list[AdminAnswer]:
+    """Those that should have answered: all that were named, else those where somebody is."""
+    return [each for each in answers if each.document is None and (addresses or each.is_silent)]
 
 
 def _nobody_answers(who: str) -> int:
@@ -521,7 +531,7 @@ def rates(
     asked = addresses or tuple(f"127.0.0.1:{port}" for port in _ADMIN_PORTS)
     answers = run_command(partial(get_rates, asked))
     found = [answer for answer in answers if answer.document is not None]
-    failed = [answer for answer in answers if answer.document is None] if addresses else []
+    failed = _failed(answers, addresses)
     given = {"upload_rate": upload, "download_rate": download}
     change = {
         key: None if rate == math.inf else rate for key, rate in given.items() if rate is not None

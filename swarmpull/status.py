@@ -58,8 +58,9 @@ def rate_table(answers: Sequence[AdminAnswer]) -> Table:
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        # what a terminal is too narrow for goes on in the next line, it is not cut
-        table.add_column(column, overflow="fold")
+        # What a terminal is too narrow for goes on in the next line, it is not cut; but nobody could search
+        # for an address in two parts.
+        table.add_column(column, overflow="fold", no_wrap=column == "ADDRESS")
     return table
 
 

@@ -272,7 +272,10 @@ class RegistryClient:
         return await self._retry(path, attempt)
 
     async def exists(self, path: str) -> bool:
-        """HEAD: is there something at ``path``?"""
+        """HEAD, once: is there something at ``path``?
+
+        Raises ServerUnavailable also when the server cannot say.
+        """
 
         async def attempt() -> bool:
             async with self._http.request("HEAD", path) as answer:
@@ -281,7 +284,7 @@ class RegistryClient:
                 await _check(answer)
                 return True
 
-        return await self._retry(path, attempt)
+        return await self._retry(path, attempt, attempts=1)
 
     async def put_blob(self, path: str, file: Path, *, progress: Progress = no_progress) -> None:
         """PUT a whole file to the generic blob API; ``path`` ends in its digest."""
@@ -327,8 +330,10 @@ class RegistryClient:
         path: str,
         attempt: Callable[[], Awaitable[_T]],
         received: Callable[[], int] = lambda: 0,
+        attempts: int | None = None,
     ) -> _T:
         """Try until it succeeds or several attempts in a row have brought nothing."""
+        attempts = attempts or self._retries.attempts
         failures = 0
         while True:
             before = received()
@@ -341,7 +346,7 @@ class RegistryClient:
                 failures = 1 if received() > before else failures + 1
                 # Nobody there at the first attempt is an answer; later it may be a restart.
                 absent = failure.unreachable and not received()
-                if absent or failures >= self._retries.attempts:
+                if absent or failures >= attempts:
                     raise ServerUnavailable(self._http.base, failure.reason) from exc
                 await trio.sleep(min(self._retries.backoff * 2 ** (failures - 1), _BACKOFF_MAX))
 
@@ -444,11 +449,15 @@ async def _file_chunks(file: Path, length: int, progress: Progress) -> AsyncIter
 
 @attrs.frozen
 class AdminAnswer:
-    """What one admin listener said: the document that was asked for, or why there is none."""
+    """What one admin listener said: the document that was asked for, or why there is none.
+
+    ``is_silent``: somebody is there, and did not answer in time.
+    """
 
     address: str
     document: dict[str, Any] | None = None
     failure: str = ""
+    is_silent: bool = False
 
 
 async def get_statuses(addresses: Sequence[str]) -> list[AdminAnswer]:
@@ -490,7 +499,8 @@ async def _ask(
             async with open_client(address, retries=Retries(attempts=1)) as client:
                 return AdminAnswer(address, await ask(client))
     except trio.TooSlowError:
-        return AdminAnswer(address, failure=f"no answer within {_ADMIN_TIMEOUT:.0f} seconds")
+        failure = f"no answer within {_ADMIN_TIMEOUT:.0f} seconds"
+        return AdminAnswer(address, failure=failure, is_silent=True)
     except (ServerUnavailable, _NotAdmin) as exc:
         return AdminAnswer(address, failure=exc.reason)
     except SwarmpullError as exc:

@@ -5,6 +5,7 @@ Nothing is tried again, no redirect is followed, nothing is decoded: who asks de
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -206,6 +207,12 @@ class HttpClient:
             await answer.close()
 
 
+@functools.cache
+def _system_certificates() -> ssl.SSLContext:
+    # Reading them takes a tenth of a second: not for each of the hundred clients of `swarmpull status`.
+    return ssl.create_default_context()
+
+
 @asynccontextmanager
 async def open_http(base: str, limits: ClientLimits | None = None) -> AsyncIterator[HttpClient]:
     """A client of the server at ``base``, for the length of the block."""
@@ -216,7 +223,7 @@ async def open_http(base: str, limits: ClientLimits | None = None) -> AsyncItera
         base_url=base,
         timeout=httpx.Timeout(limits.silence, connect=limits.connect, pool=None),
         limits=httpx.Limits(max_connections=limits.connections),
-        verify=ssl.create_default_context(),
+        verify=_system_certificates(),
         trust_env=False,
         headers={"Accept-Encoding": "identity", "User-Agent": f"swarmpull/{__version__}"},
     ) as http:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from swarmpull import cli
 from swarmpull.cli import main
 from swarmpull.digest import Digest
 from swarmpull.errors import DigestMismatch, LengthMismatch
@@ -217,6 +218,13 @@ def test_a_push_is_sent_again_when_the_server_was_busy(registry, capsys, tmp_pat
     registry.refusals = [(404, b""), (503, b"draining")]
     assert main(["push", str(tmp_path / "file"), "--registry", registry.url]) == 0
     assert [method for method, _, _ in registry.requests] == ["HEAD", "PUT", "PUT"]
+
+
+def test_a_server_that_cannot_say_what_it_has_is_sent_the_file(registry, capsys, tmp_path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    registry.refusals = [(503, b"the backend is down")]
+    assert main(["push", str(tmp_path / "file"), "--registry", registry.url]) == 0
+    assert [method for method, _, _ in registry.requests] == ["HEAD", "PUT"]
 
 
 def test_a_push_that_is_refused_says_why(registry, capsys, tmp_path) -> None:
@@ -553,6 +561,28 @@ def test_status_shows_what_the_backend_does_not_have_yet(registry, capsys, monke
     registry.documents["/status"] = json.dumps(document).encode()
     assert main(["status", registry.url.removeprefix("http://")]) == 0
     assert "12 (3.00 GiB), 40 s, failing" in capsys.readouterr().out
+
+
+def test_an_address_is_in_one_piece_however_narrow_the_terminal(
+    registry, capsys, monkeypatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "50")
+    registry.documents["/status"] = json.dumps(STATUS).encode()
+    address = registry.url.removeprefix("http://")
+    assert main(["status", address]) == 0
+    assert capsys.readouterr().out.count(address) == 2
+
+
+def test_a_silent_role_is_told_of_although_nobody_named_it(registry, capsys, monkeypatch) -> None:
+    registry.documents["/status"] = json.dumps(STATUS).encode()
+    answering = int(registry.url.rpartition(":")[2])
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        monkeypatch.setattr(cli, "_ADMIN_PORTS", (answering, port))
+        assert main(["status", "--json"]) == 69
+    captured = capsys.readouterr()
+    assert len(json.loads(captured.out)) == 1
+    assert captured.err == f"swarmpull: 127.0.0.1:{port}: no answer within 3 seconds\n"
 
 
 def test_status_as_json_is_the_document_with_its_address(registry, capsys) -> None:

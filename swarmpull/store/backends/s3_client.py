@@ -210,6 +210,9 @@ def _call() -> Call:
 class _Watched(HTTPConnection):
     """A connection that tells the call of its thread which socket to shut down."""
 
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"  # urllib3 begins its messages with it
+
     def _new_conn(self) -> socket.socket:
         call = _call()
         call.use(None)
