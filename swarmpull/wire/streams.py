@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import socket
 from collections.abc import Callable
@@ -34,7 +35,7 @@ NOTSENT_BYTES_MAX: Final = 512 * 1024
 # part of a piece, and on a link of 25 MB/s segments arrive a few KiB at a time, each of which would take a
 # turn of the event loop.  What stops to come is read after the patience, in seconds.
 GATHER_SECONDS: Final = 0.05
-GATHER_PATIENCE: Final = 0.1
+GATHER_PATIENCE: Final = 0.25
 LEAVE_TIMEOUT: Final = 1.0
 # Disk reads of streams without sendfile, and of pages that sendfile would have to wait for.
 _disk_limiter = trio.CapacityLimiter(4)
@@ -363,12 +364,9 @@ class PeerStream:
     async def _wait_for_payload(self, sock: trio.socket.SocketType, wanted: int) -> None:
         """Return when payload is worth reading: enough of it, or no more of it for a while."""
         self._set_low_water(sock, min(wanted, self._gather))
-        if self._low_water > 1:
-            with trio.move_on_after(GATHER_PATIENCE):
-                await trio.lowlevel.wait_readable(sock)
-                return
-            self._set_low_water(sock, 1)
-        await trio.lowlevel.wait_readable(sock)
+        # A read takes what is there, however little it is.
+        with trio.move_on_after(GATHER_PATIENCE if self._low_water > 1 else math.inf):
+            await trio.lowlevel.wait_readable(sock)
 
     def _set_low_water(self, sock: trio.socket.SocketType, size: int) -> None:
         """Have the kernel tell of no fewer bytes than these, unless the connection ends."""
