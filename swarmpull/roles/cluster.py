@@ -244,10 +244,8 @@ class OriginClient:
         address, reply = await self._ring.call_member(
             str(digest), api.GET_METAINFO, request, timeout=timeout
         )
-        if reply.seeder.host:
-            return reply
         host, _ = parse_address(address)
-        return attrs.evolve(reply, seeder=attrs.evolve(reply.seeder, host=host))
+        return attrs.evolve(reply, seeder=reply.seeder.seen_at(host))
 
     async def hashes(self, request: HashesRequest) -> Growth:
         """Wait for more piece hashes of a blob that is still being fetched.

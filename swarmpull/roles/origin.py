@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Final
 
-import attrs
 import structlog
 import trio
 
@@ -272,7 +271,7 @@ class OriginCalls:
         with self._content.store.hold(digest, Pin.NOT_WRITTEN_BACK):
             # Not from the backend, even if it has the blob: it may be down, and the agent is there.
             await self._host.adopt(
-                request.metainfo, request.namespace, _dialable(request.source, context)
+                request.metainfo, request.namespace, request.source.seen_at(context.remote_host)
             )
             await self._registry.accept_blob(request.namespace or None, digest)
         return api.Empty()
@@ -289,7 +288,7 @@ class OriginCalls:
             await self._write_back.keep_copy(
                 request.metainfo,
                 request.namespace,
-                _dialable(request.source, context),
+                request.source.seen_at(context.remote_host),
                 max(1, min(request.rank, RANK_MAX)),
             )
             return api.ReplicateReply(stored=True)
@@ -305,8 +304,7 @@ class OriginCalls:
 
     def _contact(self, context: RpcContext) -> PeerContact:
         """Where this origin seeds, as its caller can dial it."""
-        contact = self._host.contact
-        return contact if contact.host else attrs.evolve(contact, host=context.local_host)
+        return self._host.contact.seen_at(context.local_host)
 
     async def put_manifest(
         self, request: api.PutManifestRequest, _context: RpcContext
@@ -336,11 +334,6 @@ class OriginCalls:
     ) -> api.UpstreamManifestReply:
         _check_namespace(request.repository)
         return await self._upstreams.get(request.repository, request.reference)
-
-
-def _dialable(source: PeerContact, context: RpcContext) -> PeerContact:
-    """A caller that does not advertise a host is where it calls from."""
-    return source if source.host else attrs.evolve(source, host=context.remote_host)
 
 
 def _sane(seconds: float) -> float:

@@ -19,7 +19,6 @@ from swarmpull.ring.membership import Membership
 from swarmpull.roles.swarm_host import SwarmHost
 from swarmpull.store.write_back_schedule import Key
 from swarmpull.swarm.metainfo import Metainfo
-from swarmpull.swarm.peers import PeerContact
 from swarmpull.telemetry import Metrics
 from swarmpull.wire import api
 from swarmpull.wire.listen import parse_address
@@ -220,7 +219,9 @@ class Replication:
         asked = await self._ask_all(digest)
         for address, held in asked.found:
             try:
-                await self._host.adopt(held.metainfo, "", _dialable(held.seeder, address))
+                await self._host.adopt(
+                    held.metainfo, "", held.seeder.seen_at(parse_address(address)[0])
+                )
             except SwarmpullError as error:
                 log.info("replica_not_read", digest=str(digest), origin=address, reason=str(error))
                 asked.silent[address] = str(error)
@@ -282,8 +283,3 @@ class Replication:
     def _is_own(self, address: str) -> bool:
         found_at = self._own.get(address, -math.inf)
         return trio.current_time() - found_at < OWN_BELIEVED
-
-
-def _dialable(seeder: PeerContact, address: str) -> PeerContact:
-    """A seeder that does not advertise a host is where its calls are answered."""
-    return seeder if seeder.host else attrs.evolve(seeder, host=parse_address(address)[0])

@@ -137,9 +137,7 @@ class Tracker:
 
 def _contact(request: api.AnnounceRequest, context: RpcContext) -> PeerContact:
     """The announcer's contact with its host filled in.  Raises ProtocolError if nobody could dial it."""
-    contact = request.peer
-    if not contact.host:
-        contact = attrs.evolve(contact, host=context.remote_host)
+    contact = request.peer.seen_at(context.remote_host)
     if _PEER_ID.fullmatch(contact.peer_id) is None:
         raise ProtocolError(f"peer id {contact.peer_id[:80]!r} is not 32 lower-case hex digits")
     if _HOST.fullmatch(contact.host) is None:

@@ -37,3 +37,7 @@ class PeerContact:
     host: str
     port: int
     kind: PeerKind
+
+    def seen_at(self, host: str) -> PeerContact:
+        """As others can dial it, who see it at ``host``: what it advertises goes before."""
+        return self if self.host else attrs.evolve(self, host=host)
