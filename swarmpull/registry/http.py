@@ -207,9 +207,14 @@ class HttpClient:
             await answer.close()
 
 
-@functools.cache
 def _system_certificates() -> ssl.SSLContext:
+    return _certificates_at(ssl.get_default_verify_paths())
+
+
+@functools.lru_cache(maxsize=4)
+def _certificates_at(_paths: ssl.DefaultVerifyPaths) -> ssl.SSLContext:
     # Reading them takes a tenth of a second: not for each of the hundred clients of `swarmpull status`.
+    # The paths follow SSL_CERT_FILE and SSL_CERT_DIR, which may change while this process lives.
     return ssl.create_default_context()
 
 
