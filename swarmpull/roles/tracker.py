@@ -72,31 +72,38 @@ class Tracker:
             "tracker_handout_peers", "Peers handed out to one leecher.", _HANDOUT_BUCKETS
         )
 
+    def announce_at_once(
+        self, request: api.AnnounceRequest, context: RpcContext
+    ) -> api.AnnounceReply | None:
+        """Answer an announce without metainfo; None for others."""
+        if request.want_metainfo and request.state is not AnnounceState.STOPPED:
+            return None
+        return self._entered(request, _contact(request, context))
+
     async def announce(
         self, request: api.AnnounceRequest, context: RpcContext
     ) -> api.AnnounceReply:
         """Answer one announce.  Raises what `MetainfoSource.get` does when metainfo is wanted."""
         contact = _contact(request, context)
+        digest = request.digest
+        # What is cached may be answered while somebody has the blob; else an origin must get it.
+        use_cache = self._table.seeders(digest) > 0
+        get = self._metainfo.get if request.growing else self._metainfo.get_settled
+        found = await get(digest, request.namespace, use_cache=use_cache)
+        reply = self._entered(request, contact)
+        if isinstance(found, HashLog):
+            return attrs.evolve(reply, growth=found.since("", 0))
+        return attrs.evolve(reply, metainfo=found, content=self._metainfo.content(digest))
+
+    def _entered(self, request: api.AnnounceRequest, contact: PeerContact) -> api.AnnounceReply:
         digest, state = request.digest, request.state
         self._announces.labels(state.value).inc()
-        metainfo = content = growth = None
-        if request.want_metainfo and state is not AnnounceState.STOPPED:
-            # What is cached may be answered while somebody has the blob; else an origin must get it.
-            use_cache = self._table.seeders(digest) > 0
-            get = self._metainfo.get if request.growing else self._metainfo.get_settled
-            found = await get(digest, request.namespace, use_cache=use_cache)
-            if isinstance(found, HashLog):
-                growth = found.since("", 0)
-            else:
-                metainfo, content = found, self._metainfo.content(digest)
         handout = self._table.announce(digest, contact, state, trio.current_time())
         if state is AnnounceState.LEECHING:
             self._handouts.observe(len(handout.peers))
             if not self._table.has_origin(digest):
                 self._metainfo.seek_origin(digest, request.namespace)
-        return api.AnnounceReply(
-            handout.peers, handout.interval, metainfo, handout.position, content, growth
-        )
+        return api.AnnounceReply(handout.peers, handout.interval, position=handout.position)
 
     async def hashes(self, request: api.HashesRequest, _: RpcContext) -> api.Growth:
         """Answer when more piece hashes are known than the caller has.
@@ -182,7 +189,7 @@ async def run_tracker(
         tracker = Tracker(table, metainfo, metrics)
         background.start_soon(_end_waits, table, tracker, drain)
         service = RpcService()
-        service.register(api.ANNOUNCE, tracker.announce)
+        service.register(api.ANNOUNCE, tracker.announce, at_once=tracker.announce_at_once)
         service.register(api.WATCH, tracker.watch)
         service.register(api.HASHES, tracker.hashes)
         await serve_role(

@@ -65,16 +65,32 @@ class RpcContext:
 Handler = Callable[[Any, RpcContext], Awaitable[object]]
 
 
+@attrs.frozen
+class _Served:
+    """One method and who answers it."""
+
+    method: Method[Any, Any]
+    handler: Handler
+    at_once: Callable[[Any, RpcContext], object] | None
+
+
 class RpcService:
     """The methods that one server offers."""
 
     def __init__(self) -> None:
-        self._handlers: dict[str, tuple[Method[Any, Any], Handler]] = {}
+        self._served: dict[str, _Served] = {}
 
     def register(
-        self, method: Method[Req, Rep], handler: Callable[[Req, RpcContext], Awaitable[Rep]]
+        self,
+        method: Method[Req, Rep],
+        handler: Callable[[Req, RpcContext], Awaitable[Rep]],
+        *,
+        at_once: Callable[[Req, RpcContext], Rep | None] | None = None,
     ) -> None:
         """Serve ``method`` with ``handler``.
+
+        Calls that need not wait for anything can be answered by ``at_once``, which costs no task: it returns
+        None to leave a call to the handler, and may raise what that may.
 
         Errors of ``errors.REMOTE_ERRORS`` that the handler raises are raised again at the caller; any
         other SwarmpullError reaches it as RpcFailed with the text.  Every other exception (an exception
@@ -82,13 +98,13 @@ class RpcService:
         `serve_rpc` with it.  The handler is cancelled when the caller is cancelled, has lost its
         patience or is gone.
         """
-        if method.name in self._handlers:
+        if method.name in self._served:
             raise ValueError(f"{method.name} has a handler already")
-        self._handlers[method.name] = (method, handler)
+        self._served[method.name] = _Served(method, handler, at_once)
 
-    def find(self, name: str) -> tuple[Method[Any, Any], Handler] | None:
+    def find(self, name: str) -> _Served | None:
         """The method of that name and its handler."""
-        return self._handlers.get(name)
+        return self._served.get(name)
 
 
 async def serve_rpc(
@@ -250,20 +266,46 @@ class _Connection:
     ) -> None:
         if request.id in self._scopes:
             raise ProtocolError(f"request id {request.id} is in use")
+        begun = self._begin(request, context)
+        if isinstance(begun, bytes):
+            # A client that does not read its replies is not read from either.
+            await self._writer.write(begun)
+            return
         deadline = trio.current_time() + timeout_from_ms(request.timeout_ms)
         # At the limit this stops reading: the client's own writes wait.
         await self._slots.acquire()
         scope = trio.CancelScope(deadline=deadline)
         self._scopes[request.id] = scope
-        handlers.start_soon(self._handle, request, context, scope)
+        handlers.start_soon(self._handle, request, begun, scope)
+
+    def _begin(
+        self, request: RpcRequest, context: RpcContext
+    ) -> bytes | Callable[[], Awaitable[object]]:
+        """The answer to a request that needs no waiting, or who will give it."""
+        served = self._service.find(request.method)
+        if served is None:
+            return _failure(request, f"{request.method!r} is not a method of this role")
+        try:
+            body = decode(request.body, served.method.request)
+        except ProtocolError as error:
+            # The framing is whole, so this one call fails and the connection goes on.
+            return _failure(request, error.reason)
+        if served.at_once is not None:
+            try:
+                reply = served.at_once(body, context)
+            except SwarmpullError as error:
+                return self._error(request, error)
+            if reply is not None:
+                return self._reply(request, reply)
+        return partial(served.handler, body, context)
 
     async def _handle(
-        self, request: RpcRequest, context: RpcContext, scope: trio.CancelScope
+        self, request: RpcRequest, answer: Callable[[], Awaitable[object]], scope: trio.CancelScope
     ) -> None:
         frame = None
         try:
             with scope:
-                frame = await self._answer(request, context)
+                frame = await self._answer(request, answer)
             # Outside of the scope and before the slot is free: a client that does not read its
             # replies is not read from either.
             if frame is not None:
@@ -272,20 +314,13 @@ class _Connection:
             del self._scopes[request.id]
             self._slots.release()
 
-    async def _answer(self, request: RpcRequest, context: RpcContext) -> bytes:
-        entry = self._service.find(request.method)
-        if entry is None:
-            return _failure(request, f"{request.method!r} is not a method of this role")
-        method, handler = entry
+    async def _answer(self, request: RpcRequest, answer: Callable[[], Awaitable[object]]) -> bytes:
         try:
-            body = decode(request.body, method.request)
-        except ProtocolError as error:
-            # The framing is whole, so this one call fails and the connection goes on.
-            return _failure(request, error.reason)
-        try:
-            reply = await handler(body, context)
+            return self._reply(request, await answer())
         except SwarmpullError as error:
             return self._error(request, error)
+
+    def _reply(self, request: RpcRequest, reply: object) -> bytes:
         encoded = encode(reply)
         if len(encoded) > self._limits.body_bytes_max:
             return _failure(

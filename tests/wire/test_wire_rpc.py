@@ -57,6 +57,7 @@ ECHO = Method("test.echo", Text, Text)
 WAIT = Method("test.wait", Text, Text)
 DATA = Method("test.data", Data, Data)
 FAIL = Method("test.fail", Text, Text)
+KNOWN = Method("test.known", Data, Data)
 DIGEST = str(Digest.of(b"x"))
 ERRORS = {
     "not found": BlobNotFound(DIGEST, "the cluster"),
@@ -105,6 +106,14 @@ class Handlers:
     async def fail(self, request, context):
         raise ERRORS[request.text]
 
+    def known_at_once(self, request, context):
+        if request.data == b"full":
+            raise ERRORS["full"]
+        return None if request.data == b"ask" else Data(request.data * 1000)
+
+    async def known(self, request, context):
+        return Data(b"asked")
+
     async def notify(self):
         async with self.changed:
             self.changed.notify_all()
@@ -121,6 +130,7 @@ class Handlers:
         service.register(WAIT, self.wait)
         service.register(DATA, self.data)
         service.register(FAIL, self.fail)
+        service.register(KNOWN, self.known, at_once=self.known_at_once)
         return service
 
 
@@ -308,6 +318,48 @@ async def test_bodies_above_the_limit_fail_the_one_call(handlers):
             await pool.call(address, DATA, Data(bytes(4000)), timeout=5)
         reply = await pool.call(address, DATA, Data(bytes(1980)), timeout=5)
         assert len(reply.data) == 1980
+
+
+async def test_what_can_be_answered_at_once_is_and_the_rest_is_left_to_the_handler(handlers):
+    async with serving(handlers) as address, open_rpc_pool() as pool:
+        for asked, answered in ((b"x", b"x" * 1000), (b"ask", b"asked"), (b"y", b"y" * 1000)):
+            assert (await pool.call(address, KNOWN, Data(asked), timeout=5.0)).data == answered
+        with pytest.raises(StoreFull):
+            await pool.call(address, KNOWN, Data(b"full"), timeout=5.0)
+
+
+async def test_answers_at_once_and_replies_of_handlers_never_mix_their_frames(handlers):
+    # Megabytes on their way from handlers, while the connection answers others by itself.
+    content = os.urandom(1 << 20)
+    async with serving(handlers) as address, open_rpc_pool() as pool:
+
+        async def far(number):
+            data = content + bytes([number])
+            reply = await pool.call(address, DATA, Data(data), timeout=30.0)
+            assert reply.data == data[::-1]
+
+        async def near(number):
+            data = b"%d." % number
+            reply = await pool.call(address, KNOWN, Data(data), timeout=30.0)
+            assert reply.data == data * 1000
+
+        async with trio.open_nursery() as nursery:
+            for number in range(60):
+                nursery.start_soon(far if number % 6 == 0 else near, number)
+
+
+async def test_answers_at_once_that_are_not_read_stop_the_reading(handlers):
+    answered = []
+    handlers.known_at_once = lambda request, _: answered.append(1) or Data(bytes(1 << 20))
+    async with serving(handlers) as address, raw_client(address) as client:
+        body = b"\x81\xa4data\xc4\x01x"
+        for number in range(64):
+            await client.send(RpcRequest(number, 60_000, "test.known", body))
+        await trio.testing.wait_all_tasks_blocked(0.2)
+        # What the sockets' buffers hold, and not all of it.
+        assert len(answered) < 40
+        for number in range(64):
+            assert (await client.receive()).id == number
 
 
 def test_a_method_has_one_handler(handlers):

@@ -1,0 +1,277 @@
+"""Announces at one tracker process, by thousands of agents that each have a connection of their own.
+
+    python -m benchmarks.announces [--agents 10000] [--rates 2500,5000,10000] [--seconds 10] [--torrents 20]
+
+The agents are sockets of this process, which sends at fixed times whatever the tracker does, and counts the
+time of an answer from when its announce was due: a tracker that stalls is charged for everybody who waits.
+Two kinds of announces: *seeding*, of hosts that have the blob and hear of nobody, which is what a cluster at
+rest sends; and *leeching*, of hosts that are fetching it and hear of 50 peers, which is what a burst sends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import resource
+import select
+import socket
+import statistics
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+import attrs
+
+from benchmarks.machine import load_average, machine
+from benchmarks.processes import Server, Usage
+from benchmarks.pull import free_ports, get
+from swarmpull.digest import Digest
+from swarmpull.errors import ProtocolError
+from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
+from swarmpull.wire import api
+from swarmpull.wire.codec import decode, encode
+from swarmpull.wire.frames import FrameBuffer
+from swarmpull.wire.rpc_messages import (
+    FrameType,
+    RpcHello,
+    RpcReply,
+    RpcRequest,
+    pack,
+    unpack,
+)
+
+MIB: Final = 1 << 20
+STATES: Final = {"seeding": AnnounceState.COMPLETE, "leeching": AnnounceState.LEECHING}
+FRAME_BYTES_MAX: Final = 1 << 20
+# Connections that wait to be accepted at the same time; the tracker's backlog is longer.
+CONNECTING_MAX: Final = 64
+ANSWER_SECONDS_MAX: Final = 60.0
+# A process needs a few descriptors besides those of its connections.
+DESCRIPTORS_SPARE: Final = 200
+_REQUEST_ID: Final = struct.Struct("!I")
+
+
+@attrs.frozen
+class Measured:
+    """One rate: announces per second wanted and answered, seconds of waiting, what the tracker used."""
+
+    kind: str
+    rate: float
+    answered: float
+    waits: Sequence[float] = attrs.field(repr=False)
+    usage: Usage
+    seconds: float
+
+    def quantile(self, share: float) -> float:
+        return sorted(self.waits)[min(int(len(self.waits) * share), len(self.waits) - 1)]
+
+
+class Agent:
+    """One host: a connection to the tracker, and the announce that it repeats."""
+
+    def __init__(self, number: int, port: int, digest: Digest, rng: random.Random) -> None:
+        # An address of its own: a peer replaces the former one at its address.
+        host = f"10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"
+        self._peer = PeerContact(rng.randbytes(16).hex(), host, 7100, PeerKind.AGENT)
+        self._digest = digest
+        self._buffer = FrameBuffer(body_bytes_max=FRAME_BYTES_MAX)
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=ANSWER_SECONDS_MAX)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket.sendall(pack(RpcHello(64)))
+        self._announce = b""
+
+    def shake_hands(self) -> None:
+        """Take the tracker's HELLO."""
+        while (frame := self._buffer.take()) is None:
+            self._buffer.feed(self._received())
+        if not isinstance(unpack(frame.type, frame.body), RpcHello):
+            raise ProtocolError("the tracker did not begin with HELLO")
+        self.socket.setblocking(False)
+
+    def become(self, state: AnnounceState) -> None:
+        body = encode(api.AnnounceRequest(self._digest, "library/app", self._peer, state))
+        self._announce = pack(
+            RpcRequest(0, int(ANSWER_SECONDS_MAX * 1000), api.ANNOUNCE.name, body)
+        )
+
+    def announce(self, number: int) -> None:
+        """Send it as request ``number``; the socket's buffer holds many of them."""
+        head = self._announce[:5]
+        rest = self._announce[5 + _REQUEST_ID.size :]
+        sent = self.socket.send(head + _REQUEST_ID.pack(number) + rest)
+        if sent != len(self._announce):
+            raise RuntimeError(
+                "the tracker reads so slowly that an announce did not fit the socket"
+            )
+
+    def answers(self) -> Iterator[RpcReply]:
+        """What has come since the last time."""
+        self._buffer.feed(self._received())
+        while (frame := self._buffer.take()) is not None:
+            message = unpack(frame.type, frame.body)
+            if isinstance(message, RpcReply):
+                yield message
+            elif frame.type != FrameType.HELLO:
+                raise RuntimeError(f"the tracker answered {message}")
+
+    def _received(self) -> bytes:
+        data = self.socket.recv(MIB)
+        if not data:
+            raise RuntimeError("the tracker has closed a connection")
+        return data
+
+
+class Bench:
+    """A tracker process and the agents that are connected to it."""
+
+    def __init__(self, directory: Path, agents: int, torrents: int) -> None:
+        ports = free_ports()
+        rpc, self._admin = next(ports), next(ports)
+        command = [sys.executable, "-m", "swarmpull", "run", "--role", "tracker"]
+        command += ["--data-dir", str(directory), "-o", "cluster.origins=127.0.0.1:1"]
+        command += ["-o", f"tracker.rpc.listen=127.0.0.1:{rpc}"]
+        command += ["-o", f"tracker.admin.listen=127.0.0.1:{self._admin}"]
+        self.tracker = Server("tracker", command, directory)
+        self.tracker.wait_until(lambda: get(self._admin, "/health")[0] == 200, "it answers")
+        self.tracker.begin()
+        self.idle = self.tracker.end()
+        rng = random.Random(1)
+        digests = [Digest.of(b"blob %d" % number) for number in range(torrents)]
+        self._agents: list[Agent] = []
+        for number in range(agents):
+            self._agents.append(Agent(number, rpc, digests[number % torrents], rng))
+            if number >= CONNECTING_MAX:
+                self._agents[number - CONNECTING_MAX].shake_hands()
+        for agent in self._agents[-CONNECTING_MAX:]:
+            agent.shake_hands()
+        self._poll = select.epoll()
+        self._by_descriptor = {agent.socket.fileno(): agent for agent in self._agents}
+        for descriptor in self._by_descriptor:
+            self._poll.register(descriptor, select.EPOLLIN)
+        rng.shuffle(self._agents)
+
+    def stop(self) -> None:
+        for agent in self._agents:
+            agent.socket.close()
+        self._poll.close()
+        self.tracker.stop()
+
+    def fill(self, kind: str) -> None:
+        """Have every agent in the table in that state."""
+        for agent in self._agents:
+            agent.become(STATES[kind])
+        self._run(len(self._agents), rate=1000.0)
+
+    def measure(self, kind: str, rate: float, seconds: float) -> Measured:
+        """Announces at that rate for so many seconds, each agent in its turn."""
+        self.tracker.begin()
+        waits, took, last = self._run(int(rate * seconds), rate=rate)
+        self._check(last, kind)
+        return Measured(kind, rate, len(waits) / took, waits, self.tracker.end(), took)
+
+    def _run(self, count: int, *, rate: float) -> tuple[list[float], float, bytes]:
+        began = time.perf_counter()
+        give_up_at = began + count / rate + ANSWER_SECONDS_MAX
+        waits: list[float] = []
+        sent, last = 0, b""
+        while len(waits) < count:
+            now = time.perf_counter()
+            if now > give_up_at:
+                raise RuntimeError(f"{count - len(waits)} announces were not answered")
+            due = min(int((now - began) * rate) + 1, count)
+            while sent < due:
+                self._agents[sent % len(self._agents)].announce(sent)
+                sent += 1
+            next_at = began + sent / rate if sent < count else now + 1.0
+            for descriptor, _ in self._poll.poll(max(0.0, next_at - time.perf_counter())):
+                for reply in self._by_descriptor[descriptor].answers():
+                    waits.append(time.perf_counter() - began - reply.id / rate)
+                    last = reply.body
+        return waits, time.perf_counter() - began, last
+
+    def _check(self, body: bytes, kind: str) -> None:
+        """Nobody counts answers that are none."""
+        peers = decode(body, api.AnnounceReply).peers
+        if kind == "leeching" and not peers:
+            raise RuntimeError("a leecher was told of nobody")
+        status, metrics = get(self._admin, "/metrics")
+        if status != 200 or b"swarmpull_tracker_announces_total" not in metrics:
+            raise RuntimeError("the tracker does not count its announces")
+
+
+@contextlib.contextmanager
+def _running(directory: Path, agents: int, torrents: int) -> Iterator[Bench]:
+    bench = Bench(directory, agents, torrents)
+    try:
+        yield bench
+    finally:
+        bench.stop()
+
+
+def report(agents: int, torrents: int, idle: Usage, rows: Sequence[Measured]) -> Iterator[str]:
+    """A table in Markdown."""
+    yield f"{agents:,} agents in {torrents} torrents; {machine()}"
+    yield ""
+    heads = (
+        "announces",
+        "per second",
+        "answered per second",
+        "p50, ms",
+        "p99, ms",
+        "CPU, us for each",
+    )
+    yield f"| {' | '.join(heads)} | peak RSS, MiB |"
+    yield "|---|---:|---:|---:|---:|---:|---:|"
+    for row in rows:
+        cells = [
+            row.kind,
+            f"{row.rate:,.0f}",
+            f"{row.answered:,.0f}",
+            f"{statistics.median(row.waits) * 1000:.1f}",
+            f"{row.quantile(0.99) * 1000:.1f}",
+            f"{row.usage.cpu / len(row.waits) * 1e6:.0f}",
+            f"{(row.usage.memory or 0) / MIB:.0f}",
+        ]
+        yield f"| {' | '.join(cells)} |"
+    if idle.memory is not None and rows:
+        grown = max(row.usage.memory or 0 for row in rows) - idle.memory
+        yield ""
+        yield f"{grown / agents / 1024:.1f} KiB for each agent, its connection included"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.announces", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--agents", type=int, default=10_000, metavar="N")
+    parser.add_argument("--torrents", type=int, default=20, metavar="N")
+    parser.add_argument("--rates", default="2500,5000,10000", metavar="N,N,...")
+    parser.add_argument("--seconds", type=float, default=10.0, metavar="SECONDS")
+    arguments = parser.parse_args()
+    rates = [float(rate) for rate in arguments.rates.split(",")]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = arguments.agents + DESCRIPTORS_SPARE
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        parser.error(f"{wanted} descriptors are needed, this process may have {hard}: ulimit -Hn")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    rows: list[Measured] = []
+    with (
+        tempfile.TemporaryDirectory(prefix="benchmark-") as name,
+        _running(Path(name), arguments.agents, arguments.torrents) as bench,
+    ):
+        for kind in STATES:
+            bench.fill(kind)
+            for rate in rates:
+                rows.append(bench.measure(kind, rate, arguments.seconds))
+                print(f"{kind} at {rate:,.0f}: load {load_average():.1f}", file=sys.stderr)
+        idle = bench.idle
+    print("\n".join(report(arguments.agents, arguments.torrents, idle, rows)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
