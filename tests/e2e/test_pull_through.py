@@ -11,11 +11,12 @@ from typing import Final
 import attrs
 import pytest
 
+from tests.ports import PortAllocator
+
 from . import web
 from .clients import Containerd, Host, daemon, require, snapshotter
 from .conftest import new_directory, started
 from .images import Image, ImageFactory
-from .ports import PortAllocator
 from .program import Cluster, Program, options
 
 pytestmark = pytest.mark.clients

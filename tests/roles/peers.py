@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import os
 import random
-import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from pathlib import Path
 
@@ -64,15 +63,6 @@ def make_content(length: int, *, seed: int = 0, digest: Digest | None = None) ->
     step = piece_length_for(length)
     hashes = b"".join(hash_piece(data[start : start + step]) for start in range(0, length, step))
     return Content(data, Metainfo(digest or Digest.of(data), length, step, hashes))
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody had a moment ago."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in sockets:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in sockets]
 
 
 def open_descriptors() -> int:

@@ -25,8 +25,9 @@ from swarmpull.store.backends.directory import DirectoryBackend
 from swarmpull.store.backends.metainfo import metainfo_key
 from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN as PIECE
 from swarmpull.wire.api import HashesRequest
+from tests.ports import free_ports
 
-from .peers import Content, free_ports, make_content, until
+from .peers import Content, make_content, until
 from .roles import Cluster, cluster_under
 
 PIECES = 12
