@@ -416,7 +416,7 @@ async def test_a_cluster_that_lost_every_disk_has_all_hashes_at_once(
     origins = Membership(cluster.config.cluster.origins, name="origin")
     client = OriginClient(RingClient(cluster.pool, origins))
 
-    with trio.fail_after(10):
+    with trio.fail_after(30):
         reply = await client.get_metainfo(content.digest, growing=True)
         log = log_of(content.digest, reply.growth)
         while not log.metainfo.is_complete:
