@@ -47,6 +47,7 @@ def start_s3(weed: str, directory: Path, ports: Iterator[int]) -> tuple[Server, 
     options = {name: next(ports) for name in [*names, *(f"{name}.grpc" for name in names)]}
     command = [
         weed,
+        f"-logdir={directory}",
         "server",
         f"-dir={data}",
         "-ip=127.0.0.1",

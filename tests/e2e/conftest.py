@@ -15,9 +15,10 @@ from typing import Final
 
 import pytest
 
+from tests.ports import PORTS_OF_THIS_PROCESS, PortAllocator
+
 from .clients import Containerd, Docker, Host, containerd_daemon, docker_daemon, require
 from .images import ImageFactory
-from .ports import PortAllocator
 from .program import Cluster, Program, separate_processes, single_node
 
 AGENTS: Final = 3
@@ -38,7 +39,7 @@ def scratch() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def ports() -> PortAllocator:
-    return PortAllocator()
+    return PORTS_OF_THIS_PROCESS
 
 
 @pytest.fixture(scope="session")

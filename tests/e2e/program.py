@@ -17,9 +17,9 @@ import attrs
 from prometheus_client.parser import text_string_to_metric_families
 
 import swarmpull
+from tests.ports import AgentPorts, ClusterPorts
 
 from . import web
-from .ports import AgentPorts, ClusterPorts
 from .waiting import wait_until
 
 READY_SECONDS_MAX: Final = 30.0

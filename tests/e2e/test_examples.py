@@ -11,8 +11,9 @@ from typing import Final
 
 import pytest
 
+from tests.ports import is_free
+
 from . import web
-from .ports import is_free
 from .program import environment
 from .waiting import wait_until
 

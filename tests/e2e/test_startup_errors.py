@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import PortAllocator
+
 from . import web
 from .clients import can_mount
-from .ports import PortAllocator
 from .program import CONFIG_STATUS, Cluster, options, run_to_the_end
 
 

@@ -18,12 +18,12 @@ import pytest
 
 from swarmpull.digest import Digest
 from swarmpull.store.backends.base import blob_key
+from tests.ports import PortAllocator
 from tests.store.s3_proxy import Fault, FaultyProxy, Relay
 from tests.store.s3_server import BUCKET, S3Server, credentials, running_server
 
 from . import web
 from .conftest import new_directory
-from .ports import PortAllocator
 from .program import Program, options
 from .waiting import wait_until
 

@@ -305,7 +305,7 @@ async def send_half(connection: Connection, method: str, target: str, size: int)
 async def until_busy(registry: Registry, location: str) -> None:
     """Return when a request is writing to the session."""
     upload = registry.service.store.uploads.get("a", location.rpartition("/")[2])
-    with trio.fail_after(5):
+    with trio.fail_after(30):
         while not upload.busy:
             await trio.lowlevel.checkpoint()
 
@@ -313,7 +313,7 @@ async def until_busy(registry: Registry, location: str) -> None:
 async def until_offset(registry: Registry, location: str, expected: int) -> None:
     """Return when the session has come to this offset and is free again."""
     upload = registry.service.store.uploads.get("a", location.rpartition("/")[2])
-    with trio.fail_after(5):
+    with trio.fail_after(30):
         while upload.offset != expected or upload.busy:
             await trio.lowlevel.checkpoint()
 
@@ -367,10 +367,10 @@ async def test_what_nobody_can_resume_leaves_nothing_when_it_breaks_off(
     method = "POST" if "uploads" in target else "PUT"
     async with registry.connect() as connection:
         await send_half(connection, method, target, 1_500_000)
-        with trio.fail_after(5):
+        with trio.fail_after(30):
             while not registry.service.store.uploads.sessions:
                 await trio.lowlevel.checkpoint()
-    with trio.fail_after(5):
+    with trio.fail_after(30):
         while registry.service.store.uploads.sessions:
             await trio.lowlevel.checkpoint()
     assert_nothing_is_visible(registry, DIGEST)
@@ -652,7 +652,7 @@ async def test_a_manifest_that_is_declared_too_large_is_answered_before_it_is_se
     async with registry.connect() as connection:
         lines = [("Host", "x"), ("Content-Length", str(1 << 40))]
         await connection.begin("PUT", "/v2/a/manifests/v1", lines)
-        with trio.fail_after(5):
+        with trio.fail_after(30):
             assert (await connection.head()).status_code == 413
 
 

@@ -47,7 +47,7 @@ async def serving(
         )
         yield await nursery.start(serve)
         drain.set()
-        nursery.cancel_scope.deadline = trio.current_time() + grace + 5
+        nursery.cancel_scope.deadline = trio.current_time() + grace + 30
     assert not nursery.cancel_scope.cancelled_caught, "the server did not end in time"
 
 
@@ -95,7 +95,7 @@ async def test_draining_closes_the_listener_and_idle_connections() -> None:
     async with serving(answer_ok, drain=drain) as (host, port), connect(host, port) as idle:
         assert (await idle.request("GET", "/")).status == 200
         drain.set()
-        with trio.fail_after(3):
+        with trio.fail_after(30):
             assert await idle.stream.receive_some() == b""
         with pytest.raises(OSError, match="all attempts to connect"):
             await trio.open_tcp_stream(host, port)
@@ -148,7 +148,7 @@ async def test_a_client_that_does_not_read_cannot_hold_up_the_end() -> None:
 
 
 async def test_cancelling_the_server_cuts_a_client_that_does_not_read() -> None:
-    with trio.fail_after(5):
+    with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
             serve = partial(serve_http, stream_for_ever, "127.0.0.1", 0)
             address = await nursery.start(partial(serve, drain=trio.Event(), grace=60))
@@ -254,7 +254,7 @@ async def test_a_request_head_beyond_the_limit_is_431() -> None:
 async def test_a_connection_without_a_request_is_closed_after_the_keep_alive_timeout() -> None:
     async with serving(answer_ok, keep_alive_timeout=0.1) as address, connect(*address) as silent:
         await silent.stream.send_all(b"GET / HTT")
-        with trio.fail_after(5):
+        with trio.fail_after(30):
             assert await silent.stream.receive_some() == b""
 
 
@@ -477,12 +477,12 @@ async def test_a_service_may_be_asked_by_many_at_once(registry: Registry) -> Non
 
 async def test_the_connection_of_a_client_that_is_gone_is_closed_at_once() -> None:
     # hypercorn would keep it for as long as an idle one.
-    async with serving(answer_ok, keep_alive_timeout=60) as address:
+    async with serving(answer_ok, keep_alive_timeout=600) as address:
         for request in (b"", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"):
             async with connect(*address) as connection:
                 await connection.stream.send_all(request)
                 await connection.stream.send_eof()
-                with trio.fail_after(5):
+                with trio.fail_after(30):
                     while await connection.stream.receive_some():
                         pass
 
@@ -493,9 +493,9 @@ async def test_connections_beyond_the_limit_are_closed_at_once() -> None:
             for connection in (first, second):
                 assert (await connection.request("GET", "/")).status == 200
             async with connect(*address) as third:
-                with trio.fail_after(5):
+                with trio.fail_after(30):
                     assert await third.stream.receive_some() == b""
-        with trio.fail_after(5):
+        with trio.fail_after(30):
             while not await is_answered(address):
                 await trio.lowlevel.checkpoint()
 

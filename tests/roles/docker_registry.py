@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import ssl
 import subprocess
 import time
@@ -15,6 +14,7 @@ import httpx
 import pytest
 
 from swarmpull.digest import Digest
+from tests.ports import free_ports
 
 START_SECONDS_MAX = 20.0
 USER, PASSWORD = "bob", "hunter2"
@@ -32,9 +32,7 @@ def docker_registry(
     """
     program = shutil.which("docker-registry") or pytest.skip("docker-registry is not installed")
     directory.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_ports(1)[0]}"
     config = directory / "config.yml"
     config.write_text(configuration(directory, address, certificate, login=login))
     log = directory / "log"

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import os
 import random
-import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from swarmpull.wire.peer import pack_chunk_header
 from swarmpull.wire.streams import CHUNK_BYTES_MAX, PeerStream
 
 # Seconds for any test that runs a host.
-DEADLINE = 60.0
+DEADLINE = 300.0
 LOOPBACK = PeerListenerConfig(listen=Address("127.0.0.1", 0), advertise="127.0.0.1")
 GONE = (
     OSError,
@@ -66,22 +65,13 @@ def make_content(length: int, *, seed: int = 0, digest: Digest | None = None) ->
     return Content(data, Metainfo(digest or Digest.of(data), length, step, hashes))
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody had a moment ago."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in sockets:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in sockets]
-
-
 def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
 def assert_no_descriptor_leaked(before: int) -> None:
     """A worker thread that is still at its last job may close what it has for a moment longer."""
-    patience = time.monotonic() + 5
+    patience = time.monotonic() + 30
     while open_descriptors() > before and time.monotonic() < patience:
         time.sleep(0.01)
     assert open_descriptors() == before, "descriptors leaked"

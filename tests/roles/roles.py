@@ -43,7 +43,7 @@ ANY = Address("127.0.0.1", 0)
 LISTEN = ListenerConfig(listen=ANY)
 PEER = PeerListenerConfig(listen=ANY)
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
-DEADLINE = 60.0
+DEADLINE = 300.0
 
 
 def manifest_of(config: bytes, *layers: bytes) -> bytes:
@@ -236,7 +236,7 @@ async def cluster_under(root: Path, *, drain_timeout: float = 5.0) -> AsyncItera
         cluster=ClusterConfig(),
         drain_timeout=drain_timeout,  # type: ignore[arg-type]
     )
-    client = partial(httpx.AsyncClient, timeout=30.0)
+    client = partial(httpx.AsyncClient, timeout=120.0)
     with trio.fail_after(DEADLINE):
         async with (
             open_rpc_pool() as pool,

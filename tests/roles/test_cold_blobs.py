@@ -25,8 +25,9 @@ from swarmpull.store.backends.directory import DirectoryBackend
 from swarmpull.store.backends.metainfo import metainfo_key
 from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN as PIECE
 from swarmpull.wire.api import HashesRequest
+from tests.ports import free_ports
 
-from .peers import Content, free_ports, make_content, until
+from .peers import Content, make_content, until
 from .roles import Cluster, cluster_under
 
 PIECES = 12
@@ -415,7 +416,7 @@ async def test_a_cluster_that_lost_every_disk_has_all_hashes_at_once(
     origins = Membership(cluster.config.cluster.origins, name="origin")
     client = OriginClient(RingClient(cluster.pool, origins))
 
-    with trio.fail_after(10):
+    with trio.fail_after(30):
         reply = await client.get_metainfo(content.digest, growing=True)
         log = log_of(content.digest, reply.growth)
         while not log.metainfo.is_complete:

@@ -71,12 +71,12 @@ def soon_idle(config: SwarmConfig, kind: PeerKind) -> SwarmLimits:
     return attrs.evolve(limits, connections=connections)
 
 
-@pytest.fixture(autouse=True)
-def soon_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "TIMEOUT_INITIAL", 0.5)
-    monkeypatch.setattr(timing, "TIMEOUT_MIN", 0.5)
-    monkeypatch.setattr(peer_connections, "HANDSHAKE_TIMEOUT", 0.5)
-    monkeypatch.setattr(peer_link, "CHUNK_TIMEOUT", 0.5)
+def lose_patience(patch: pytest.MonkeyPatch) -> None:
+    """For peers that are late.  Where others have to be in time it is undone: a busy machine is late, too."""
+    patch.setattr(timing, "TIMEOUT_INITIAL", 0.5)
+    patch.setattr(timing, "TIMEOUT_MIN", 0.5)
+    patch.setattr(peer_link, "CHUNK_TIMEOUT", 0.5)
+    patch.setattr(swarm_host, "limits_of", soon_idle)
 
 
 # --- what hostile peers do ------------------------------------------------------------------------
@@ -209,6 +209,7 @@ HOSTILE = [
     (a_have_beyond_the_end, "protocol_error"),
     (a_second_hello, "protocol_error"),
 ]
+LATE = {"useless", "stalled"}
 
 
 @asynccontextmanager
@@ -216,7 +217,7 @@ async def downloading(
     tmp_path: Path, content: Content, peer: ScriptedPeer
 ) -> AsyncIterator[tuple[Node, Download]]:
     """A node that has begun to download, with the peer as the only one it knows."""
-    with trio.fail_after(30):
+    with trio.fail_after(120):
         async with (
             trio.open_nursery() as nursery,
             running_node(tmp_path / "leecher", config=ONE_CLAIM) as node,
@@ -249,12 +250,14 @@ async def test_a_hostile_peer_loses_its_connection_and_an_honest_one_completes_t
     script,
     reason: str,
 ) -> None:
-    monkeypatch.setattr(swarm_host, "limits_of", soon_idle)
+    if reason in LATE:
+        lose_patience(monkeypatch)
     hostile = ScriptedPeer(content, script)
     async with downloading(tmp_path, content, hostile) as (node, download):
         await hostile.ended.wait()
         await until(lambda: any(reason in found for found in reasons(logs)))
         await until(lambda: node.buffered == 0 and node.connections == 0)
+        monkeypatch.undo()
 
         async with trio.open_nursery() as nursery:
             await complete_from_an_honest_peer(node, content, download, nursery)
@@ -298,8 +301,10 @@ async def test_a_peer_that_was_restarted_is_used_under_its_new_id(
 
 
 async def test_a_peer_that_never_says_hello_is_given_up(
-    tmp_path: Path, content: Content, logs: list[dict]
+    tmp_path: Path, content: Content, logs: list[dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(peer_connections, "HANDSHAKE_TIMEOUT", 0.5)
+
     async def accept(stream: trio.SocketStream) -> None:
         async with stream:
             while await stream.receive_some():
@@ -309,6 +314,7 @@ async def test_a_peer_that_never_says_hello_is_given_up(
     mute._accept = accept  # type: ignore[method-assign]
     async with downloading(tmp_path, content, mute) as (node, download):
         await until(lambda: any("no answer to our HELLO within" in r for r in reasons(logs)))
+        monkeypatch.undo()
 
         async with trio.open_nursery() as nursery:
             await complete_from_an_honest_peer(node, content, download, nursery)
@@ -319,9 +325,10 @@ async def test_a_peer_that_never_says_hello_is_given_up(
 
 
 async def test_garbage_and_silence_on_the_peer_port_end_with_a_reason(
-    tmp_path: Path, content: Content, logs: list[dict]
+    tmp_path: Path, content: Content, logs: list[dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with trio.fail_after(20):
+    monkeypatch.setattr(peer_connections, "HANDSHAKE_TIMEOUT", 0.5)
+    with trio.fail_after(60):
         async with running_node(tmp_path / "seeder") as node:
             await node.seed(content)
             garbage = await trio.open_tcp_stream("127.0.0.1", node.contact.port)
@@ -342,7 +349,7 @@ async def test_garbage_and_silence_on_the_peer_port_end_with_a_reason(
 
 
 async def test_an_unknown_blob_is_answered_so(tmp_path: Path, content: Content) -> None:
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with running_node(tmp_path / "seeder") as node:
             peer = ScriptedPeer(content, silence, have=0)
 
@@ -353,7 +360,7 @@ async def test_an_unknown_blob_is_answered_so(tmp_path: Path, content: Content) 
 
 
 async def test_claims_of_what_is_not_there_are_passed(tmp_path: Path, content: Content) -> None:
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with running_node(tmp_path / "leecher") as node:
             finder = Finder(content.metainfo)
             await node.host.download(content.digest, "", finder.find)
@@ -371,7 +378,7 @@ async def test_claims_of_what_is_not_there_are_passed(tmp_path: Path, content: C
 async def test_a_claim_without_an_offer_is_passed_and_nothing_else_happens(
     tmp_path: Path, content: Content
 ) -> None:
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with running_node(tmp_path / "seeder") as node:
             await node.seed(content)
             peer = ScriptedPeer(content, silence, have=0)
@@ -391,7 +398,7 @@ async def test_a_claim_without_an_offer_is_passed_and_nothing_else_happens(
 
 
 async def test_an_offer_answers_one_claim_only(tmp_path: Path, content: Content) -> None:
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with running_node(tmp_path / "seeder") as node:
             await node.seed(content)
             peer = ScriptedPeer(content, silence, have=0)
@@ -413,7 +420,7 @@ async def test_an_offer_answers_one_claim_only(tmp_path: Path, content: Content)
 async def test_a_receiver_that_vanishes_inside_a_piece_costs_no_descriptor(
     tmp_path: Path, content: Content
 ) -> None:
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with running_node(tmp_path / "seeder") as node:
             await node.seed(content)
             await trio.to_thread.run_sync(lambda: None)
@@ -430,7 +437,7 @@ async def test_a_receiver_that_vanishes_inside_a_piece_costs_no_descriptor(
 
 
 async def test_a_piece_is_sent_while_messages_go_on(tmp_path: Path, content: Content) -> None:
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with running_node(tmp_path / "seeder") as node:
             await node.seed(content)
             peer = ScriptedPeer(content, silence, have=0)
@@ -583,7 +590,7 @@ def books_of(node: Node) -> list[Sized]:
 async def test_the_second_connection_of_a_peer_is_refused_as_a_duplicate(
     tmp_path: Path, content: Content
 ) -> None:
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with running_node(tmp_path / "seeder") as node:
             await node.seed(content)
             peer = ScriptedPeer(content, silence, have=0)
@@ -599,7 +606,7 @@ async def test_the_second_connection_of_a_peer_is_refused_as_a_duplicate(
 
 
 async def test_a_malformed_message_is_told_to_the_peer(tmp_path: Path, content: Content) -> None:
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with running_node(tmp_path / "seeder") as node:
             await node.seed(content)
             peer = ScriptedPeer(content, silence, have=0)

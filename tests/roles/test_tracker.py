@@ -93,14 +93,14 @@ class Running:
     ) -> api.AnnounceReply:
         request = api.AnnounceRequest(digest, namespace, peer, state, want_metainfo)
         rpc = self.addresses.listeners["rpc"]
-        return await self.pool.call(rpc, api.ANNOUNCE, request, timeout=20.0)
+        return await self.pool.call(rpc, api.ANNOUNCE, request, timeout=60.0)
 
     async def watch(
-        self, peer: PeerContact, position: int, *, seconds: float = 20.0
+        self, peer: PeerContact, position: int, *, seconds: float = 60.0
     ) -> api.WatchReply:
         request = api.WatchRequest(BLOB, peer.peer_id, position, seconds)
         rpc = self.addresses.listeners["rpc"]
-        return await self.pool.call(rpc, api.WATCH, request, timeout=25.0)
+        return await self.pool.call(rpc, api.WATCH, request, timeout=90.0)
 
     async def value(self, metric: str) -> float:
         lines = (await self.get("/metrics")).text.splitlines()
@@ -360,7 +360,7 @@ async def waiting_at(tracker: Running) -> AsyncIterator[Waiting]:
 async def test_one_who_waits_is_told_of_a_seeder_at_once():
     async with running_tracker("127.0.0.1:9") as tracker, waiting_at(tracker) as waiting:
         announced = await tracker.announce(agent(2), COMPLETE)
-        with trio.fail_after(2):
+        with trio.fail_after(30):
             await waiting.ended.wait()
 
         assert waiting.replies == [
@@ -376,7 +376,7 @@ async def test_one_who_waits_is_told_of_the_origin_that_another_agent_asked_for(
         async with waiting_at(tracker) as waiting:
             origin.gate.set()
             await tracker.announce(agent(2), want_metainfo=True)
-            with trio.fail_after(2):
+            with trio.fail_after(30):
                 await waiting.ended.wait()
 
     [reply] = waiting.replies
@@ -387,7 +387,7 @@ async def test_who_came_between_the_handout_and_the_watch_is_not_missed():
     async with running_tracker("127.0.0.1:9") as tracker:
         handout = await tracker.announce(agent(1))
         await tracker.announce(agent(2), COMPLETE)
-        with trio.fail_after(2):
+        with trio.fail_after(30):
             reply = await tracker.watch(agent(1), handout.position)
 
     assert reply.peers == (agent(2, "127.0.0.1"),)
@@ -403,14 +403,14 @@ async def test_a_watch_ends_when_its_time_is_up_and_may_go_on():
 
 async def test_a_watch_of_one_who_never_announced_itself_ends_at_once():
     async with running_tracker("127.0.0.1:9") as tracker:
-        with trio.fail_after(2):
+        with trio.fail_after(30):
             assert await tracker.watch(agent(1), 0) == api.WatchReply((), None)
 
 
 async def test_a_watch_of_one_who_completes_ends():
     async with running_tracker("127.0.0.1:9") as tracker, waiting_at(tracker) as waiting:
         await tracker.announce(agent(1), COMPLETE)
-        with trio.fail_after(2):
+        with trio.fail_after(30):
             await waiting.ended.wait()
 
     assert waiting.replies == [api.WatchReply((), None)]
@@ -428,11 +428,11 @@ async def test_one_who_hangs_up_waits_no_more():
 
 async def test_a_drain_ends_watches_at_once():
     async with (
-        running_tracker("127.0.0.1:9", drain_timeout=30.0) as tracker,
+        running_tracker("127.0.0.1:9", drain_timeout=600.0) as tracker,
         waiting_at(tracker) as waiting,
     ):
         tracker.drain.set()
-        with trio.fail_after(5):
+        with trio.fail_after(30):
             await waiting.ended.wait()
             await tracker.ended.wait()
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import attrs
@@ -31,6 +30,7 @@ from swarmpull.store.write_back_queue import FILE_NAME, queued_digests
 from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN
 from swarmpull.swarm.peers import PeerContact, PeerKind
 from swarmpull.wire.api import REPLICATE_BLOB, ReplicateReply, ReplicateRequest
+from tests.ports import free_ports
 
 from .peers import Content, make_content, running_node
 from .roles import Cluster, cluster_under, manifest_of
@@ -40,11 +40,7 @@ REPOSITORY = "team/app"
 
 
 def free_addresses(count: int) -> list[Address]:
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [Address(*probe.getsockname()) for probe in probes]
+    return [Address("127.0.0.1", port) for port in free_ports(count)]
 
 
 @attrs.define

@@ -6,12 +6,10 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +18,8 @@ import pytest
 import urllib3
 from minio import Minio
 from minio.error import MinioException
+
+from tests.ports import free_ports
 
 ACCESS_KEY: Final = "swarmpull-test"
 SECRET_KEY: Final = "swarmpull-test-secret"
@@ -123,7 +123,7 @@ def find_weed() -> str | None:
     return shutil.which("weed") or (str(beside_python) if beside_python.exists() else None)
 
 
-def weed_command(weed: str, directory: Path, ports: list[int]) -> list[str]:
+def weed_command(weed: str, directory: Path, ports: Sequence[int]) -> list[str]:
     identity = {
         "name": "test",
         "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
@@ -135,6 +135,7 @@ def weed_command(weed: str, directory: Path, ports: list[int]) -> list[str]:
     options = dict(zip([*names, *(f"{name}.grpc" for name in names)], ports, strict=True))
     return [
         weed,
+        "-logdir=.",
         "server",
         "-dir=.",
         "-ip=127.0.0.1",
@@ -153,7 +154,7 @@ def weed_command(weed: str, directory: Path, ports: list[int]) -> list[str]:
     ]
 
 
-def minio_command(minio: str, directory: Path, ports: list[int]) -> list[str]:
+def minio_command(minio: str, directory: Path, ports: Sequence[int]) -> list[str]:
     addresses = [f"127.0.0.1:{port}" for port in ports[:2]]
     data = str(directory / "data")
     return [minio, "server", "--address", addresses[0], "--console-address", addresses[1], data]
@@ -161,14 +162,6 @@ def minio_command(minio: str, directory: Path, ports: list[int]) -> list[str]:
 
 def minio_variables() -> dict[str, str]:
     return {"MINIO_ROOT_USER": ACCESS_KEY, "MINIO_ROOT_PASSWORD": SECRET_KEY}
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in sockets:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in sockets]
 
 
 def wait_until_it_serves(process: subprocess.Popen, admin: Minio, log: Path) -> None:
@@ -193,8 +186,8 @@ def it_serves(admin: Minio) -> bool:
     return True
 
 
-def remove_sockets(ports: list[int]) -> None:
-    """SeaweedFS makes them outside of its directory."""
+def remove_sockets(ports: Sequence[int]) -> None:
+    """SeaweedFS makes them outside of its directory, wherever TMPDIR is."""
     for port in ports:
-        for path in Path(tempfile.gettempdir()).glob(f"seaweedfs-*-{port}.sock"):
+        for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
             path.unlink()

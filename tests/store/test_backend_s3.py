@@ -25,8 +25,8 @@ from .s3_proxy import Fault, FaultyProxy
 from .s3_server import ACCESS_KEY, BUCKET, S3Server, credentials
 
 MIB = 1 << 20
-# Far below the read timeout of 30 s, far above what anything here takes.
-PROMPTLY = 5.0
+# Below the read timeout of 30 s, far above what anything here takes.
+PROMPTLY = 20.0
 SLOW_DOWN = Fault("answer")
 
 

@@ -72,7 +72,7 @@ async def play(
     tmp_path: Path, proxy: FaultyProxy, content: Content, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Play]:
     monkeypatch.setattr(cold_fetch, "PAUSE", 0.01)
-    options = f"endpoint=127.0.0.1:{proxy.port}&secure=false&attempts=2&read_timeout=2s"
+    options = f"endpoint=127.0.0.1:{proxy.port}&secure=false&attempts=2&read_timeout=5s"
     backend = await open_backend(f"s3://{BUCKET}/cold?{options}")
     await backend.put_bytes(blob_key(content.digest), content.data)
     metrics = Metrics()
@@ -99,7 +99,7 @@ async def test_a_cold_blob_is_read_once_by_ranges(play: Play, proxy: FaultyProxy
     reads = [seen for seen in proxy.seen if seen.method == "GET" and "/blobs/" in seen.target]
     assert len(reads) >= 4
     assert all("range" in seen.headers and "if-match" in seen.headers for seen in reads)
-    with trio.fail_after(10):
+    with trio.fail_after(30):
         while proxy.count("PUT", metainfo_key(play.content.digest)) == 0:  # noqa: ASYNC110 - there is no event
             await trio.sleep(0.01)
 

@@ -36,7 +36,7 @@ async def store_all(partial, content) -> None:
 
 async def wait_hashed(partial, offset: int) -> None:
     """The prefix is hashed in threads, which no testing clock knows of."""
-    with trio.fail_after(10):
+    with trio.fail_after(30):
         while partial._hasher.offset < offset:
             await trio.lowlevel.checkpoint()
 

@@ -1,14 +1,13 @@
-"""Free ports for a whole cluster.
+"""Free ports for programs that have to be told theirs, such as all roles of a cluster.
 
 Agents of one process listen on consecutive ports, so a cluster takes one run of them.  The runs lie
 below the range from which the kernel takes ports for outgoing connections, so that none of those
-lands on a port between the probe and the start of the program.
+lands on a port between the probe and the start of the program, or while the program is down.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 from collections.abc import Iterator
 from typing import Final
@@ -16,6 +15,7 @@ from typing import Final
 import attrs
 
 PORTS: Final = range(20_000, 32_000)
+BLOCK_LENGTH: Final = 400
 
 
 @attrs.frozen
@@ -63,12 +63,26 @@ class ClusterPorts:
 
 
 class PortAllocator:
-    """Hands out runs of consecutive free ports, each port once."""
+    """Hands out runs of consecutive free ports, each port once.
+
+    Test processes that run side by side take their ports out of different blocks.  A block belongs to
+    whoever has bound the abstract Unix socket of its name, which the kernel gives back with the process.
+    """
 
     def __init__(self) -> None:
-        # Test processes that run side by side should not probe the same run at the same moment.
-        offset = os.getpid() * 97 % len(PORTS)
-        self._candidates = iter([*PORTS[offset:], *PORTS[:offset]])
+        self._claims: list[socket.socket] = []
+        self._candidates = self._ports_of_own()
+
+    def _ports_of_own(self) -> Iterator[int]:
+        for start in range(PORTS.start, PORTS.stop, BLOCK_LENGTH):
+            claim = socket.socket(socket.AF_UNIX)
+            try:
+                claim.bind(f"\0swarmpull-tests-{start}")
+            except OSError:
+                claim.close()
+                continue
+            self._claims.append(claim)
+            yield from range(start, min(start + BLOCK_LENGTH, PORTS.stop))
 
     def run_of(self, count: int) -> tuple[int, ...]:
         """``count`` consecutive ports on which nothing listens."""
@@ -89,6 +103,15 @@ class PortAllocator:
         registry, peer, admin = ([next(run) for _ in range(agents)] for _ in range(3))
         each = zip(registry, peer, admin, strict=True)
         return ClusterPorts(tuple(AgentPorts(*ports) for ports in each), *run)
+
+
+# All tests of a process share it: a block is held until the process ends.
+PORTS_OF_THIS_PROCESS: Final = PortAllocator()
+
+
+def free_ports(count: int) -> tuple[int, ...]:
+    """Ports on which nothing listens, for what has to be told its port before it starts."""
+    return PORTS_OF_THIS_PROCESS.run_of(count)
 
 
 def is_free(port: int) -> bool:
