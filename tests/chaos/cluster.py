@@ -404,6 +404,7 @@ class Cluster:
                 if self.names is not None:
                     members = [f"dns+{plural}.{DOMAIN}:{port}"]
                 lines.append(f"{plural} = [{', '.join(map(repr, members))}]")
+        lines += ["[origin]", f'write_back = "{self.scenario.writes}"']
         for role in ("origin", "index"):
             lines += [f"[{role}.backend]", f'url = "{url}"']
         return "\n".join([*lines, ""])

@@ -112,7 +112,7 @@ class Faults:
     async def _kill(self, step: Step) -> None:
         number = signal.Signals[step.argument or "SIGKILL"]
         for name in step.hosts:
-            self._record.disturb(name, self._clients.now())
+            self._record.disturb(name, self._clients.now(), polite=number is signal.SIGTERM)
         async with trio.open_nursery() as nursery:
             for name in step.hosts:
                 nursery.start_soon(self._cluster.everybody[name].kill, number)
@@ -126,7 +126,7 @@ class Faults:
     async def _restart(self, step: Step) -> None:
         """With SIGTERM, one after the other; each is ready before the next one goes."""
         for name in step.hosts:
-            self._record.disturb(name, self._clients.now())
+            self._record.disturb(name, self._clients.now(), polite=True)
             role = self._cluster.roles[name]
             await role.kill(signal.SIGTERM)
             await role.start()

@@ -67,11 +67,13 @@ class Disturbance:
 
     Attributes:
         silent: it could not say a word.
+        polite: it was asked to end, and must finish what it has begun: it may only refuse.
     """
 
     host: str
     since: float
     silent: bool = False
+    polite: bool = False
     until: float = math.inf
 
 
@@ -106,10 +108,10 @@ class Record:
     ready: dict[int, float] = attrs.field(factory=dict)
     violations: list[str] = attrs.field(factory=list)
 
-    def disturb(self, host: str, now: float, *, silent: bool = False) -> None:
+    def disturb(self, host: str, now: float, *, silent: bool = False, polite: bool = False) -> None:
         """From now on requests to this host may fail."""
         if not any(each.host == host and each.until == math.inf for each in self.disturbances):
-            self.disturbances.append(Disturbance(host, now, silent))
+            self.disturbances.append(Disturbance(host, now, silent, polite))
 
     def calm(self, host: str, now: float) -> None:
         """This host is as it was."""
@@ -146,7 +148,10 @@ def is_excused(
 ) -> bool:
     """Whether an attempt may fail: something was done to the host that was asked, or to everybody."""
     return any(
-        each.host == attempt.host and attempt.started <= each.until and each.since <= attempt.ended
+        each.host == attempt.host
+        and attempt.started <= each.until
+        and each.since <= attempt.ended
+        and (not each.polite or attempt.outcome in {OK, REFUSED})
         for each in disturbances
     ) or any(attempt.started <= each.end and each.start <= attempt.ended for each in windows)
 

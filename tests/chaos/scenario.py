@@ -33,6 +33,7 @@ ROLES: Final = ("tracker", "index", "origin", "agent")
 PLURALS: Final = {"trackers": "tracker", "indexes": "index", "origins": "origin", "agents": "agent"}
 BACKENDS: Final = ("directory", "s3")
 MEMBERS: Final = ("static", "dns")
+WRITES: Final = ("queue", "sync")
 # One of each is the least that can pull; 2 cores carry no more than this in bearable time.
 COUNT_MAX: Final = 12
 SECONDS_MAX: Final = 3600.0
@@ -147,6 +148,7 @@ class Scenario:
         name: of the file.
         title: what is tried, in a few words.
         steps: in order of time; the last one is ``end``.
+        writes: when a push is acknowledged, `origin.write_back`.
         excused: when requests may fail although nothing was done to the host that was asked.
         disks: bytes of the file systems of hosts that have a small one.
     """
@@ -158,6 +160,7 @@ class Scenario:
     load: Load = Load()
     backend: str = "directory"
     members: str = "static"
+    writes: str = "queue"
     excused: tuple[Window, ...] = ()
     disks: dict[str, int] = attrs.field(factory=dict)
 
@@ -183,6 +186,7 @@ class Scenario:
             f"cluster  {' '.join(f'{role}={count}' for role, count in shape.items())}",
             f"backend  {self.backend}",
             f"members  {self.members}",
+            f"writes   {self.writes}",
             f"load     pushes={load.pushes:g} pulls={load.pulls:g} blobs={blobs}",
             *(f"disk     {host} {_size(size)}" for host, size in self.disks.items()),
             *(f"excuse   {window.start:g}..{window.end:g}" for window in self.excused),
@@ -384,6 +388,8 @@ def _setting(words: list[str], settings: dict[str, object]) -> None:
             settings["backend"] = rest[0]
         case "members" if len(rest) == 1 and rest[0] in MEMBERS:
             settings["members"] = rest[0]
+        case "writes" if len(rest) == 1 and rest[0] in WRITES:
+            settings["writes"] = rest[0]
         case "load":
             settings["load"] = _load(rest)
         case "excuse" if len(rest) == 1:
@@ -394,7 +400,7 @@ def _setting(words: list[str], settings: dict[str, object]) -> None:
         case _:
             raise ValueError(
                 f"{' '.join(words)!r} is none of: title TEXT, cluster ROLES=N..., "
-                f"backend {'|'.join(BACKENDS)}, members {'|'.join(MEMBERS)}, "
+                f"backend {'|'.join(BACKENDS)}, members {'|'.join(MEMBERS)}, writes {'|'.join(WRITES)}, "
                 "load pushes=N pulls=N blobs=SIZE..SIZE, disk HOST SIZE, "
                 "excuse SECONDS..SECONDS, at SECONDS VERB ..."
             )

@@ -79,6 +79,14 @@ def test_a_frozen_host_cannot_fail_fast() -> None:
     assert violations(record, []) == []
 
 
+def test_a_host_that_is_asked_to_end_may_refuse_but_finishes_what_it_has_begun() -> None:
+    refused, cut = attempt(outcome="refused"), attempt(outcome="cut")
+    record = Record(attempts=[refused, cut])
+    record.disturb("agent-1", 0.0, polite=True)
+    (line,) = violations(record, [])
+    assert "failed although it could have succeeded: cut" in line
+
+
 def test_wrong_bytes_have_no_excuse() -> None:
     record = Record(attempts=[attempt(outcome="wrong")])
     record.disturb("agent-1", 0.0)

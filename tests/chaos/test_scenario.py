@@ -24,6 +24,7 @@ title    an origin dies
 cluster  origins=2 trackers=1 indexes=1 agents=2
 backend  s3
 members  dns
+writes   sync
 load     pushes=0.5 pulls=3 blobs=1KiB..2MiB
 disk     agent-1 48MiB
 excuse   2..4.5
@@ -43,6 +44,7 @@ def test_a_scenario_is_read() -> None:
         shape=Shape(origins=2, trackers=1, indexes=1, agents=2),
         backend="s3",
         members="dns",
+        writes="sync",
         load=Load(0.5, 3.0, 1 << 10, 2 << 20),
         disks={"agent-1": 48 << 20},
         excused=(Window(2.0, 4.5),),
@@ -110,8 +112,8 @@ def test_a_step_that_means_nothing_is_named(line: str, complaint: str) -> None:
     with pytest.raises(ScenarioError) as caught:
         scenario("at 1 kill agent-2", *line.splitlines())
     assert complaint in str(caught.value)
-    # HEAD has 9 lines, the first of them empty.
-    assert str(caught.value).startswith(("scenario:10:", "scenario:11:", "scenario:12:"))
+    # HEAD has 10 lines, the first of them empty.
+    assert str(caught.value).startswith(("scenario:11:", "scenario:12:", "scenario:13:"))
 
 
 @pytest.mark.parametrize(
