@@ -22,7 +22,7 @@ from benchmarks.processes import Server, environment
 from benchmarks.s3 import BUCKET, CREDENTIALS, find_weed, start_s3
 
 from .client import Http, RequestFailed
-from .limits import ENDED, POLL, READY
+from .limits import ENDED, POLL_ALL, READY
 from .names import DOMAIN, NameServer
 from .network import Host, Hosts
 from .scenario import PLURALS, S3, Scenario
@@ -237,6 +237,8 @@ class Cluster:
         self.certificates = certificates
         self.names: NameServer | None = None
         self.s3: S3Process | None = None
+        # Set after a round of questions to which all roles answered that they are ready.
+        self._waiting: list[trio.Event] = []
         if scenario.backend == "s3":
             self.s3 = S3Process(hosts.add(S3), directory / "s3")
         if scenario.members == "dns":
@@ -308,17 +310,30 @@ class Cluster:
             while waiting:
                 waiting = [name for name in waiting if await self.get(name, "/readiness") is None]
                 if waiting:
-                    await trio.sleep(POLL)
+                    await trio.sleep(POLL_ALL)
             return
         role = self.cold if waiting[0] == COLD else self.roles[waiting[0]]
         raise ClusterError(waiting[0], f"is not ready after {READY:g} s", role.said())
 
-    async def are_ready(self) -> bool:
-        """Whether all that are meant to run are ready; those that are down or frozen do not count."""
-        for name, role in self.roles.items():
-            if role.state == "up" and await self.get(name, "/readiness") is None:
-                return False
-        return True
+    async def watch_readiness(self) -> None:
+        """Ask all roles that are meant to run whether they are ready, again and again."""
+        while True:
+            # Whoever begins to wait during a round wants to know of the next one.
+            waiting, self._waiting = self._waiting, []
+            names = [name for name, role in self.roles.items() if role.state == "up"]
+            answers = [await self.get(name, "/readiness") for name in names]
+            if None in answers:
+                self._waiting += waiting
+            else:
+                for event in waiting:
+                    event.set()
+            await trio.sleep(POLL_ALL)
+
+    async def until_ready(self) -> None:
+        """Return when all that are meant to run are ready; needs `watch_readiness`."""
+        event = trio.Event()
+        self._waiting.append(event)
+        await event.wait()
 
     async def stop(self) -> None:
         """End all roles in good order, agents first: the others are needed to say goodbye."""
@@ -452,6 +467,7 @@ async def open_cluster(
                 if cluster.names is not None:
                     nursery.start_soon(cluster.names.run)
                 await cluster.start()
+                nursery.start_soon(cluster.watch_readiness)
                 yield cluster
                 nursery.cancel_scope.cancel()
         finally:

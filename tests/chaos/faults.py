@@ -11,7 +11,7 @@ import structlog
 import trio
 
 from .cluster import Cluster
-from .limits import READY, poll
+from .limits import READY
 from .load import Clients
 from .records import Record
 from .scenario import EVERYTHING, Scenario, Step
@@ -104,7 +104,8 @@ class Faults:
 
     async def _watch(self, number: int) -> None:
         """Note when all that are meant to run are ready, if that comes to be."""
-        if await poll(self._cluster.are_ready, within=READY):
+        with trio.move_on_after(READY):
+            await self._cluster.until_ready()
             self._record.ready[number] = self._clients.now()
 
     # --- processes ----------------------------------------------------------------------------

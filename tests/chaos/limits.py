@@ -26,8 +26,10 @@ RETRIED: Final = PATIENCE * 3
 RETRY_PAUSE: Final = PATIENCE / 60
 # From SIGTERM until the process has ended: drain_timeout, and what the interpreter takes to end.
 ENDED: Final = PATIENCE
-# How often something is looked at that can only be polled.
+# How often something is looked at that can only be polled, and all admin listeners, each of which costs
+# a process a millisecond or two.
 POLL: Final = 0.1
+POLL_ALL: Final = 0.5
 # For one scenario beyond its own seconds, whatever happens.
 OVERTIME: Final = PATIENCE * 16
 

@@ -28,7 +28,7 @@ class Certificates:
     def create(cls, directory: Path) -> Certificates:
         """Raises RuntimeError with what the command said."""
         directory.mkdir()
-        _checked("init", "--directory", str(directory))
+        _checked("init", "--dir", str(directory))
         return cls(directory)
 
     def settings(self, role: str, name: str, address: str) -> dict[str, str]:
