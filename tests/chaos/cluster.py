@@ -358,13 +358,11 @@ class Cluster:
 
     def fill(self, name: str) -> None:
         """Leave no room on a small disk."""
-        with (
-            (self.roles[name].directory / "ballast").open("wb") as file,
-            contextlib.suppress(OSError),
-        ):
+        path = self.roles[name].directory / "ballast"
+        # Without a buffer, which would still be full when the file is closed.
+        with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
             while True:
                 file.write(b"\0" * BALLAST_CHUNK)
-                file.flush()
 
     def free(self, name: str) -> None:
         """Give the room back."""

@@ -196,6 +196,8 @@ class Faults:
 
     async def _corrupt(self, step: Step) -> None:
         for name in step.hosts:
+            # Whoever reads the blob there finds it damaged, and is cut off.
+            self._record.disturb(name, self._clients.now())
             digest = await trio.to_thread.run_sync(partial(self._cluster.corrupt, name))
             log.info("corrupted", host=name, digest=digest or "nothing: no blob is there")
 
