@@ -48,6 +48,13 @@ def e2e(session):
     session.run("python", "-m", "pytest", "tests/e2e", *session.posargs)
 
 
+@nox.session
+def chaos(session):
+    """Faults of every kind against real processes, best as root; arguments go to the suite."""
+    session.install(".[test]")
+    session.run("python", "-m", "tests.chaos", *session.posargs)
+
+
 @nox.session(venv_backend="none")
 def build(session):
     """Build the wheel, install it in an environment elsewhere, and try it there."""

@@ -26,7 +26,6 @@ import importlib.util
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -38,7 +37,7 @@ from typing import Any, Final
 
 from benchmarks.content import write_random
 from benchmarks.lab_cluster import Blob, Hosts, make_torrent
-from benchmarks.lab_network import Namespace, open_network
+from benchmarks.lab_network import Namespace, open_network, parse_rate
 from benchmarks.lab_pair import Transfer, transfer
 from benchmarks.lab_report import PairReport, SwarmReport, document, pair_lines, swarm_lines
 from benchmarks.lab_swarm import (
@@ -55,21 +54,12 @@ from swarmpull.units import parse_duration, parse_size
 
 AGENTS_MAX: Final = 200
 ORIGINS_MAX: Final = 20
-RATE_UNITS: Final = {"kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
 ENDING: Final = (signal.SIGINT, signal.SIGTERM)
 # A pull that takes so many times what its bytes need is given up, and none sooner than that.
 PATIENCE: Final = 10
 SECONDS_MIN: Final = 60
 # Nothing over loopback is slower than this, in bytes per second.
 LOOPBACK_RATE: Final = 50e6
-
-
-def parse_rate(text: str) -> int:
-    """Bits per second in text such as ``200mbit``, as tc(8) writes them.  Raises ValueError."""
-    match = re.fullmatch(r"([0-9]{1,6})(kbit|mbit|gbit)", text.strip().lower())
-    if match is None or not int(match[1]):
-        raise ValueError(f"must be a rate such as 200mbit or 1gbit: {text!r}")
-    return int(match[1]) * RATE_UNITS[match[2]]
 
 
 def some_bytes(text: str) -> int:

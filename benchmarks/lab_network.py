@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,15 @@ TICKS_PER_SECOND: Final = 100
 QUEUE_MILLISECONDS: Final = 50
 # Of each Ethernet frame of 1,514 bytes, all of which a bucket counts, TCP with timestamps carries these.
 PAYLOAD_SHARE: Final = 1448 / 1514
+RATE_UNITS: Final = {"kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
+
+
+def parse_rate(text: str) -> int:
+    """Bits per second in text such as ``200mbit``, as tc(8) writes them.  Raises ValueError."""
+    match = re.fullmatch(r"([0-9]{1,6})(kbit|mbit|gbit)", text.strip().lower())
+    if match is None or not int(match[1]):
+        raise ValueError(f"must be a rate such as 200mbit or 1gbit: {text!r}")
+    return int(match[1]) * RATE_UNITS[match[2]]
 
 
 def payload_rate(rate: int) -> float:
@@ -59,6 +69,8 @@ class Network:
         self._namespaces: list[str] = []
         self._addresses = SUBNET.hosts()
         self._ports = 0
+        # Of each host on the bridge: its namespace, and the name of the bridge's end of its link.
+        self._links: dict[str, tuple[str, str]] = {}
 
     def add_alone(self, name: str) -> Namespace:
         """A host with nothing but its loopback interface."""
@@ -76,9 +88,18 @@ class Network:
         mask = f"{address}/{SUBNET.prefixlen}"
         run("ip", "-n", namespace, "addr", "add", mask, "dev", "eth0")
         run("ip", "-n", namespace, "link", "set", "eth0", "up")
-        for where, device in ((namespace, "eth0"), (self._bridge, port)):
-            run("tc", "-n", where, "qdisc", "add", "dev", device, "root", *_bucket(rate))
+        self._links[name] = (namespace, port)
+        self._shape(name, "add", rate)
         return Namespace(name, namespace, address)
+
+    def set_rate(self, name: str, rate: int) -> None:
+        """Give the link of a host on the bridge another rate, in both directions."""
+        self._shape(name, "change", rate)
+
+    def _shape(self, name: str, verb: str, rate: int) -> None:
+        namespace, port = self._links[name]
+        for where, device in ((namespace, "eth0"), (self._bridge, port)):
+            run("tc", "-n", where, "qdisc", verb, "dev", device, "root", *_bucket(rate))
 
     def close(self) -> None:
         """Remove all namespaces, and with them all links; end what still runs in them."""

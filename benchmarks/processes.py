@@ -95,12 +95,21 @@ class _Measured:
         """Return when it has ended: politely, or not."""
         _end(self._process)
 
+    def kill(self) -> None:
+        """Return when it has ended: not politely."""
+        self._process.kill()
+        self._process.wait()
+
 
 class Server(_Measured):
     """A process that serves until it is stopped."""
 
     def __init__(self, name: str, command: Sequence[str], directory: Path) -> None:
         super().__init__(name, command, directory, conversing=False)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def wait_until(self, condition: Callable[[], bool], what: str) -> None:
         """Raises RuntimeError when the process ends first or it takes too long."""

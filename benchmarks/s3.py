@@ -32,8 +32,16 @@ def find_weed() -> str | None:
     return shutil.which("weed") or (str(beside) if beside.exists() else None)
 
 
-def start_s3(weed: str, directory: Path, ports: Iterator[int]) -> tuple[Server, int]:
-    """A server with the bucket `BUCKET`, and its port.  Raises RuntimeError: it does not come up."""
+def start_s3(
+    weed: str, directory: Path, ports: Iterator[int], address: str = "127.0.0.1"
+) -> tuple[Server, int]:
+    """A server with the bucket `BUCKET`, and its port.
+
+    What an earlier one left in the directory is still there.
+
+    Raises:
+        RuntimeError: it does not come up.
+    """
     identity = {
         "name": "benchmark",
         "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
@@ -42,7 +50,7 @@ def start_s3(weed: str, directory: Path, ports: Iterator[int]) -> tuple[Server, 
     config = directory / "s3.json"
     config.write_text(json.dumps({"identities": [identity]}))
     data = directory / "seaweedfs"
-    data.mkdir()
+    data.mkdir(exist_ok=True)
     names = ["s3.port", "master.port", "volume.port", "filer.port"]
     options = {name: next(ports) for name in [*names, *(f"{name}.grpc" for name in names)]}
     command = [
@@ -50,8 +58,8 @@ def start_s3(weed: str, directory: Path, ports: Iterator[int]) -> tuple[Server, 
         f"-logdir={directory}",
         "server",
         f"-dir={data}",
-        "-ip=127.0.0.1",
-        "-ip.bind=127.0.0.1",
+        f"-ip={address}",
+        f"-ip.bind={address}",
         "-master.telemetry=false",
         "-master.volumeSizeLimitMB=1024",
         "-volume.max=20",
@@ -64,7 +72,7 @@ def start_s3(weed: str, directory: Path, ports: Iterator[int]) -> tuple[Server, 
         *(f"-{name}={port}" for name, port in options.items()),
     ]
     server = Server("seaweedfs", command, directory)
-    client = client_of(options["s3.port"])
+    client = client_of(options["s3.port"], address)
     try:
         server.wait_until(lambda: _serves(client), "it has a bucket and room in it")
     except RuntimeError:
@@ -73,11 +81,11 @@ def start_s3(weed: str, directory: Path, ports: Iterator[int]) -> tuple[Server, 
     return server, options["s3.port"]
 
 
-def client_of(port: int) -> Minio:
+def client_of(port: int, address: str = "127.0.0.1") -> Minio:
     """A client that goes past the throttle."""
     pools = urllib3.PoolManager(retries=False, timeout=30)
     return Minio(
-        f"127.0.0.1:{port}",
+        f"{address}:{port}",
         ACCESS_KEY,
         SECRET_KEY,
         secure=False,

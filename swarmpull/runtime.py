@@ -2,7 +2,8 @@
 
 Roles start tracker, index, origin, agents, each when the one before it serves, and drain in the
 opposite order, so that an agent can still tell the tracker that it leaves.  The first SIGTERM or SIGINT
-drains within ``drain_timeout``, the second cancels, the third exits without more ado.
+drains within ``drain_timeout``, the second cancels, the third exits without more ado.  A service manager
+(`swarmpull.systemd`) hears when everything serves, when the end begins, and that the event loop is alive.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from swarmpull.config import ROLES, Config
 from swarmpull.errors import ConfigError, StartupError, SwarmpullError
 from swarmpull.layers import Loaded
 from swarmpull.roles.addresses import RoleAddresses
+from swarmpull.systemd import ServiceManager
 
 # sysexits.h
 EXIT_OK: Final = 0
@@ -127,6 +129,7 @@ class _Process:
 
     config: Config
     stages: Sequence[_Stage]
+    manager: ServiceManager
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     started: bool = False
     status: int = EXIT_OK
@@ -147,6 +150,7 @@ class _Process:
                 gc.collect()
                 gc.freeze()
                 announce(addresses)
+                self.manager.ready(self._status("serving"))
 
     async def handle_signals(
         self,
@@ -162,9 +166,12 @@ class _Process:
                 name = signal.Signals(number).name
                 if received == 1 and self.started:
                     _log.info("draining", signal=name, timeout=self.config.drain_timeout)
+                    seconds = self.config.drain_timeout + _HARD_EXIT_AFTER
+                    self.manager.stopping(self._status("draining"), seconds)
                     nursery.start_soon(self._drain)
                 elif received == 1:
                     _log.info("stopped before all roles had started", signal=name)
+                    self.manager.stopping("stopping before all roles had started", _HARD_EXIT_AFTER)
                     self.scope.cancel(name)
                     nursery.start_soon(self._exit_if_stuck)
                 elif received == 2:
@@ -173,11 +180,18 @@ class _Process:
                 else:
                     os._exit(EXIT_CUT_OFF)
 
+    def _status(self, what: str) -> str:
+        return (
+            f"{what}: {', '.join(stage.role for stage in self.stages if not stage.done.is_set())}"
+        )
+
     async def _drain(self) -> None:
         """Drain agents first and trackers last; each stage gets its share of the time left."""
         deadline = trio.current_time() + self.config.drain_timeout
         for index, stage in enumerate(reversed(self.stages)):
             stage.drain.set()
+            if index:
+                self.manager.status(self._status("draining"))
             share = max(deadline - trio.current_time(), 0) / (len(self.stages) - index)
             with trio.move_on_after(share):
                 await stage.done.wait()
@@ -221,11 +235,13 @@ async def serve(
     """
     from swarmpull.telemetry import watch_event_loop
 
-    process = _Process(loaded.config, _stages(loaded, roles))
+    manager = ServiceManager.of(os.environ)
+    process = _Process(loaded.config, _stages(loaded, roles), manager)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
             await nursery.start(process.handle_signals, signals)
             nursery.start_soon(watch_event_loop)
+            nursery.start_soon(manager.feed_watchdog)
             await process.run(announce)
             nursery.cancel_scope.cancel("all roles have ended")
     return process.status

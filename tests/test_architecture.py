@@ -20,8 +20,9 @@ FUNCTION_LINES_MAX: Final = 70
 # Who may import whom: cli > roles > registry > (wire, store, ring) > swarm > (digest, errors).
 # `base` is digest and errors.  Beside that order stand `telemetry`, below everything that reports
 # through it (the pure core does not report), `units`, below what reads sizes and times that people
-# write, the configuration (`config`, `layers`), which only roles and what starts them read, and
-# `runtime`, `status` and `storage`, which are parts of the command line that would make cli.py long.
+# write, the configuration (`config`, `layers`), which only roles and what starts them read, `systemd`,
+# which only the process as a whole talks to, and `runtime`, `status` and `storage`, which are parts of the
+# command line that would make cli.py long.
 BASE: Final = frozenset({"base"})
 CORE: Final = BASE | {"swarm"}
 SHELL: Final = CORE | {"telemetry"}
@@ -41,7 +42,8 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "roles": FACE | {"registry", "config", "units"},
     "status": BASE | {"registry", "units"},
     "storage": BASE | {"store", "units"},
-    "runtime": BASE | {"telemetry", "config", "layers", "roles"},
+    "systemd": BASE,
+    "runtime": BASE | {"telemetry", "config", "layers", "roles", "systemd"},
     "cli": BASE
     | {"telemetry", "config", "layers", "units", "runtime", "status", "storage"}
     | {"store", "registry", "roles", "sim"},

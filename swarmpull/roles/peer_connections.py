@@ -85,6 +85,10 @@ class ConnectionHost(Protocol):
         """Begin to verify and store a piece; False, and the buffer stays the caller's, if not wanted."""
         ...
 
+    def accused(self, digest: Digest) -> None:
+        """A peer says that a piece which it got from here is not what it must be."""
+        ...
+
     def connection_ended(self) -> None: ...
 
 
@@ -289,6 +293,8 @@ class _Owner:
     def message_received(self, connection: int, message: Message) -> None:
         if isinstance(message, Bye):
             _log_bye(message, self.digest, self.contact, said="by the peer")
+            if message.reason is ByeReason.CORRUPT:
+                self.host.accused(self.digest)
         self.host.dispatch(ev.MessageReceived(connection, message))
 
     def piece_progress(self, connection: int, index: int) -> None:

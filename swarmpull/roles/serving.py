@@ -24,6 +24,8 @@ log = structlog.get_logger()
 
 # Of the time to drain, what requests have before the rest is ended: peers want to be told goodbye, too.
 REQUESTS_SHARE: Final = 0.8
+# For a page of the admin listener that is under way at the very end, in seconds.
+ADMIN_GRACE: Final = 0.5
 
 
 async def serve_role(
@@ -44,6 +46,8 @@ async def serve_role(
 ) -> None:
     """Serve until ``drain`` is set and what is under way has ended, or ``grace`` seconds later.
 
+    The admin listener stays to the end, so that it can be seen how a drain goes on.
+
     Args:
         role: its name.
         settings: with the addresses to bind.
@@ -62,7 +66,42 @@ async def serve_role(
     Raises:
         StartupError: a listener cannot be bound.
     """
+    servers: dict[str, Callable[..., Awaitable[None]]] = {}
+    if registry is not None:
+        servers["registry"] = partial(serve_http, registry)
+    if service is not None:
+        servers["rpc"] = partial(serve_rpc, service)
+    deadline = _Deadline(drain, grace)
+    servers_grace = grace if on_drain is None else grace * REQUESTS_SHARE
+    over = trio.Event()
+    async with trio.open_nursery() as to_the_end:
+        app = _admin_app(role, metrics, readiness, status, drain, rates)
+        listen = settings.admin.listen
+        at = await to_the_end.start(
+            partial(serve_http, app, listen.host, listen.port, drain=over, grace=ADMIN_GRACE)
+        )
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(deadline.watch)
+            addresses = dict(bound or {})
+            for name, serve in servers.items():
+                listen = _section(settings, name).listen
+                start = partial(serve, listen.host, listen.port, drain=drain, grace=servers_grace)
+                addresses[name] = format_address(*await nursery.start(start))
+            addresses["admin"] = format_address(*at)
+            task_status.started(RoleAddresses(role, addresses))
+        if on_drain is not None:
+            await deadline.keep(on_drain, role)
+        over.set()
 
+
+def _admin_app(
+    role: str,
+    metrics: Metrics,
+    readiness: Callable[[], Sequence[str]],
+    status: Callable[[], Mapping[str, object]],
+    drain: trio.Event,
+    rates: RateControl | None,
+) -> AsgiApp:
     def reasons() -> list[str]:
         return [*(["the role is draining"] if drain.is_set() else []), *readiness()]
 
@@ -70,30 +109,10 @@ async def serve_role(
         found = reasons()
         return {"role": role, "ready": not found, "reasons": found, **status()}
 
-    admin = create_admin_app(
+    app = create_admin_app(
         readiness=reasons, metrics=metrics.render, status=full_status, rates=rates
     )
-    servers: dict[str, Callable[..., Awaitable[None]]] = {}
-    if registry is not None:
-        servers["registry"] = partial(serve_http, registry)
-    if service is not None:
-        servers["rpc"] = partial(serve_rpc, service)
-    servers["admin"] = partial(serve_http, cast("AsgiApp", admin))
-    deadline = _Deadline(drain, grace)
-    servers_grace = grace if on_drain is None else grace * REQUESTS_SHARE
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(deadline.watch)
-        addresses = dict(bound or {})
-        for name, serve in servers.items():
-            listen = _section(settings, name).listen
-            start = partial(serve, listen.host, listen.port, drain=drain, grace=servers_grace)
-            addresses[name] = format_address(*await nursery.start(start))
-        task_status.started(RoleAddresses(role, addresses))
-    if on_drain is not None:
-        with trio.move_on_at(deadline.at) as scope:
-            await on_drain()
-        if scope.cancelled_caught:
-            log.warning("drain_cut_short", role=role, grace=grace)
+    return cast("AsgiApp", app)
 
 
 @attrs.define
@@ -107,6 +126,13 @@ class _Deadline:
     async def watch(self) -> None:
         await self.drain.wait()
         self.at = trio.current_time() + self.grace
+
+    async def keep(self, on_drain: Callable[[], Awaitable[None]], role: str) -> None:
+        """Let what is left end; cut it short when the time is over."""
+        with trio.move_on_at(self.at) as scope:
+            await on_drain()
+        if scope.cancelled_caught:
+            log.warning("drain_cut_short", role=role, grace=self.grace)
 
 
 def _section(settings: object, name: str) -> Any:  # noqa: ANN401 - the roles' sections differ

@@ -82,6 +82,12 @@ HASH_PATIENCE: Final = 10.0
 # Calls that tell an origin of urgent pieces, at the same time; further needs are told with the next ones.
 URGES_MAX: Final = 16
 
+# A blob of which a peer says that it is wrong is read again, one at a time, and each at most so often, in
+# seconds: whoever accuses without reason does not keep the disk busy.
+SUSPICION_INTERVAL: Final = 60.0
+# Blobs that were accused of late; further accusations are not looked into.
+SUSPICIONS_MAX: Final = 1000
+
 # What a tracker may ask for, in seconds: it must neither be flooded nor forget us.
 INTERVAL_MIN: Final = 1.0
 INTERVAL_MAX: Final = 600.0
@@ -143,6 +149,8 @@ class SwarmHost:
         # Downloads whose partial is open, and may be so after their end.
         self._open: set[Download] = set()
         self._closing = False
+        self._suspicion_until: dict[Digest, float] = {}
+        self._examining = trio.Lock()
         self._events: deque[ev.Event] = deque()
         self._dispatching = False
         self._deadline_moved = trio.Event()
@@ -623,6 +631,29 @@ class SwarmHost:
             return False
         self._nursery.start_soon(self._store_piece, download, piece)
         return True
+
+    def accused(self, digest: Digest) -> None:
+        """Look whether a blob is still what it was, unless that was seen a moment ago."""
+        now = trio.current_time()
+        if now < self._suspicion_until.get(digest, -math.inf) or not self._store.has(digest):
+            return
+        for settled in [d for d, until in self._suspicion_until.items() if until <= now]:
+            del self._suspicion_until[settled]
+        if len(self._suspicion_until) < SUSPICIONS_MAX:
+            self._suspicion_until[digest] = now + SUSPICION_INTERVAL
+            self._nursery.start_soon(self._examine, digest)
+
+    async def _examine(self, digest: Digest) -> None:
+        """Read a blob again; a damaged one is removed and forgotten, so that it is fetched anew."""
+        async with self._examining:
+            try:
+                await self._store.verify(digest)
+            except DigestMismatch:
+                return  # the store has said so
+            except (BlobNotFound, StoreUnavailable) as error:
+                log.info("blob_not_examined", digest=str(digest), reason=str(error))
+                return
+        log.warning("blob_wrongly_accused", digest=str(digest))
 
     def connection_ended(self) -> None:
         self._something_ended.set()

@@ -17,8 +17,9 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -47,6 +48,7 @@ from swarmpull.store.partials import (
     open_partial,
     remove_halves,
 )
+from swarmpull.store.piece_check import PieceCheck
 from swarmpull.store.room import Room
 from swarmpull.store.scanning import compute_digest, compute_metainfo
 from swarmpull.store.spool import Spool
@@ -69,12 +71,23 @@ class BlobHandle:
         length: in bytes.
     """
 
-    def __init__(self, digest: Digest, length: int, file: OpenFile, disk: Disk, hold: Hold) -> None:
+    def __init__(
+        self,
+        digest: Digest,
+        length: int,
+        file: OpenFile,
+        disk: Disk,
+        hold: Hold,
+        check: PieceCheck,
+        condemn: Callable[[Digest, int], Awaitable[None]],
+    ) -> None:
         self.digest = digest
         self.length = length
         self._file = file
         self._disk = disk
         self._hold = hold
+        self._check = check
+        self._condemn = condemn
 
     def fileno(self) -> int:
         """The descriptor, valid until `close`.  Raises ValueError when closed."""
@@ -89,15 +102,27 @@ class BlobHandle:
     ) -> bytes:
         """``size`` bytes from ``offset``, fewer only where the blob ends; ``early``: all is verified here.
 
+        Pieces that are read from beginning to end, by one call after the other, are compared with their
+        hashes (`PieceCheck`).  The blob is removed when one is damaged, so that it is fetched again.
+
         Raises:
             ValueError: ``offset`` is not inside the blob, or the handle is closed.
-            StoreUnavailable: the disk failed, or the file was truncated.
+            StoreUnavailable: the disk failed, or the file was truncated or damaged.
         """
         if size <= 0 or not 0 <= offset < self.length:
             raise ValueError(f"{size} bytes at {offset} of {self.digest}, {self.length} bytes long")
         size = min(size, self.length - offset)
         with self._file.use() as descriptor:
-            return await self._disk.run(read_exactly, descriptor, offset, size)
+            data, is_right = await self._disk.run(self._read, descriptor, offset, size)
+            if is_right:
+                return data
+            await self._condemn(self.digest, descriptor)
+        reason = f"{self.digest} was damaged on the disk, and removed: ask for it again"
+        raise StoreUnavailable(self._disk.name, reason)
+
+    def _read(self, descriptor: int, offset: int, size: int) -> tuple[bytes, bool]:
+        data = read_exactly(descriptor, offset, size)
+        return data, self._check.agrees(offset, data)
 
     def close(self) -> None:
         """Close it; a read that is under way still ends.  Closing twice is allowed."""
@@ -234,7 +259,9 @@ class BlobStore:
                 raise BlobNotFound(str(digest), self.name) from None
             length = os.fstat(descriptor).st_size
         hold = self.hold(digest, Pin.READING)
-        return BlobHandle(digest, length, OpenFile(descriptor), self._disk, hold)
+        check = PieceCheck(partial(self._tree.load_metainfo, digest, length))
+        file = OpenFile(descriptor)
+        return BlobHandle(digest, length, file, self._disk, hold, check, self.janitor.condemn)
 
     def hold(self, digest: Digest, pin: Pin) -> Hold:
         """Keep a blob from being evicted, also one that is still to come; for a ``with``."""
@@ -299,15 +326,15 @@ class BlobStore:
 
         try:
             await self._reserve(digest, metainfo.length)
-            partial = await open_partial(
+            partial_blob = await open_partial(
                 self.root / "partials", metainfo, self._tree, self._disk, release
             )
         except BaseException:
             release()
             raise
-        self._open_partials[digest] = partial
-        self._nursery.start_soon(partial.hash_ahead)
-        return partial
+        self._open_partials[digest] = partial_blob
+        self._nursery.start_soon(partial_blob.hash_ahead)
+        return partial_blob
 
     async def _reserve(self, digest: Digest, length: int) -> None:
         """Enter a partial with all that it will take up, of which it may have some already."""
@@ -368,9 +395,9 @@ class BlobStore:
             actual = await compute_digest(
                 self._disk, handle.fileno(), digest.algorithm, handle.length
             )
+            if actual != digest:
+                await self.janitor.condemn(digest, handle.fileno())
         if actual != digest:
-            with suppress(BlobNotFound):
-                await self.delete(digest)
             raise DigestMismatch(str(digest), str(actual))
 
     async def delete(self, digest: Digest) -> None:
@@ -388,9 +415,9 @@ class BlobStore:
 
     async def close(self) -> None:
         """Close what is still open, and write down the last uses; by `open_store`."""
-        for partial in list(self._open_partials.values()):
-            if partial is not None:
-                await partial.aclose()
+        for each in list(self._open_partials.values()):
+            if each is not None:
+                await each.aclose()
         # Only the order of a later eviction depends on it: no reason to fail at the end.
         with suppress(StoreUnavailable):
             await self.janitor.save_uses()

@@ -154,6 +154,24 @@ class Janitor:
             forget(entry.digest)
         return taken
 
+    async def condemn(self, digest: Digest, descriptor: int) -> None:
+        """Remove a blob whose open file was found to be damaged, whatever holds it; open handles go on.
+
+        Nothing happens when the file has gone meanwhile, or made way for another.
+        """
+        with self._disk.translating():
+            try:
+                status = os.stat(self._tree.blob_path(digest))
+            except FileNotFoundError:
+                return
+            if not os.path.samestat(status, os.fstat(descriptor)):
+                return
+            entry = Entry(digest, Kind.BLOB, status.st_size, status.st_mtime, status.st_mtime)
+            taken = self.take_out(entry)
+        self._metrics.damaged.inc()
+        log.error("blob_damaged", store=self._disk.name, digest=str(digest))
+        await self._remove(taken)
+
     async def save_uses(self) -> None:
         """Write down the times at which blobs were used last.  Raises StoreUnavailable."""
         unsaved = self._ledger.unsaved()
@@ -261,6 +279,9 @@ class _StoreMetrics:
         )
         self.refused = metrics.counter(
             "store_refused_total", "Requests that were refused for want of room."
+        )
+        self.damaged = metrics.counter(
+            "store_damaged_total", "Blobs that were removed because their files had changed."
         )
         for reason in Reason:
             self.evictions.labels(reason.value)

@@ -304,7 +304,8 @@ class _Connection:
                     raise ProtocolError(f"a server must not send {type(message).__name__}")
 
     def _retire(self, bye: RpcBye) -> None:
-        self.reason = f"the other side ended the connection: {bye.reason.name.lower()} {bye.text}"
+        said = f"{bye.reason.name.lower()} {bye.text}".rstrip()
+        self.reason = f"the other side ended the connection: {said}"
         self._retired = True
         self._pool.forget(self)
         if bye.reason is not RpcByeReason.IDLE:

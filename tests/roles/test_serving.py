@@ -95,6 +95,33 @@ async def test_requests_under_way_end_before_the_rest_is_drained() -> None:
     assert order == ["request", "drained"]
 
 
+async def test_the_admin_listener_shows_the_drain_to_its_end() -> None:
+    draining, goodbyes = trio.Event(), trio.Event()
+
+    async def say_goodbye() -> None:
+        draining.set()
+        await goodbyes.wait()
+
+    drain = trio.Event()
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery, httpx.AsyncClient() as client:
+            addresses = await nursery.start(role(drain, grace=15.0, on_drain=say_goodbye))
+            drain.set()
+            await draining.wait()
+            reply = await client.get(f"http://{addresses.listeners['admin']}/readiness")
+            assert reply.status_code == 503
+            assert "the role is draining" in reply.text
+            # What the others call is closed by then.
+            host, _, port = addresses.listeners["rpc"].rpartition(":")
+            with pytest.raises(OSError, match=r"refused|connect"):
+                await trio.open_tcp_stream(host, int(port))
+            goodbyes.set()
+    # It ended: the nursery did.
+    async with httpx.AsyncClient() as client:
+        with pytest.raises(httpx.ConnectError):
+            await client.get(f"http://{addresses.listeners['admin']}/health")
+
+
 async def test_a_drain_that_hangs_ends_with_the_grace_and_says_so() -> None:
     drain = trio.Event()
     with structlog.testing.capture_logs() as logs, trio.fail_after(20):

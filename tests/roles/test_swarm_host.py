@@ -507,6 +507,53 @@ async def test_a_seeder_whose_blob_vanished_stops_seeding_it(
         await until(lambda: seeder.host.torrents() == [])
 
 
+def damage(node: Node, content: Content) -> None:
+    with node.store.path(content.digest).open("r+b") as file:
+        file.write(bytes([content.data[0] ^ 1]))
+
+
+async def test_a_seeder_whose_blob_is_damaged_hears_so_and_stops_seeding_it(
+    tmp_path: Path, content: Content
+) -> None:
+    async with (
+        running_node(tmp_path / "rotten") as rotten,
+        running_node(tmp_path / "seeder") as seeder,
+        running_node(tmp_path / "leecher") as leecher,
+    ):
+        await rotten.seed(content)
+        damage(rotten, content)
+        with structlog.testing.capture_logs() as logs:
+            finder = Finder(content.metainfo, (rotten.contact,))
+            await leecher.host.download(content.digest, "", finder.find)
+            # It learns of it from the one who got a wrong piece, and looks.
+            await until(lambda: rotten.host.torrents() == [])
+        assert not rotten.store.has(content.digest)
+        assert "blob_damaged" in [entry["event"] for entry in logs]
+
+        # The download goes on where somebody has the right bytes.
+        await seeder.seed(content)
+        download = leecher.host.downloading(content.digest)
+        assert download is not None
+        leecher.host.dispatch(ev.PeersFound(content.digest, (seeder.contact,)))
+        await download.wait()
+        assert await leecher.stored(content)
+
+
+async def test_a_seeder_that_is_accused_without_reason_looks_once_and_seeds_on(
+    tmp_path: Path, small: Content
+) -> None:
+    async with running_node(tmp_path / "seeder") as seeder:
+        await seeder.seed(small)
+        with structlog.testing.capture_logs() as logs:
+            for _ in range(100):
+                seeder.host.accused(small.digest)
+            await until(lambda: "blob_wrongly_accused" in [entry["event"] for entry in logs])
+            seeder.host.accused(small.digest)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+        assert [entry["event"] for entry in logs] == ["blob_wrongly_accused"]
+        assert [torrent.digest for torrent in seeder.host.torrents()] == [small.digest]
+
+
 async def test_running_out_of_descriptors_ends_a_connection_and_not_the_host(
     tmp_path: Path, content: Content, monkeypatch: pytest.MonkeyPatch
 ) -> None:

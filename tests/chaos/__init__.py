@@ -1,0 +1,1 @@
+"""The chaos suite: scripted faults against a cluster of real processes, under load that is verified."""

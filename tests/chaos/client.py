@@ -1,0 +1,164 @@
+"""An HTTP client on a host, which measures how long it waits for the next byte."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import ssl
+from collections.abc import AsyncIterator
+from types import TracebackType
+from typing import Any, Final, Self
+
+import attrs
+import httpcore
+import trio
+
+from .limits import CONNECT, STALLED
+from .sockets import Backend
+
+TIMEOUTS: Final = {"connect": CONNECT, "read": STALLED, "write": STALLED, "pool": STALLED}
+# What an answer that is no blob may have.
+BODY_BYTES_MAX: Final = 4 << 20
+
+
+@attrs.define(slots=False)
+class RequestFailed(Exception):
+    """A request that brought nothing, or not all of it.
+
+    Attributes:
+        how: refused (no connection), cut (it broke), stalled (no byte in time), answered (with an error), or
+            wrong (other bytes than asked for).
+        detail: what the client saw.
+    """
+
+    how: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.how}: {self.detail}"
+
+
+@attrs.frozen
+class Answer:
+    """A small response; names of headers are in lower case."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes = attrs.field(repr=False)
+
+    @property
+    def text(self) -> str:
+        return self.body.decode(errors="replace")
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+@attrs.define
+class Waits:
+    """The longest time without a byte, in seconds, of requests that belong together."""
+
+    longest: float = 0.0
+    since: float = attrs.field(factory=trio.current_time)
+
+    def begin(self) -> None:
+        self.since = trio.current_time()
+
+    def end(self) -> None:
+        """A byte has come, or none will."""
+        now = trio.current_time()
+        self.longest, self.since = max(self.longest, now - self.since), now
+
+
+class Http:
+    """A client on the host of a namespace, to be used as a context manager; one connection for each use."""
+
+    def __init__(self, namespace: str | None, *, tls: ssl.SSLContext | None = None) -> None:
+        self.waits = Waits()
+        self._scheme = "http" if tls is None else "https"
+        self._pool = httpcore.AsyncConnectionPool(
+            ssl_context=tls, network_backend=Backend(namespace), max_connections=4
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + CONNECT):
+            await self._pool.aclose()
+
+    async def request(
+        self,
+        method: str,
+        address: str,
+        target: str,
+        *,
+        headers: dict[str, str] | None = None,
+        body: bytes | None = None,
+    ) -> Answer:
+        """Raises RequestFailed when no whole answer comes; an error is an answer."""
+        async with self._stream(method, address, target, headers, body) as response:
+            content = bytearray()
+            async for chunk in response.aiter_stream():
+                self.waits.end()
+                content += chunk
+                if len(content) > BODY_BYTES_MAX:
+                    raise RequestFailed("wrong", f"{method} {target}: a body without an end")
+        return Answer(response.status, _lower_case(response), bytes(content))
+
+    async def verified(self, address: str, target: str, digest: str, length: int) -> None:
+        """Get a blob and compare it with its digest.  Raises RequestFailed."""
+        hasher, received = hashlib.sha256(), 0
+        async with self._stream("GET", address, target, {}, None) as response:
+            if response.status != 200:
+                text = (await response.aread())[:300].decode(errors="replace")
+                raise RequestFailed("answered", f"GET {target}: {response.status} {text}")
+            async for chunk in response.aiter_stream():
+                self.waits.end()
+                hasher.update(chunk)
+                received += len(chunk)
+        if received != length or f"sha256:{hasher.hexdigest()}" != digest:
+            raise RequestFailed(
+                "wrong", f"GET {target}: {received} bytes of sha256:{hasher.hexdigest()}"
+            )
+
+    @contextlib.asynccontextmanager
+    async def _stream(
+        self,
+        method: str,
+        address: str,
+        target: str,
+        headers: dict[str, str] | None,
+        body: bytes | None,
+    ) -> AsyncIterator[httpcore.Response]:
+        self.waits.begin()
+        try:
+            async with self._pool.stream(
+                method,
+                f"{self._scheme}://{address}{target}",
+                headers=list((headers or {}).items()),
+                content=body,
+                extensions={"timeout": TIMEOUTS},
+            ) as response:
+                self.waits.end()
+                yield response
+        except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError) as error:
+            raise RequestFailed(_how(error), f"{method} {target}: {error}") from error
+        finally:
+            self.waits.end()
+
+
+def _how(error: Exception) -> str:
+    if isinstance(error, httpcore.ConnectError | httpcore.ConnectTimeout):
+        return "refused"
+    return "stalled" if isinstance(error, httpcore.TimeoutException) else "cut"
+
+
+def _lower_case(response: httpcore.Response) -> dict[str, str]:
+    return {name.decode().lower(): value.decode() for name, value in response.headers}

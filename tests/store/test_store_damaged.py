@@ -1,0 +1,159 @@
+"""A file that changes on the disk is found out by whoever reads it, and not handed out as what it was."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import structlog
+
+from swarmpull.errors import BlobNotFound, DigestMismatch, StoreUnavailable
+from swarmpull.store.blobs import BlobStore
+from swarmpull.store.piece_check import PieceCheck
+from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN as PIECE
+
+STEP = PIECE // 4
+
+
+async def put(store: BlobStore, content) -> None:
+    async with store.create() as writer:
+        await writer.write(content.data)
+        await writer.commit(content.digest)
+
+
+def flip(store: BlobStore, content, at: int) -> None:
+    """Change one bit, as a disk does: the time of the file stays."""
+    path = store.path(content.digest)
+    times = path.stat()
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(bytes([content.data[at] ^ 0x10]))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+async def read_in_steps(store: BlobStore, content, step: int = STEP) -> bytes:
+    """What a reader got before it was told that something is wrong."""
+    read = bytearray()
+    with store.open(content.digest) as handle:
+        while len(read) < handle.length:
+            try:
+                read += await handle.read_at(len(read), step)
+            except StoreUnavailable:
+                break
+    return bytes(read)
+
+
+@pytest.mark.parametrize("piece", [0, 1, 2])
+async def test_no_damaged_piece_is_read_to_its_end(store: BlobStore, blob, piece: int) -> None:
+    await put(store, blob)
+    flip(store, blob, piece * PIECE + 7)
+
+    with structlog.testing.capture_logs() as logs:
+        read = await read_in_steps(store, blob)
+
+    assert piece * PIECE <= len(read) < blob.metainfo.piece_offset(piece) + len(blob.piece(piece))
+    assert read[: piece * PIECE] == blob.data[: piece * PIECE]
+    assert not store.has(blob.digest)
+    assert [entry["event"] for entry in logs] == ["blob_damaged"]
+    # It can come again, and is read to its end.
+    await put(store, blob)
+    assert await read_in_steps(store, blob) == blob.data
+
+
+async def test_a_read_of_several_pieces_at_once_is_checked(store: BlobStore, blob) -> None:
+    await put(store, blob)
+    flip(store, blob, PIECE + 1)
+    assert await read_in_steps(store, blob, step=3 * PIECE) == b""
+    assert not store.has(blob.digest)
+
+
+async def test_a_small_blob_that_is_damaged_is_not_read_at_all(
+    store: BlobStore, content_of
+) -> None:
+    content = content_of(414)
+    await put(store, content)
+    flip(store, content, 100)
+    assert await read_in_steps(store, content) == b""
+    with pytest.raises(BlobNotFound):
+        store.open(content.digest)
+
+
+async def test_the_swarm_is_told_before_the_name_is_free(store: BlobStore, blob) -> None:
+    forgotten = []
+    await put(store, blob)
+    flip(store, blob, 0)
+    with store.janitor.attached(dict, forgotten.append):
+        await read_in_steps(store, blob)
+    assert forgotten == [blob.digest]
+
+
+async def test_a_blob_that_came_anew_does_not_go_with_the_damaged_one(
+    store: BlobStore, blob
+) -> None:
+    await put(store, blob)
+    flip(store, blob, 0)
+    with store.open(blob.digest) as old:
+        await put(store, blob)
+        with pytest.raises(StoreUnavailable, match=f"{blob.digest} was damaged on the disk"):
+            await old.read_at(0, PIECE)
+    assert await read_in_steps(store, blob) == blob.data
+
+
+async def test_examining_a_damaged_blob_removes_it(store: BlobStore, blob) -> None:
+    forgotten = []
+    await put(store, blob)
+    await store.verify(blob.digest)
+    flip(store, blob, 2 * PIECE)
+    with store.janitor.attached(dict, forgotten.append), pytest.raises(DigestMismatch):
+        await store.verify(blob.digest)
+    assert forgotten == [blob.digest]
+    assert not store.has(blob.digest)
+
+
+async def test_what_begins_inside_a_piece_is_checked_from_the_next_one_on(
+    store: BlobStore, blob
+) -> None:
+    await put(store, blob)
+    flip(store, blob, 5)
+    with store.open(blob.digest) as handle:
+        # Nobody knows what the first bytes of this piece were.
+        assert await handle.read_at(10, PIECE) == blob.data[10 : 10 + PIECE]
+        assert await handle.read_at(10 + PIECE, PIECE) == blob.data[10 + PIECE : 10 + 2 * PIECE]
+    assert store.has(blob.digest)
+    await read_in_steps(store, blob)
+
+
+async def test_a_blob_without_metainfo_is_read_unchecked(
+    store: BlobStore, blob, tmp_path: Path
+) -> None:
+    await put(store, blob)
+    store.path(blob.digest).with_name(f"{blob.digest.hex}.metainfo").unlink()
+    assert await read_in_steps(store, blob) == blob.data
+
+
+@pytest.mark.parametrize(
+    ("reads", "agrees"),
+    [
+        # each (from, to), in eighths of a piece; the damage is in the first and in the second piece
+        ([(0, 4), (4, 8)], [True, False]),
+        ([(0, 4), (6, 8)], [True, True]),
+        ([(2, 8)], [True]),
+        ([(2, 16)], [False]),
+        ([(2, 12), (12, 16)], [True, False]),
+        ([(0, 4), (0, 8)], [True, False]),
+        ([(0, 4), (8, 16), (4, 8)], [True, False, True]),
+        ([(16, 17)], [True]),
+        ([(0, 24)], [False]),
+    ],
+)
+def test_pieces_are_checked_that_are_read_from_end_to_end(blob, reads, agrees) -> None:
+    damaged = bytearray(blob.data)
+    damaged[0] ^= 1
+    damaged[PIECE] ^= 1
+    check = PieceCheck(lambda: blob.metainfo)
+    found = []
+    for start, stop in reads:
+        first, last = start * PIECE // 8, min(stop * PIECE // 8, len(damaged))
+        found.append(check.agrees(first, bytes(damaged[first:last])))
+    assert found == agrees
