@@ -7,6 +7,7 @@ id in the answer.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Final
 
 import attrs
@@ -45,6 +46,8 @@ SPREADING_MAX: Final = 16
 LOG_INTERVAL: Final = 60.0
 # For an origin to say whether its disk has a blob, in seconds.
 HELD_PATIENCE: Final = 2.0
+# To say what it has of a thousand blobs, from memory.
+QUEUED_PATIENCE: Final = 10.0
 # Origins that are asked for one blob; a cluster has a few.
 ASKED_MAX: Final = 16
 # Seconds for which an address that was found to be this process counts as such: it may move to another host.
@@ -114,7 +117,7 @@ class Replication:
 
         async def fill_one_place() -> None:
             for rank, address in candidates:
-                failure = self._passed_over(address) or await self._copy_to(
+                failure = self._passed_over(address) or await self.copy_to(
                     address, metainfo, namespace, rank
                 )
                 if not failure:
@@ -162,7 +165,7 @@ class Replication:
             return "got no piece of late"
         return ""
 
-    async def _copy_to(self, address: str, metainfo: Metainfo, namespace: str, rank: int) -> str:
+    async def copy_to(self, address: str, metainfo: Metainfo, namespace: str, rank: int) -> str:
         """Wait until a member has a blob; returns why it does not, or nothing."""
         if self._is_own(address):
             return ""
@@ -189,6 +192,30 @@ class Replication:
             elif trio.current_time() - heard_at > STALLED:
                 self._stalled[address] = trio.current_time()
                 return f"no piece for {STALLED:g} s, after {received} bytes"
+
+    # --- repairing ----------------------------------------------------------------------------
+
+    async def ranks(self, address: str, keys: Sequence[Key]) -> dict[Key, int]:
+        """What a member has of these blobs: see `swarmpull.ring.repair`; of itself, nothing.
+
+        Raises SwarmpullError when it does not say.
+        """
+        blobs = tuple(api.BlobOfRepository(digest, namespace) for digest, namespace in keys)
+        request = api.QueuedRequest(self._host.contact.peer_id, blobs)
+        try:
+            with self._members.calling(address):
+                reply = await self._pool.call(address, api.QUEUED, request, timeout=QUEUED_PATIENCE)
+        except RpcUnavailable as error:
+            self._members.record_failure(address, error.reason)
+            raise
+        if reply.itself:
+            self._own[address] = trio.current_time()
+            return {}
+        return dict(zip(keys, reply.ranks, strict=False))
+
+    def own(self) -> frozenset[str]:
+        """The members that turned out to be this process."""
+        return frozenset(address for address in self._own if self._is_own(address))
 
     # --- reading ------------------------------------------------------------------------------
 

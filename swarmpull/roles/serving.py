@@ -17,8 +17,9 @@ from swarmpull.registry.asgi import AsgiApp
 from swarmpull.registry.server import serve_http
 from swarmpull.roles.addresses import RoleAddresses
 from swarmpull.telemetry import Metrics
+from swarmpull.wire import api
 from swarmpull.wire.listen import format_address
-from swarmpull.wire.rpc import RpcService, serve_rpc
+from swarmpull.wire.rpc import RpcContext, RpcService, serve_rpc
 
 log = structlog.get_logger()
 
@@ -77,6 +78,7 @@ async def serve_role(
     if registry is not None:
         servers["registry"] = partial(serve_http, registry)
     if service is not None:
+        service.register(api.PING, _answer_ping)
         servers["rpc"] = partial(serve_rpc, service)
     servers["admin"] = partial(serve_http, cast("AsgiApp", admin))
     deadline = _Deadline(drain, grace)
@@ -107,6 +109,10 @@ class _Deadline:
     async def watch(self) -> None:
         await self.drain.wait()
         self.at = trio.current_time() + self.grace
+
+
+async def _answer_ping(_: api.Empty, __: RpcContext) -> api.Empty:
+    return api.Empty()
 
 
 def _section(settings: object, name: str) -> Any:  # noqa: ANN401 - the roles' sections differ
