@@ -172,6 +172,24 @@ class Replication:
         request = api.ReplicateRequest(metainfo, namespace, self._host.contact, rank, POLL)
         received, heard_at = 0, trio.current_time()
         while True:
+            reply = await self._replicate(address, request)
+            if isinstance(reply, str):
+                return reply
+            if reply.itself:
+                self._own[address] = trio.current_time()
+            if reply.itself or reply.stored:
+                return ""
+            if reply.received > received:
+                received, heard_at = reply.received, trio.current_time()
+            elif trio.current_time() - heard_at > STALLED:
+                self._stalled[address] = trio.current_time()
+                return f"no piece for {STALLED:g} s, after {received} bytes"
+
+    async def _replicate(
+        self, address: str, request: api.ReplicateRequest
+    ) -> api.ReplicateReply | str:
+        """How far a member is, or why it takes no copy."""
+        with self._members.calling(address, patience=0.0):
             try:
                 reply = await self._pool.call(
                     address, api.REPLICATE_BLOB, request, timeout=POLL + ANSWER_PATIENCE
@@ -183,15 +201,8 @@ class Replication:
                 self._members.record_success(address)
                 return str(error)
             self._members.record_success(address)
-            if reply.itself:
-                self._own[address] = trio.current_time()
-            if reply.itself or reply.stored:
-                return ""
-            if reply.received > received:
-                received, heard_at = reply.received, trio.current_time()
-            elif trio.current_time() - heard_at > STALLED:
-                self._stalled[address] = trio.current_time()
-                return f"no piece for {STALLED:g} s, after {received} bytes"
+            return reply
+        return "answers nothing any more"
 
     # --- repairing ----------------------------------------------------------------------------
 

@@ -78,7 +78,7 @@ async def serve_role(
     if registry is not None:
         servers["registry"] = partial(serve_http, registry)
     if service is not None:
-        service.register(api.PING, _answer_ping)
+        service.register(api.PING, _answer_ping, at_once=_pong)
         servers["rpc"] = partial(serve_rpc, service)
     servers["admin"] = partial(serve_http, cast("AsgiApp", admin))
     deadline = _Deadline(drain, grace)
@@ -111,8 +111,12 @@ class _Deadline:
         self.at = trio.current_time() + self.grace
 
 
-async def _answer_ping(_: api.Empty, __: RpcContext) -> api.Empty:
+def _pong(_: api.Empty, __: RpcContext) -> api.Empty:
     return api.Empty()
+
+
+async def _answer_ping(request: api.Empty, context: RpcContext) -> api.Empty:
+    return _pong(request, context)
 
 
 def _section(settings: object, name: str) -> Any:  # noqa: ANN401 - the roles' sections differ
