@@ -36,6 +36,8 @@ RESOLVE_TIMEOUT: Final = 10.0
 MEMBERS_PER_NAME_MAX: Final = 256
 # How often calls under way are looked at, in seconds: a member that hangs is suspected so much later.
 LOOK_INTERVAL: Final = 0.25
+# A probe that ends so many seconds after its time says more about this process than about the member.
+STANDSTILL: Final = 0.1
 
 # Asks a member for any answer; raises RpcUnavailable when there is none within so many seconds.
 Probe = Callable[[str, float], Awaitable[None]]
@@ -271,10 +273,14 @@ class Membership:
                 await self._wake.wait()
 
     async def _probe_one(self, probe: Probe, member: str) -> None:
+        timeout = self._probing.limits.timeout
+        begun_at = trio.current_time()
         try:
-            await probe(member, self._probing.limits.timeout)
+            await probe(member, timeout)
         except RpcUnavailable as error:
-            if member in self._members:
+            # Had this process stood still, the answer may have come without being read.
+            stood_still = trio.current_time() > begun_at + timeout + STANDSTILL
+            if member in self._members and not stood_still:
                 self._failed(member, f"probe: {error.reason}")
             end = self._probing.ill
         else:

@@ -154,10 +154,12 @@ class Hosts:
     def __init__(self) -> None:
         self.silent: set[str] = set()
         self.probed: list[tuple[float, str]] = []
+        # For so long the process that probes does nothing.
+        self.standstill = 0.0
 
     async def probe(self, member: str, timeout: float) -> None:
         self.probed.append((trio.current_time(), member))
-        await trio.sleep(timeout if member in self.silent else 0.001)
+        await trio.sleep(timeout + self.standstill if member in self.silent else 0.001)
         if member in self.silent:
             raise RpcUnavailable(member, "ping", "no reply")
 
@@ -257,6 +259,20 @@ async def test_a_dead_member_that_nobody_wants_is_left_alone(autojump_clock):
         await trio.sleep(3600)
 
         assert len(hosts.probed) == probed < 20
+
+
+async def test_a_probe_during_which_this_process_stood_still_says_nothing(autojump_clock):
+    async with probed_ring("a:1") as (ring, hosts):
+        hosts.silent = {"a:1"}
+        hosts.standstill = 1.0
+        ring.suspect("a:1")
+        await trio.sleep(60)
+        assert len(hosts.probed) > 10
+        assert ring.unhealthy() == ()
+
+        hosts.standstill = 0.0
+        await trio.sleep(5)
+        assert ring.unhealthy() == ("a:1",)
 
 
 # --- another list ---------------------------------------------------------------------------------
