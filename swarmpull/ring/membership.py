@@ -199,13 +199,22 @@ class Membership:
             self._wake.set()
         return _Call(member, trio.current_time() + after, patience, self._calls)
 
+    def want(self, member: str) -> None:
+        """This member would be called were it healthy: it is worth a probe from time to time."""
+        now = trio.current_time()
+        is_ill = member in self._members and not self._health.is_healthy(member, now)
+        if is_ill and self._probing.wanted(member, now):
+            self._wake.set()
+
     def suspect(self, member: str) -> None:
         """A call to this member takes longer than usual."""
-        if self._probing.suspect(member, trio.current_time()):
+        if member in self._members and self._probing.suspect(member, trio.current_time()):
             self._wake.set()
 
     def record_failure(self, member: str, reason: str) -> None:
-        """A call to this member got no answer."""
+        """A call to this member got no answer; of one that has left the ring nothing is kept."""
+        if member not in self._members:
+            return
         self._failed(member, reason)
         if self._probing.suspect(member, trio.current_time(), failed=True):
             self._wake.set()
@@ -234,8 +243,7 @@ class Membership:
         for member in preferred:
             if self._health.is_healthy(member, now):
                 break
-            if self._probing.wanted(member, now):
-                self._wake.set()
+            self.want(member)
             if member == first:
                 break
 
@@ -263,7 +271,7 @@ class Membership:
             now = trio.current_time()
             for call in self._calls:
                 if call.suspect_at <= now:
-                    self._probing.suspect(call.member, now)
+                    self.suspect(call.member)
                     # Again after a while, if it is still not answered.
                     call.suspect_at = now + self._probing.limits.calm_min
             for member in self._probing.take(now):

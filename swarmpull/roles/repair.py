@@ -129,7 +129,9 @@ class Repair:
         unhealthy = set(self._members.unhealthy())
         async with trio.open_nursery() as nursery:
             for member in self._members.members:
-                if member not in unhealthy:
+                if member in unhealthy:
+                    self._members.want(member)
+                else:
                     nursery.start_soon(ask, member)
         gone = {each for each in unhealthy if self._members.unhealthy_for(each) >= GONE_AFTER}
         queued = [Queued(blob.key, str(blob.digest), blob.rank) for blob in blobs]

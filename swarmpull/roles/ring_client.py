@@ -168,17 +168,20 @@ class RingClient:
 
         For calls that wait for long: many of them end at once when their connection does, which says no more
         about the member than one failure, and that the next ordinary call will find out.  When the member is
-        found to hang meanwhile they end too.
+        found to hang they end too.
 
         Raises:
-            RpcUnavailable: it did not answer within ``timeout`` seconds.
+            RpcUnavailable: it did not answer within ``timeout`` seconds, or does not answer of late.
             RpcFailed: it failed in a way that has no type, or does not know the method.
             SwarmpullError: the errors of the method.
         """
         order = self.members.order(key)
         if not order:
             raise self._nobody_answered(method.name, {})
-        address = at if at in order else order[0]
+        ill = self.members.unhealthy()
+        address = at if at in order and at not in ill else order[0]
+        if address in ill:
+            raise _hung(address, method)
         with self.members.calling(address, suspect=False, patience=0.0):
             return await self._pool.call(address, method, request, timeout=timeout)
         raise _hung(address, method)

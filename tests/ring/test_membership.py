@@ -287,6 +287,20 @@ async def test_a_list_that_is_replaced_counts_at_once(autojump_clock):
         assert ring.order("any key")[0] == "c:1"
 
 
+async def test_a_member_that_left_is_not_probed_although_a_call_to_it_fails(autojump_clock):
+    async with probed_ring("a:1", "b:1") as (ring, hosts):
+        hosts.silent = {"a:1"}
+        with ring.calling("a:1"):
+            ring.replace(["b:1"])
+            ring.suspect("a:1")
+            await trio.sleep(10)
+        ring.record_failure("a:1", "refused")
+        await trio.sleep(60)
+
+        assert hosts.probed == []
+        assert ring.unhealthy() == ()
+
+
 async def test_a_name_that_is_added_is_resolved_at_once_and_one_that_is_gone_is_gone(
     autojump_clock, resolver
 ):

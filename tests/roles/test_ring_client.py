@@ -13,6 +13,7 @@ import trio
 from swarmpull.digest import Digest
 from swarmpull.errors import BlobNotFound, RpcFailed, RpcUnavailable
 from swarmpull.roles import ring_client
+from swarmpull.roles.cluster import IndexClient
 from swarmpull.roles.ring_client import RingClient, open_ring
 from swarmpull.wire import api
 
@@ -228,6 +229,19 @@ async def test_a_call_that_waits_for_long_ends_when_its_member_is_found_to_hang(
             assert trio.current_time() - begun < 3.0
 
 
+async def test_a_call_that_would_wait_for_members_that_all_hang_is_not_made(
+    autojump_clock,
+) -> None:
+    async with play() as ring:
+        ring.members.hanging = set(ring.order)
+        with pytest.raises(RpcUnavailable):
+            await ring.look_up()
+        begun = trio.current_time()
+        with pytest.raises(RpcUnavailable, match="answers nothing"):
+            await ring.client.call_first(KEY, api.STAT_BLOB, api.BlobRequest(BLOB), timeout=600.0)
+        assert trio.current_time() == begun
+
+
 async def test_a_call_at_an_address_goes_there_while_it_is_a_member(autojump_clock) -> None:
     async with play() as ring:
         ask = ring.client.call_first
@@ -239,3 +253,34 @@ async def test_a_call_at_an_address_goes_there_while_it_is_a_member(autojump_clo
         ring.client.members.replace(ring.order[:2])
         reply = await ask(KEY, api.STAT_BLOB, request, timeout=1.0, at=last)
         assert f"127.0.0.1:{reply.length}" == ring.order[0]
+
+
+# --- load -----------------------------------------------------------------------------------------
+
+
+@attrs.define
+class Indexes(Members):
+    """Answer what an index is asked."""
+
+    async def call(self, address: str, method, request, *, timeout: float):
+        await trio.lowlevel.checkpoint()
+        self.calls[address] += 1
+        return api.Found(True) if method is api.HAS_BLOB else api.Empty()
+
+
+async def test_a_repository_is_read_from_all_indexes_and_changed_at_one(autojump_clock) -> None:
+    indexes = Indexes()
+    ring = open_ring(indexes, MEMBERS, "index")  # type: ignore[arg-type]
+    clients = [IndexClient(RingClient(indexes, ring)) for _ in range(300)]  # type: ignore[arg-type]
+    for client in clients:
+        for _ in range(3):
+            await client.has_blob("team/app", BLOB)
+
+    # 100 clients each, with a standard deviation of 8.2; each of them always asks the same one.
+    assert all(count % 3 == 0 for count in indexes.calls.values())
+    assert all(abs(indexes.calls[each] / 3 - 100) < 5 * 8.2 for each in MEMBERS)
+
+    indexes.calls.clear()
+    for client in clients:
+        await client.link_blob("team/app", BLOB)
+    assert indexes.calls == {ring.order("team/app")[0]: 300}
