@@ -168,12 +168,14 @@ def run(
 ) -> int:
     """Run one or more roles until SIGTERM or SIGINT.
 
-    The first signal lets requests under way end (drain_timeout), the second cancels it.
+    The first signal lets requests under way end (drain_timeout), the second cancels it. SIGHUP reads the
+    lists of the cluster's members again.
     """
-    loaded = _load(roles, file, data_dir, agents, overrides)
+    load = partial(_load, roles, file, data_dir, agents, overrides)
+    loaded = load()
     from swarmpull import runtime
 
-    return runtime.run(loaded, _role_set(roles), _announce)
+    return runtime.run(loaded, _role_set(roles), _announce, load)
 
 
 def _announce(running: Sequence[RoleAddresses]) -> None:

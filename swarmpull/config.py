@@ -112,6 +112,20 @@ def _cluster_list(_: object, attribute: attrs.Attribute[Any], value: tuple[str, 
         raise ValueError(f"'{attribute.name}' must not name a member twice: {', '.join(value)}")
 
 
+def _weights(_: object, attribute: attrs.Attribute[Any], value: tuple[str, ...]) -> None:
+    for entry in value:
+        member, _, weight = entry.rpartition("=")
+        try:
+            Address.parse(member)
+            if not 0.0 < float(weight) < math.inf:
+                raise ValueError
+        except ValueError as exc:
+            raise ValueError(
+                f"'{attribute.name}' each entry must be host:port=weight with a weight above 0, such as "
+                f"origin-1:7200=2: {entry!r}"
+            ) from exc
+
+
 def _host(_: object, attribute: attrs.Attribute[Any], value: str) -> None:
     if value and not (_HOST.fullmatch(value) or _is_ipv6(value)):
         raise ValueError(
@@ -488,6 +502,12 @@ class OriginConfig:
             "fewer; 1: only the one that takes the push."
         ),
     )
+    repair_rate: Rate = attrs.field(
+        default=Rate(50e6),
+        metadata=_meaning(
+            "Bytes per second at which an origin has others make up for copies that they lack, or unlimited."
+        ),
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -555,6 +575,15 @@ class ClusterConfig:
     indexes: tuple[str, ...] = attrs.field(
         default=(), validator=_cluster_list, metadata=_members("indexes", "agent and origin")
     )
+    weights: tuple[str, ...] = attrs.field(
+        default=(),
+        validator=_weights,
+        metadata=_meaning(
+            "How much of the work some members take, as a list of host:port=weight; all others have 1. "
+            "The same in every process.",
+            default="none",
+        ),
+    )
     names: tuple[str, ...] = attrs.field(
         default=(),
         validator=_registry_names,
@@ -563,6 +592,11 @@ class ClusterConfig:
             default="none",
         ),
     )
+
+    def weights_by_member(self) -> dict[str, float]:
+        """The weights by ``host:port``."""
+        parts = (entry.rpartition("=") for entry in self.weights)
+        return {member: float(weight) for member, _, weight in parts}
 
 
 @attrs.frozen(kw_only=True)

@@ -1,5 +1,7 @@
 """One process: start the roles in order, drain them on a signal, say how it ended.
 
+SIGHUP reads the configuration again; what can change while roles run does, the rest is named in the log.
+
 Roles start tracker, index, origin, agents, each when the one before it serves, and drain in the
 opposite order, so that an agent can still tell the tracker that it leaves.  The first SIGTERM or SIGINT
 drains within ``drain_timeout``, the second cancels, the third exits without more ado.  A service manager
@@ -23,8 +25,9 @@ import trio
 
 from swarmpull.config import ROLES, Config
 from swarmpull.errors import ConfigError, StartupError, SwarmpullError
-from swarmpull.layers import Loaded
+from swarmpull.layers import Loaded, toml_values
 from swarmpull.roles.addresses import RoleAddresses
+from swarmpull.roles.config_changes import ConfigChanges
 from swarmpull.systemd import ServiceManager
 
 # sysexits.h
@@ -38,6 +41,11 @@ EXIT_INTERRUPTED: Final = 130
 # Seconds after a cancellation before the process exits regardless: a send to a client that stopped
 # reading, or a thread in a hung file system, cannot be cancelled.
 _HARD_EXIT_AFTER: Final = 5.0
+
+# What SIGHUP changes; everything else needs a restart.
+RELOADED: Final = frozenset(
+    {"cluster.trackers", "cluster.origins", "cluster.indexes", "cluster.weights"}
+)
 
 _T = TypeVar("_T")
 
@@ -64,6 +72,7 @@ class RoleMain(Protocol):
         /,
         *,
         drain: trio.Event,
+        changes: ConfigChanges | None,
         task_status: trio.TaskStatus[RoleAddresses],
     ) -> None: ...
 
@@ -95,6 +104,7 @@ class _Stage:
         role: its name.
         main: its entry point.
         settings: one for each instance.
+        changes: tells them of another configuration.
         drain: set to make the instances end.
         done: set when the last instance has ended.
         running: instances that have not ended.
@@ -103,6 +113,7 @@ class _Stage:
     role: str
     main: RoleMain
     settings: Sequence[Any]
+    changes: ConfigChanges | None = None
     drain: trio.Event = attrs.field(factory=trio.Event)
     done: trio.Event = attrs.field(factory=trio.Event)
     running: int = 0
@@ -115,7 +126,9 @@ class _Stage:
         task_status: trio.TaskStatus[RoleAddresses] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         self.running += 1
-        await self.main(config, settings, drain=self.drain, task_status=task_status)
+        await self.main(
+            config, settings, drain=self.drain, changes=self.changes, task_status=task_status
+        )
         if not self.drain.is_set():
             raise RuntimeError(f"role {self.role} ended although nobody asked it to")
         self.running -= 1
@@ -214,12 +227,13 @@ class _Process:
         os._exit(EXIT_CUT_OFF)
 
 
-def _stages(loaded: Loaded, roles: frozenset[str]) -> tuple[_Stage, ...]:
+def _stages(loaded: Loaded, roles: frozenset[str], changes: ConfigChanges) -> tuple[_Stage, ...]:
     return tuple(
         _Stage(
             role,
             role_main(role),
             loaded.agents if role == "agent" else (getattr(loaded.config, role),),
+            changes,
         )
         for role in ROLES
         if role in roles
@@ -227,19 +241,25 @@ def _stages(loaded: Loaded, roles: frozenset[str]) -> tuple[_Stage, ...]:
 
 
 async def serve(
-    loaded: Loaded, roles: frozenset[str], announce: Callable[[Sequence[RoleAddresses]], None]
+    loaded: Loaded,
+    roles: frozenset[str],
+    announce: Callable[[Sequence[RoleAddresses]], None],
+    reload: Callable[[], Loaded] | None = None,
 ) -> int:
     """Run ``roles`` until a signal ends them; returns the exit status.
 
-    ``announce`` is called once, when all of them serve.
+    ``announce`` is called once, when all of them serve; ``reload`` reads the configuration again.
     """
     from swarmpull.telemetry import watch_event_loop
 
+    changes = ConfigChanges()
     manager = ServiceManager.of(os.environ)
-    process = _Process(loaded.config, _stages(loaded, roles), manager)
+    process = _Process(loaded.config, _stages(loaded, roles, changes), manager)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
             await nursery.start(process.handle_signals, signals)
+            if reload is not None:
+                await nursery.start(_reload_on_signal, loaded.config, reload, changes)
             nursery.start_soon(watch_event_loop)
             nursery.start_soon(manager.feed_watchdog)
             await process.run(announce)
@@ -247,15 +267,56 @@ async def serve(
     return process.status
 
 
+async def _reload_on_signal(
+    config: Config,
+    reload: Callable[[], Loaded],
+    changes: ConfigChanges,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Read the configuration again on each SIGHUP, and change what can be changed."""
+    has_terminal = os.isatty(0)
+    with trio.open_signal_receiver(signal.SIGHUP) as signals:
+        task_status.started()
+        async for _ in signals:
+            if has_terminal and not os.isatty(0):
+                # Nobody asks for anything: the terminal was closed.
+                signal.raise_signal(signal.SIGTERM)
+                return
+            config = await _reload(config, reload, changes)
+
+
+async def _reload(config: Config, reload: Callable[[], Loaded], changes: ConfigChanges) -> Config:
+    """Returns the configuration as far as it is in force now."""
+    try:
+        new = (await trio.to_thread.run_sync(reload)).config
+    except ConfigError as error:
+        problems = [str(problem) for problem in error.problems]
+        _log.error("configuration not reloaded, the old one stays", problems=problems)
+        return config
+    before, after = toml_values(config), toml_values(new)
+    changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    taken = sorted(changed & RELOADED)
+    if taken:
+        changes.tell(new.cluster)
+    _log.info("configuration reloaded", changed=taken, need_restart=sorted(changed - RELOADED))
+    names = [key.removeprefix("cluster.") for key in RELOADED]
+    in_force = {name: getattr(new.cluster, name) for name in names}
+    return attrs.evolve(config, cluster=attrs.evolve(config.cluster, **in_force))
+
+
 def run(
-    loaded: Loaded, roles: frozenset[str], announce: Callable[[Sequence[RoleAddresses]], None]
+    loaded: Loaded,
+    roles: frozenset[str],
+    announce: Callable[[Sequence[RoleAddresses]], None],
+    reload: Callable[[], Loaded] | None = None,
 ) -> int:
     """Run ``roles`` in this process; returns its exit status, after saying on stderr what was wrong."""
     from swarmpull.telemetry import setup_logging
 
     setup_logging(loaded.config.log)
     try:
-        return trio.run(serve, loaded, roles, announce)
+        return trio.run(serve, loaded, roles, announce, reload)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception as exc:

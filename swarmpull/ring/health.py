@@ -1,8 +1,9 @@
-"""Which members of a ring are healthy, from the calls that were made to them anyway.
+"""Which members of a ring are healthy, from the calls and probes that were made to them.
 
-Passive: nothing is probed.  A member becomes unhealthy after ``fall`` failures without a success
-between them, and healthy again after ``rise`` successes, or when its last failure is ``expiry``
-seconds old.  In the last case it is on probation: its next failure makes it unhealthy at once.
+A member becomes unhealthy after ``fall`` failures without a success between them, and healthy again
+after ``rise`` successes, or when its last failure is ``expiry`` seconds old, which happens to those
+that are not probed any more.  In the last case it is on probation: its next failure makes it
+unhealthy at once.
 
 Health only changes the order in which members are tried.  Nobody is ever dropped, so a ring whose
 members all look unhealthy still answers.
@@ -36,6 +37,7 @@ class _Record:
     failures: int = 0
     successes: int = 0
     failed_at: float = 0.0
+    fell_at: float = 0.0
     unhealthy: bool = False
 
 
@@ -58,6 +60,8 @@ class HealthTable:
         record.successes = 0
         record.failed_at = now
         fell = not record.unhealthy and record.failures == self._limits.fall
+        if fell:
+            record.fell_at = now
         record.unhealthy = record.failures == self._limits.fall
         return fell
 
@@ -79,6 +83,10 @@ class HealthTable:
             return True
         self._settle(record, now)
         return not record.unhealthy
+
+    def unhealthy_for(self, member: str, now: float) -> float:
+        """Seconds since this member became unhealthy; 0 for a healthy one."""
+        return 0.0 if self.is_healthy(member, now) else now - self._records[member].fell_at
 
     def arrange(self, members: Sequence[str], now: float) -> list[str]:
         """The same members: those that are healthy first, each part in the order it came in."""

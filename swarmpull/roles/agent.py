@@ -13,6 +13,7 @@ import trio
 from swarmpull.config import AgentConfig, Config
 from swarmpull.digest import Digest
 from swarmpull.errors import (
+    BackendUnavailable,
     BlobNotFound,
     PushRefused,
     RpcFailed,
@@ -25,7 +26,8 @@ from swarmpull.registry.manifests import Manifest
 from swarmpull.registry.names import UpstreamNames
 from swarmpull.registry.service import BlobReader, StoredManifest
 from swarmpull.roles.addresses import RoleAddresses
-from swarmpull.roles.cluster import Cluster, IndexClient, OriginClient, TrackerClient
+from swarmpull.roles.cluster import ORIGIN_RING, Cluster, IndexClient, OriginClient, TrackerClient
+from swarmpull.roles.config_changes import ConfigChanges
 from swarmpull.roles.repositories import Repositories, upstream_names
 from swarmpull.roles.role_store import open_role_store
 from swarmpull.roles.serving import serve_role
@@ -72,6 +74,11 @@ class BlobFinder:
             log.warning("no_tracker", digest=str(request.digest), reason=str(error))
         except trio.TooSlowError:
             log.info("tracker_slow", digest=str(request.digest), waited=TRACKER_PATIENCE)
+        except BackendUnavailable as error:
+            if error.backend != ORIGIN_RING:
+                raise
+            # The trackers reach no origin: perhaps we do.
+            log.info("tracker_without_origins", digest=str(request.digest), reason=error.reason)
         reply = await self._origins.get_metainfo(
             request.digest, request.namespace, growing=request.growing
         )
@@ -271,6 +278,7 @@ async def run_agent(
     settings: AgentConfig,
     *,
     drain: trio.Event,
+    changes: ConfigChanges | None = None,
     task_status: trio.TaskStatus[RoleAddresses] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until ``drain`` is set and what is under way has ended.
@@ -280,7 +288,7 @@ async def run_agent(
     """
     metrics = Metrics()
     async with open_rpc_pool() as pool:
-        cluster = Cluster(pool, config.cluster)
+        cluster = Cluster(pool, config.cluster, changes)
         async with (
             open_role_store("agent", settings.data_dir, settings.store, metrics) as store,
             open_swarm_host(

@@ -1,12 +1,11 @@
 """The other roles as this role sees them: a ring of members behind typed methods.
 
-Every call goes to the members in ring order until one answers.  An answer is also an error that says
-something about what was asked for (`BlobNotFound`); only a member that does not answer at all is
-passed over, and remembered as failing.
+Every call goes to the members in ring order until one answers; `swarmpull.roles.ring_client` says how.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Final, TypeVar
 
@@ -16,8 +15,10 @@ import trio
 
 from swarmpull.config import ClusterConfig
 from swarmpull.digest import Digest
-from swarmpull.errors import RpcUnavailable, SwarmpullError
-from swarmpull.ring.membership import Membership
+from swarmpull.errors import BackendUnavailable, RpcUnavailable
+from swarmpull.ring.announced import Announced
+from swarmpull.roles.config_changes import ConfigChanges
+from swarmpull.roles.ring_client import RingClient, open_ring
 from swarmpull.swarm.metainfo import Metainfo
 from swarmpull.swarm.peers import AnnounceState, PeerContact
 from swarmpull.wire import api
@@ -58,104 +59,44 @@ UPSTREAM_TIMEOUT: Final = 60.0
 ADOPT_TIMEOUT: Final = 3600.0
 # Blobs of which a host remembers where it announced them, some 200 bytes each; as many as a tracker keeps.
 ANNOUNCED_MAX: Final = 100_000
-
-
-class RingClient:
-    """Calls the members of one ring.
-
-    ``name`` says in errors which ring it is: tracker, origin, index; that of ``members`` by default.
-    """
-
-    def __init__(self, pool: RpcPool, members: Membership, name: str | None = None) -> None:
-        self._pool = pool
-        self.members = members
-        self.name = name or members.name
-
-    def when_lost(self, tell: Callable[[str], None]) -> None:
-        """Call ``tell(address)`` whenever a member that we are connected to went away; see `RpcPool`."""
-        self._pool.when_lost(tell)
-
-    async def call(
-        self, key: str, method: Method[Req, Rep], request: Req, *, timeout: float
-    ) -> Rep:
-        """Call the first member that answers, in the order that the ring has for ``key``.
-
-        ``timeout`` is in seconds and for each member: a call of a ring whose hosts are all silent takes
-        as often that.  A member that did not answer may have done what was asked.
-
-        Raises:
-            RpcUnavailable: no member answered; the reason has what each of them failed with.
-            RpcFailed: a member failed in a way that has no type.
-            SwarmpullError: the errors of the method.
-        """
-        _, reply = await self.call_member(key, method, request, timeout=timeout)
-        return reply
-
-    async def call_member(
-        self, key: str, method: Method[Req, Rep], request: Req, *, timeout: float
-    ) -> tuple[str, Rep]:
-        """The same as `call`, with the address of the member that answered before its reply."""
-        failures: dict[str, str] = {}
-        for address in self.members.order(key):
-            try:
-                reply = await self._pool.call(address, method, request, timeout=timeout)
-            except RpcUnavailable as exc:
-                self.members.record_failure(address, exc.reason)
-                log.info("rpc_member_passed_over", method=method.name, key=key, error=str(exc))
-                failures[address] = exc.reason
-            except SwarmpullError:
-                self.members.record_success(address)
-                raise
-            else:
-                self.members.record_success(address)
-                return address, reply
-        raise self._nobody_answered(method.name, failures)
-
-    async def call_first(
-        self, key: str, method: Method[Req, Rep], request: Req, *, timeout: float
-    ) -> Rep:
-        """Call only the member that is asked first for ``key``, whatever comes of it.
-
-        For calls that wait for long: many of them end at once when their connection does, which says no more
-        about the member than one failure, and that the next ordinary call will find out.
-
-        Raises:
-            RpcUnavailable: it did not answer within ``timeout`` seconds.
-            RpcFailed: it failed in a way that has no type, or does not know the method.
-            SwarmpullError: the errors of the method.
-        """
-        for address in self.members.order(key):
-            return await self._pool.call(address, method, request, timeout=timeout)
-        raise self._nobody_answered(method.name, {})
-
-    def _nobody_answered(self, method: str, failures: dict[str, str]) -> RpcUnavailable:
-        where = f"{self.name} ring ({', '.join(failures or self.members.entries)})"
-        if not failures:
-            return RpcUnavailable(
-                where, method, f"no {self.name} is known: configure or resolve one"
-            )
-        tried = "; ".join(f"{address}: {reason}" for address, reason in failures.items())
-        return RpcUnavailable(where, method, f"no member answered: {tried}")
+# A tracker that began so many seconds ago may not have heard of all yet: completed peers announce
+# themselves every 60 to 66 s.  A leecher that it gives fewer peers than that asks the next tracker in
+# turn with it, where those may still be that have not noticed that this one is back.
+YOUNG: Final = 90.0
+PEERS_ENOUGH: Final = 20
+# The name of the backend in the error of a tracker that reaches no origin.
+ORIGIN_RING: Final = "origin ring"
 
 
 class TrackerClient:
     """Announces to the trackers, and waits there for peers.
 
     Attributes:
-        on_lost: is told of the blobs whose tracker went away: its successor knows nobody.
+        on_lost: is told of the blobs that have to be announced anew, because their tracker went away, hangs,
+            was restarted, or is not the first one of the ring any more.
     """
 
     def __init__(self, ring: RingClient) -> None:
         self.on_lost: Callable[[tuple[Digest, ...]], None] | None = None
         self._ring = ring
-        # Who answered the last announce of each blob, the latest at the end.
-        self._announced: dict[Digest, str] = {}
+        self._announced = Announced(ANNOUNCED_MAX)
+        # Blobs of which the next announce goes to the second tracker.
+        self._elsewhere: set[Digest] = set()
         ring.when_lost(self._lost)
+        ring.members.when_changed(self._changed)
 
     def _lost(self, address: str) -> None:
-        digests = tuple(digest for digest, there in self._announced.items() if there == address)
+        self._announce_anew("tracker_lost", address, self._announced.gone(address))
+
+    def _changed(self, address: str, healthy: bool) -> None:
+        if healthy:
+            self._announce_anew("tracker_back", address, self._announced.back(address))
+        else:
+            self._lost(address)
+
+    def _announce_anew(self, event: str, address: str, digests: tuple[Digest, ...]) -> None:
         if digests and self.on_lost is not None:
-            log.info("tracker_lost", tracker=address, blobs=len(digests))
+            log.info(event, tracker=address, blobs=len(digests))
             self.on_lost(digests)
 
     async def announce(
@@ -169,24 +110,78 @@ class TrackerClient:
         Raises:
             BlobNotFound: metainfo is wanted and no origin can get the blob.
             BackendUnavailable: metainfo is wanted and no origin answers.
-            RpcUnavailable: no tracker answers.
+            RpcUnavailable: no tracker answers, or none of them has of late and there is no time to try.
         """
         if timeout is None:
             timeout = METAINFO_TIMEOUT if request.want_metainfo else ANNOUNCE_TIMEOUT
         if request.state is AnnounceState.STOPPED:
-            self._announced.pop(request.digest, None)
-        address, reply = await self._ring.call_member(
-            str(request.digest), api.ANNOUNCE, request, timeout=timeout
-        )
-        if request.state is not AnnounceState.STOPPED:
-            self._remember(request.digest, address)
+            self._forget(request.digest)
+        elsewhere = request.digest in self._elsewhere and not request.want_metainfo
+        address, reply = await self._announce_to(self._order(request, elsewhere), request, timeout)
+        if request.state is AnnounceState.STOPPED:
+            return reply
+        anew = self._announced.answered_by(request.digest, address, reply.process)
+        self._announce_anew("tracker_restarted", address, anew)
+        return self._taken(request, address, reply, elsewhere=elsewhere)
+
+    def _order(self, request: AnnounceRequest, elsewhere: bool) -> list[str]:
+        members = self._ring.members
+        order = members.order(str(request.digest))
+        ill = set(members.unhealthy())
+        if request.want_metainfo and order and ill.issuperset(order):
+            # A reader waits, and origins can answer; probes tell when a tracker is back.
+            raise RpcUnavailable(", ".join(order), api.ANNOUNCE.name, "no tracker answered of late")
+        if elsewhere and len(order) > 1 and order[1] not in ill:
+            order[:2] = order[1], order[0]
+        return order
+
+    async def _announce_to(
+        self, order: list[str], request: AnnounceRequest, timeout: float
+    ) -> tuple[str, AnnounceReply]:
+        """The first tracker that answers, and its reply.
+
+        One that reaches no origin is no reason to give up: another one may know metainfo and seeders.
+        """
+        failure: BackendUnavailable | None = None
+        while True:
+            try:
+                return await self._ring.call_member(
+                    str(request.digest), api.ANNOUNCE, request, timeout=timeout, order=order
+                )
+            except BackendUnavailable as error:
+                if error.backend != ORIGIN_RING:
+                    raise
+                failure, order = failure or error, order[1:]
+            except RpcUnavailable:
+                if failure is not None:
+                    raise failure from None
+                raise
+
+    def _taken(
+        self, request: AnnounceRequest, address: str, reply: AnnounceReply, *, elsewhere: bool
+    ) -> AnnounceReply:
+        """Remember where a blob is announced, and whom to ask the next time."""
+        digest = request.digest
+        former = self._announced.place(digest)
+        preferred = self._ring.members.preference(str(digest))
+        self._elsewhere.discard(digest)
+        if elsewhere and former is not None and former.tracker != address:
+            # It was asked for its peers only: the blob belongs where it is, and is watched there.
+            return attrs.evolve(reply, position=former.position)
+        self._announced.put(digest, address, preferred, reply.position)
+        is_young = reply.age is not None and reply.age < YOUNG
+        is_short = len(reply.peers) < PEERS_ENOUGH and request.state is AnnounceState.LEECHING
+        if is_young and is_short and len(preferred) > 1:
+            self._elsewhere.add(digest)
         return reply
 
-    def _remember(self, digest: Digest, address: str) -> None:
-        self._announced.pop(digest, None)
-        self._announced[digest] = address
-        if len(self._announced) > ANNOUNCED_MAX:
-            del self._announced[next(iter(self._announced))]
+    def _forget(self, digest: Digest) -> None:
+        self._announced.forget(digest)
+        self._elsewhere.discard(digest)
+
+    def _where(self, digest: Digest) -> str | None:
+        place = self._announced.place(digest)
+        return None if place is None else place.tracker
 
     async def watch(self, request: WatchRequest) -> WatchReply:
         """Wait for peers to appear; without any the tracker answers when ``request.seconds`` are over.
@@ -196,7 +191,13 @@ class TrackerClient:
             RpcFailed: it does not offer watches.
         """
         timeout = request.seconds + LOOKUP_TIMEOUT
-        return await self._ring.call_first(str(request.digest), api.WATCH, request, timeout=timeout)
+        return await self._ring.call_first(
+            str(request.digest),
+            api.WATCH,
+            request,
+            timeout=timeout,
+            at=self._where(request.digest),
+        )
 
     async def hashes(self, request: HashesRequest) -> Growth:
         """Wait for more piece hashes of a blob that an origin is still fetching.
@@ -207,8 +208,13 @@ class TrackerClient:
             SwarmpullError: there will be no more: BlobNotFound, BackendUnavailable, ...
         """
         timeout = request.seconds + LOOKUP_TIMEOUT
-        key = str(request.digest)
-        return await self._ring.call_first(key, api.HASHES, request, timeout=timeout)
+        return await self._ring.call_first(
+            str(request.digest),
+            api.HASHES,
+            request,
+            timeout=timeout,
+            at=self._where(request.digest),
+        )
 
 
 class OriginClient:
@@ -222,7 +228,7 @@ class OriginClient:
     ) -> int:
         """Length in bytes.  Raises BlobNotFound."""
         request = api.BlobRequest(digest, namespace)
-        reply = await self._ring.call(str(digest), api.STAT_BLOB, request, timeout=timeout)
+        _, reply = await self._ring.look_up(str(digest), api.STAT_BLOB, request, timeout=timeout)
         return reply.length
 
     async def get_metainfo(
@@ -241,9 +247,9 @@ class OriginClient:
             decide: the origin gets the blob from the backend itself, and asks no other one.
         """
         request = api.BlobRequest(digest, namespace, growing, decide)
-        address, reply = await self._ring.call_member(
-            str(digest), api.GET_METAINFO, request, timeout=timeout
-        )
+        # Whoever decides fetches the blob from the backend: of those there must not be two.
+        call = self._ring.call_member if decide else self._ring.look_up
+        address, reply = await call(str(digest), api.GET_METAINFO, request, timeout=timeout)
         host, _ = parse_address(address)
         return attrs.evolve(reply, seeder=reply.seeder.seen_at(host))
 
@@ -258,7 +264,9 @@ class OriginClient:
         """
         timeout = request.seconds + LOOKUP_TIMEOUT
         key = str(request.digest)
-        return await self._ring.call(key, api.HASHES_OF_ORIGIN, request, timeout=timeout)
+        return await self._ring.call(
+            key, api.HASHES_OF_ORIGIN, request, timeout=timeout, patience=0.0
+        )
 
     async def urge(self, digest: Digest, indices: tuple[int, ...]) -> None:
         """Have the origin of a blob fetch these pieces first, if it is fetching it.
@@ -336,12 +344,14 @@ class OriginClient:
 class IndexClient:
     """Repositories: tags, manifests and what belongs to them.
 
-    Every index can answer for every repository.  All calls about one repository go to the same index
-    while it is healthy, because that is where concurrent puts are put in order.
+    Every index can answer for every repository.  All changes of one repository go to the same index
+    while it is healthy, because that is where concurrent puts are put in order.  Reads of one repository go
+    to any of them, which is another one for each process, so that a popular repository is read from all.
     """
 
     def __init__(self, ring: RingClient) -> None:
         self._ring = ring
+        self._salt = random.getrandbits(32)
 
     async def resolve(self, repository: str, reference: str) -> Descriptor:
         """Look up a tag or a digest.  Raises ManifestNotFound, RepositoryNotFound."""
@@ -403,7 +413,10 @@ class IndexClient:
         return (await self._read(repository, api.LIST_REFERRERS, request)).manifests
 
     async def _read(self, repository: str, method: Method[Req, Rep], request: Req) -> Rep:
-        return await self._ring.call(repository, method, request, timeout=LOOKUP_TIMEOUT)
+        # Every index reads the same backend.
+        key = f"{repository} {self._salt}"
+        _, reply = await self._ring.look_up(key, method, request, timeout=LOOKUP_TIMEOUT)
+        return reply
 
     async def _write(self, repository: str, method: Method[Req, Rep], request: Req) -> Rep:
         return await self._ring.call(repository, method, request, timeout=WRITE_TIMEOUT)
@@ -412,16 +425,26 @@ class IndexClient:
 class Cluster:
     """The three rings of the configuration, for a role that calls them."""
 
-    def __init__(self, pool: RpcPool, config: ClusterConfig) -> None:
-        self.trackers = RingClient(pool, Membership(config.trackers, name="tracker"))
-        self.origins = RingClient(pool, Membership(config.origins, name="origin"))
-        self.indexes = RingClient(pool, Membership(config.indexes, name="index"))
+    def __init__(
+        self, pool: RpcPool, config: ClusterConfig, changes: ConfigChanges | None = None
+    ) -> None:
+        """``changes``: whoever tells of another configuration; None when nobody does."""
+        weights = config.weights_by_member()
+        self.trackers = RingClient(pool, open_ring(pool, config.trackers, "tracker", weights))
+        self.origins = RingClient(pool, open_ring(pool, config.origins, "origin", weights))
+        self.indexes = RingClient(pool, open_ring(pool, config.indexes, "index", weights))
+        if changes is not None:
+            changes.follow(
+                trackers=self.trackers.members,
+                origins=self.origins.members,
+                indexes=self.indexes.members,
+            )
         self.tracker = TrackerClient(self.trackers)
         self.origin = OriginClient(self.origins)
         self.index = IndexClient(self.indexes)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Keep DNS names resolved until cancelled; started once each was tried."""
+        """Keep DNS names resolved and members probed until cancelled; started once each name was tried."""
         async with trio.open_nursery() as nursery:
             for ring in (self.trackers, self.origins, self.indexes):
                 await nursery.start(ring.members.run)

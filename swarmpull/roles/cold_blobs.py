@@ -24,9 +24,10 @@ from swarmpull.errors import (
     SwarmpullError,
 )
 from swarmpull.roles.blob_places import BlobPlace, not_given
-from swarmpull.roles.cluster import OriginClient, RingClient
+from swarmpull.roles.cluster import OriginClient
 from swarmpull.roles.cold_fetch import ColdFetch, Quarantine
 from swarmpull.roles.downloads import Download
+from swarmpull.roles.ring_client import RingClient
 from swarmpull.roles.shared_work import SharedWork
 from swarmpull.roles.small_blobs import SmallBlob
 from swarmpull.roles.swarm_host import SwarmHost

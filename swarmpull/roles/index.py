@@ -18,6 +18,7 @@ from swarmpull.config import Config, IndexConfig
 from swarmpull.errors import BackendUnavailable, SwarmpullError
 from swarmpull.roles.addresses import RoleAddresses
 from swarmpull.roles.catalog import Catalog
+from swarmpull.roles.config_changes import ConfigChanges
 from swarmpull.roles.serving import serve_role
 from swarmpull.store.backends import open_backend
 from swarmpull.telemetry import Metrics
@@ -181,6 +182,7 @@ async def run_index(
     settings: IndexConfig,
     *,
     drain: trio.Event,
+    changes: ConfigChanges | None = None,  # noqa: ARG001 - an index calls nobody
     task_status: trio.TaskStatus[RoleAddresses] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until ``drain`` is set and the requests under way have ended.

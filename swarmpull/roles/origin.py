@@ -11,7 +11,7 @@ from typing import Final
 import structlog
 import trio
 
-from swarmpull.config import Config, OriginConfig
+from swarmpull.config import ClusterConfig, Config, OriginConfig
 from swarmpull.digest import Digest
 from swarmpull.errors import ProtocolError
 from swarmpull.registry.app import create_registry_app
@@ -19,16 +19,20 @@ from swarmpull.registry.manifests import Manifest, parse_manifest, under_digest
 from swarmpull.registry.names import UpstreamNames, is_repository
 from swarmpull.registry.service import BlobReader, StoredManifest
 from swarmpull.ring.membership import Membership
+from swarmpull.ring.repair import ABSENT, NOT_QUEUED
 from swarmpull.roles.addresses import RoleAddresses
 from swarmpull.roles.backend_watch import BackendWatch
-from swarmpull.roles.cluster import IndexClient, RingClient
+from swarmpull.roles.cluster import IndexClient
 from swarmpull.roles.cold_blobs import ColdBlobs
+from swarmpull.roles.config_changes import ConfigChanges
 from swarmpull.roles.hash_log import HashPolls, complete_growth
 from swarmpull.roles.origin_backends import open_backends
 from swarmpull.roles.origin_content import OriginContent
 from swarmpull.roles.origin_upstreams import UpstreamManifests
+from swarmpull.roles.repair import BATCH, Repair
 from swarmpull.roles.replication import Replication
 from swarmpull.roles.repositories import Repositories, upstream_names
+from swarmpull.roles.ring_client import RingClient, open_ring
 from swarmpull.roles.role_store import open_role_store
 from swarmpull.roles.serving import serve_role
 from swarmpull.roles.stored_manifests import store_manifest
@@ -45,7 +49,7 @@ from swarmpull.swarm.peers import PeerContact, PeerKind
 from swarmpull.telemetry import Metrics
 from swarmpull.wire import api
 from swarmpull.wire.api import Descriptor
-from swarmpull.wire.rpc import RpcContext, RpcService, open_rpc_pool
+from swarmpull.wire.rpc import RpcContext, RpcPool, RpcService, open_rpc_pool
 
 log = structlog.get_logger()
 
@@ -206,6 +210,7 @@ class OriginCalls:
         service.register(api.ADOPT_BLOB, self.adopt_blob)
         service.register(api.REPLICATE_BLOB, self.replicate_blob)
         service.register(api.HELD_BLOB, self.held_blob)
+        service.register(api.QUEUED, self.queued)
         service.register(api.PUT_MANIFEST, self.put_manifest)
         service.register(api.MOUNT_BLOB, self.mount_blob)
         service.register(api.RESOLVE_UPSTREAM, self.resolve_upstream)
@@ -302,6 +307,19 @@ class OriginCalls:
         rank = self._write_back.rank((request.digest, request.namespace))
         return api.HeldReply(metainfo, self._contact(context), rank)
 
+    async def queued(self, request: api.QueuedRequest, _context: RpcContext) -> api.QueuedReply:
+        """What this origin has of the blobs that another one has queued."""
+        if request.peer_id == self._host.contact.peer_id:
+            return api.QueuedReply(itself=True)
+        blobs = request.blobs[:BATCH]
+        return api.QueuedReply(tuple(self._rank(each) for each in blobs))
+
+    def _rank(self, blob: api.BlobOfRepository) -> int:
+        if not self._content.store.has(blob.digest):
+            return ABSENT
+        rank = self._write_back.rank((blob.digest, blob.namespace))
+        return NOT_QUEUED if rank is None else rank
+
     def _contact(self, context: RpcContext) -> PeerContact:
         """Where this origin seeds, as its caller can dial it."""
         return self._host.contact.seen_at(context.local_host)
@@ -364,11 +382,24 @@ def _check_namespace(namespace: str) -> None:
         raise ProtocolError(f"{namespace[:80]!r} is not a repository name")
 
 
+def _rings(
+    pool: RpcPool, cluster: ClusterConfig, changes: ConfigChanges | None
+) -> tuple[Membership, Membership]:
+    """The indexes and the origins, as the configuration has them from time to time."""
+    weights = cluster.weights_by_member()
+    indexes = open_ring(pool, cluster.indexes, "index", weights)
+    origins = open_ring(pool, cluster.origins, "origin", weights)
+    if changes is not None:
+        changes.follow(origins=origins, indexes=indexes)
+    return indexes, origins
+
+
 async def run_origin(
     config: Config,
     settings: OriginConfig,
     *,
     drain: trio.Event,
+    changes: ConfigChanges | None = None,
     task_status: trio.TaskStatus[RoleAddresses] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until ``drain`` is set and what is under way has ended.
@@ -377,8 +408,6 @@ async def run_origin(
         StartupError: a listener, the data directory or the backend cannot be had.
     """
     metrics = Metrics()
-    indexes = Membership(config.cluster.indexes, name="index")
-    origins = Membership(config.cluster.origins, name="origin")
     async with (
         open_backends(settings, config.upstreams) as backends,
         open_role_store("origin", settings.data_dir, settings.store, metrics) as store,
@@ -390,6 +419,7 @@ async def run_origin(
         open_swarm_host(store, PeerKind.ORIGIN, settings.peer, config.swarm, metrics) as host,
         trio.open_nursery() as nursery,
     ):
+        indexes, origins = _rings(pool, config.cluster, changes)
         index = IndexClient(RingClient(pool, indexes, "index"))
         replication = Replication(pool, origins, host, settings.replicas, metrics)
         cold = ColdBlobs(
@@ -405,13 +435,11 @@ async def run_origin(
         content = OriginContent(store, backends.namespaces, host, cold, nursery, metrics)
         write_back = WriteBack(queue, content, host, replication, metrics, settings.write_back)
         upstreams = UpstreamManifests(backends.upstreams, store, tags, nursery, metrics)
-        # After the queue has pinned its blobs.
-        nursery.start_soon(store.janitor.run)
-        nursery.start_soon(write_back.run)
+        repair = Repair(write_back, replication, store, origins, metrics, settings)
         watch = BackendWatch(backends.namespaces.own())
-        nursery.start_soon(watch.run)
-        for members in (indexes, origins):
-            nursery.start_soon(members.run)
+        # The janitor after the queue has pinned its blobs.
+        for each in (store.janitor, write_back, repair, watch, indexes, origins):
+            nursery.start_soon(each.run)
         host.recall = cold.recall
         host.urge = cold.urge_for_readers
         registry = OriginRegistry(content, write_back, index, upstreams, upstream_names(config))

@@ -7,6 +7,7 @@ id in the answer.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Final
 
 import attrs
@@ -45,6 +46,8 @@ SPREADING_MAX: Final = 16
 LOG_INTERVAL: Final = 60.0
 # For an origin to say whether its disk has a blob, in seconds.
 HELD_PATIENCE: Final = 2.0
+# To say what it has of a thousand blobs, from memory.
+QUEUED_PATIENCE: Final = 10.0
 # Origins that are asked for one blob; a cluster has a few.
 ASKED_MAX: Final = 16
 # Seconds for which an address that was found to be this process counts as such: it may move to another host.
@@ -114,7 +117,7 @@ class Replication:
 
         async def fill_one_place() -> None:
             for rank, address in candidates:
-                failure = self._passed_over(address) or await self._copy_to(
+                failure = self._passed_over(address) or await self.copy_to(
                     address, metainfo, namespace, rank
                 )
                 if not failure:
@@ -162,13 +165,31 @@ class Replication:
             return "got no piece of late"
         return ""
 
-    async def _copy_to(self, address: str, metainfo: Metainfo, namespace: str, rank: int) -> str:
+    async def copy_to(self, address: str, metainfo: Metainfo, namespace: str, rank: int) -> str:
         """Wait until a member has a blob; returns why it does not, or nothing."""
         if self._is_own(address):
             return ""
         request = api.ReplicateRequest(metainfo, namespace, self._host.contact, rank, POLL)
         received, heard_at = 0, trio.current_time()
         while True:
+            reply = await self._replicate(address, request)
+            if isinstance(reply, str):
+                return reply
+            if reply.itself:
+                self._own[address] = trio.current_time()
+            if reply.itself or reply.stored:
+                return ""
+            if reply.received > received:
+                received, heard_at = reply.received, trio.current_time()
+            elif trio.current_time() - heard_at > STALLED:
+                self._stalled[address] = trio.current_time()
+                return f"no piece for {STALLED:g} s, after {received} bytes"
+
+    async def _replicate(
+        self, address: str, request: api.ReplicateRequest
+    ) -> api.ReplicateReply | str:
+        """How far a member is, or why it takes no copy."""
+        with self._members.calling(address, patience=0.0):
             try:
                 reply = await self._pool.call(
                     address, api.REPLICATE_BLOB, request, timeout=POLL + ANSWER_PATIENCE
@@ -180,15 +201,32 @@ class Replication:
                 self._members.record_success(address)
                 return str(error)
             self._members.record_success(address)
-            if reply.itself:
-                self._own[address] = trio.current_time()
-            if reply.itself or reply.stored:
-                return ""
-            if reply.received > received:
-                received, heard_at = reply.received, trio.current_time()
-            elif trio.current_time() - heard_at > STALLED:
-                self._stalled[address] = trio.current_time()
-                return f"no piece for {STALLED:g} s, after {received} bytes"
+            return reply
+        return "answers nothing any more"
+
+    # --- repairing ----------------------------------------------------------------------------
+
+    async def ranks(self, address: str, keys: Sequence[Key]) -> dict[Key, int]:
+        """What a member has of these blobs: see `swarmpull.ring.repair`; of itself, nothing.
+
+        Raises SwarmpullError when it does not say.
+        """
+        blobs = tuple(api.BlobOfRepository(digest, namespace) for digest, namespace in keys)
+        request = api.QueuedRequest(self._host.contact.peer_id, blobs)
+        try:
+            with self._members.calling(address):
+                reply = await self._pool.call(address, api.QUEUED, request, timeout=QUEUED_PATIENCE)
+        except RpcUnavailable as error:
+            self._members.record_failure(address, error.reason)
+            raise
+        if reply.itself:
+            self._own[address] = trio.current_time()
+            return {}
+        return dict(zip(keys, reply.ranks, strict=False))
+
+    def own(self) -> frozenset[str]:
+        """The members that turned out to be this process."""
+        return frozenset(address for address in self._own if self._is_own(address))
 
     # --- reading ------------------------------------------------------------------------------
 

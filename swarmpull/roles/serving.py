@@ -17,8 +17,9 @@ from swarmpull.registry.asgi import AsgiApp
 from swarmpull.registry.server import serve_http
 from swarmpull.roles.addresses import RoleAddresses
 from swarmpull.telemetry import Metrics
+from swarmpull.wire import api
 from swarmpull.wire.listen import format_address
-from swarmpull.wire.rpc import RpcService, serve_rpc
+from swarmpull.wire.rpc import RpcContext, RpcService, serve_rpc
 
 log = structlog.get_logger()
 
@@ -70,6 +71,7 @@ async def serve_role(
     if registry is not None:
         servers["registry"] = partial(serve_http, registry)
     if service is not None:
+        service.register(api.PING, _answer_ping, at_once=_pong)
         servers["rpc"] = partial(serve_rpc, service)
     deadline = _Deadline(drain, grace)
     servers_grace = grace if on_drain is None else grace * REQUESTS_SHARE
@@ -133,6 +135,14 @@ class _Deadline:
             await on_drain()
         if scope.cancelled_caught:
             log.warning("drain_cut_short", role=role, grace=self.grace)
+
+
+def _pong(_: api.Empty, __: RpcContext) -> api.Empty:
+    return api.Empty()
+
+
+async def _answer_ping(request: api.Empty, context: RpcContext) -> api.Empty:
+    return _pong(request, context)
 
 
 def _section(settings: object, name: str) -> Any:  # noqa: ANN401 - the roles' sections differ

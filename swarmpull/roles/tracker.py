@@ -21,8 +21,10 @@ from swarmpull.digest import Digest
 from swarmpull.errors import ProtocolError
 from swarmpull.ring.membership import Membership
 from swarmpull.roles.addresses import RoleAddresses
-from swarmpull.roles.cluster import OriginClient, RingClient
+from swarmpull.roles.cluster import OriginClient
+from swarmpull.roles.config_changes import ConfigChanges
 from swarmpull.roles.hash_log import HashLog, HashPolls, complete_growth
+from swarmpull.roles.ring_client import RingClient, open_ring
 from swarmpull.roles.serving import serve_role
 from swarmpull.roles.tracker_metainfo import MetainfoLimits, MetainfoSource
 from swarmpull.swarm.handout import HandoutLimits, HandoutStatistics, PeerTable
@@ -58,6 +60,8 @@ class Tracker:
         self._table = table
         self._metainfo = metainfo
         self._polls = HashPolls(HASH_POLLS_MAX)
+        self._process = f"{random.getrandbits(64):016x}"
+        self._begun_at = trio.current_time()
         metrics.gauge(
             "tracker_hash_polls",
             "Agents that wait for piece hashes of a blob that is being fetched.",
@@ -103,7 +107,13 @@ class Tracker:
             self._handouts.observe(len(handout.peers))
             if not self._table.has_origin(digest):
                 self._metainfo.seek_origin(digest, request.namespace)
-        return api.AnnounceReply(handout.peers, handout.interval, position=handout.position)
+        return api.AnnounceReply(
+            handout.peers,
+            handout.interval,
+            position=handout.position,
+            process=self._process,
+            age=trio.current_time() - self._begun_at,
+        )
 
     async def hashes(self, request: api.HashesRequest, _: RpcContext) -> api.Growth:
         """Answer when more piece hashes are known than the caller has.
@@ -165,6 +175,7 @@ async def run_tracker(
     settings: TrackerConfig,
     *,
     drain: trio.Event,
+    changes: ConfigChanges | None = None,
     task_status: trio.TaskStatus[RoleAddresses] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until ``drain`` is set and the requests under way have ended.
@@ -176,7 +187,10 @@ async def run_tracker(
     table = PeerTable(HandoutLimits(), random.Random())
     _show_table(metrics, table)
     async with open_rpc_pool() as pool, trio.open_nursery() as background:
-        members = Membership(config.cluster.origins, name="origin")
+        cluster = config.cluster
+        members = open_ring(pool, cluster.origins, "origin", cluster.weights_by_member())
+        if changes is not None:
+            changes.follow(origins=members)
         await background.start(members.run)
         metainfo = MetainfoSource(
             OriginClient(RingClient(pool, members)),

@@ -22,7 +22,7 @@ from swarmpull.errors import (
     RpcUnavailable,
     SwarmpullError,
 )
-from swarmpull.roles.cluster import OriginClient
+from swarmpull.roles.cluster import ORIGIN_RING, OriginClient
 from swarmpull.roles.hash_log import HashLog, follow_growth, log_of
 from swarmpull.swarm.metainfo import Metainfo
 from swarmpull.swarm.peers import PeerContact
@@ -217,7 +217,7 @@ class MetainfoSource:
             if fetch is None:
                 if len(self._fetches) >= self._limits.fetches_max:
                     raise BackendUnavailable(
-                        "origin ring",
+                        ORIGIN_RING,
                         str(digest),
                         f"the tracker asks for {self._limits.fetches_max} blobs already, retry later",
                     )
@@ -295,7 +295,7 @@ def _copy(error: SwarmpullError | None, digest: Digest) -> SwarmpullError:
     An origin that does not answer is, to an agent, a backend that cannot be used.
     """
     if error is None:
-        return BackendUnavailable("origin ring", str(digest), "the tracker shuts down")
+        return BackendUnavailable(ORIGIN_RING, str(digest), "the tracker shuts down")
     if isinstance(error, RpcUnavailable):
-        return BackendUnavailable("origin ring", str(digest), str(error))
+        return BackendUnavailable(ORIGIN_RING, str(digest), str(error))
     return copy.copy(error)

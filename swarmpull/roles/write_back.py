@@ -12,6 +12,9 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import attrs
@@ -99,6 +102,7 @@ class WriteBack:
         self._lanes: dict[str, _Lane] = {}
         # In the order in which they were accepted.
         self._queued: dict[Key, _Queued] = {}
+        self._spreading: Counter[Key] = Counter()
         self._bytes = 0
         # Of these, the ones that were found on the disk.
         self._found = 0
@@ -128,7 +132,10 @@ class WriteBack:
         if self._mode == "sync":
             await self._content.make_durable(digest, namespace)
             return
-        with self._store.hold(digest, Pin.NOT_WRITTEN_BACK):
+        with (
+            self._store.hold(digest, Pin.NOT_WRITTEN_BACK),
+            self._spreading_of((digest, namespace)),
+        ):
             await self._enqueue(digest, namespace, 0)
             await self._replication.spread(await self._store.metainfo(digest), namespace)
 
@@ -148,6 +155,21 @@ class WriteBack:
         """The rank of a blob in the queue; None when it is not in it."""
         queued = self._queued.get(key)
         return queued.blob.rank if queued else None
+
+    def settled(self) -> list[QueuedBlob]:
+        """What is in the queue and not just being replicated, in the order in which it was accepted."""
+        return [queued.blob for key, queued in self._queued.items() if key not in self._spreading]
+
+    @contextmanager
+    def _spreading_of(self, key: Key) -> Iterator[None]:
+        """The block replicates a blob; others may do the same for the same push."""
+        self._spreading[key] += 1
+        try:
+            yield
+        finally:
+            self._spreading[key] -= 1
+            if not self._spreading[key]:
+                del self._spreading[key]
 
     def status(self) -> dict[str, object]:
         """The write-back part of the document that ``swarmpull status`` shows."""

@@ -24,6 +24,11 @@ class Empty:
     """A reply that only says "done"."""
 
 
+# Answered by every role, from memory.  Any answer says that the process is alive, also that the method is
+# unknown.
+PING: Final = Method("ping", Empty, Empty)
+
+
 # --- metainfo that grows ------------------------------------------------------------------------
 
 
@@ -109,6 +114,9 @@ class AnnounceReply:
         position: where a watch goes on from this handout; None from a tracker that offers none.
         content: the whole blob, when metainfo was wanted and it has at most INLINE_BYTES_MAX; to be verified.
         growth: when metainfo was wanted of a blob that is being fetched; `HASHES` tells of more.
+        process: names the tracker's process: another one has lost what was announced to the former; empty
+            from a tracker that does not say.
+        age: seconds since it began; None from a tracker that does not say.
     """
 
     peers: tuple[PeerContact, ...]
@@ -117,6 +125,8 @@ class AnnounceReply:
     position: int | None = None
     content: bytes | None = attrs.field(default=None, repr=False)
     growth: Growth | None = None
+    process: str = ""
+    age: float | None = None
 
 
 @attrs.frozen
@@ -272,6 +282,38 @@ class ReplicateReply:
 
 
 @attrs.frozen
+class BlobOfRepository:
+    """A blob, and the repository through which it was pushed; empty for a generic blob."""
+
+    digest: Digest
+    namespace: str = ""
+
+
+@attrs.frozen
+class QueuedRequest:
+    """What of these blobs does an origin have?
+
+    Attributes:
+        peer_id: the caller.
+        blobs: 1000 at most.
+    """
+
+    peer_id: str
+    blobs: tuple[BlobOfRepository, ...]
+
+
+@attrs.frozen
+class QueuedReply:
+    """For each of the blobs its rank in the queue; -1 when it is not on the disk, -2 when it is not queued.
+
+    ``itself`` and no ranks when the caller has called itself.
+    """
+
+    ranks: tuple[int, ...] = ()
+    itself: bool = False
+
+
+@attrs.frozen
 class PutManifestRequest:
     """Push a manifest; ``reference`` is a tag or the manifest's own digest."""
 
@@ -305,6 +347,7 @@ ADOPT_BLOB: Final = Method("origin.adopt_blob", AdoptRequest, Empty)
 REPLICATE_BLOB: Final = Method("origin.replicate_blob", ReplicateRequest, ReplicateReply)
 # Raises BlobNotFound.
 HELD_BLOB: Final = Method("origin.held_blob", HeldRequest, HeldReply)
+QUEUED: Final = Method("origin.queued", QueuedRequest, QueuedReply)
 PUT_MANIFEST: Final = Method("origin.put_manifest", PutManifestRequest, PutManifestReply)
 
 

@@ -30,8 +30,13 @@ def say(text):
     sys.stderr.flush()
 
 
+class Ring:
+    def replace(self, entries, weights):
+        say(f"origins {{', '.join(entries)}} {{weights}}")
+
+
 def role_main(role):
-    async def run(config, settings, *, drain, task_status):
+    async def run(config, settings, *, drain, changes, task_status):
         what = BEHAVIOUR.get(role, "")
         if what == "port in use":
             port = settings.admin.listen
@@ -51,6 +56,7 @@ def role_main(role):
             raise LookupError("a defect")
         if what == "ends":
             return
+        changes.follow(origins=Ring())
         await drain.wait()
         say(f"{{role}} drains")
         if what == "stuck":
@@ -261,5 +267,54 @@ def test_a_closed_standard_output_does_not_stop_the_roles(start) -> None:
     process = start("--role", "all")
     process.popen.stdout.close()
     process.wait_until("cannot write to standard output")
+    process.send(signal.SIGTERM)
+    assert process.end()[0] == 0
+
+
+# --- SIGHUP ---------------------------------------------------------------------------------------
+
+
+def cluster_file(tmp_path, *origins: str, more: str = "") -> str:
+    path = tmp_path / "cluster.toml"
+    lists = (f"{key} = {list(origins)}" for key in MEMBER_LISTS)
+    path.write_text("\n".join(lists) + "\n" + more)
+    return str(path)
+
+
+def test_sighup_changes_the_members_of_the_cluster(start, tmp_path) -> None:
+    file = cluster_file(tmp_path, "a:1")
+    process = start("--role", "origin", "--config", file, "-o", "log.format=json")
+    assert process.popen.stdout is not None
+    process.popen.stdout.readline()
+    cluster_file(tmp_path, "a:1", "b:1", more='cluster.weights = ["b:1=2"]\norigin.replicas = 2\n')
+    process.send(signal.SIGHUP)
+    process.wait_until("configuration reloaded")
+
+    assert process.events == ["origins a:1, b:1 {'b:1': 2.0}"]
+    line = json.loads(process.said[-1])
+    assert line["changed"] == [
+        *("cluster.indexes", "cluster.origins", "cluster.trackers", "cluster.weights")
+    ]
+    assert line["need_restart"] == ["origin.replicas"]
+
+    # What waits for a restart goes on waiting; what was taken over is not news.
+    process.send(signal.SIGHUP)
+    process.wait_until("configuration reloaded")
+    line = json.loads(process.said[-1])
+    assert (line["changed"], line["need_restart"]) == ([], ["origin.replicas"])
+    process.send(signal.SIGTERM)
+    assert process.end()[0] == 0
+
+
+def test_sighup_with_a_wrong_file_changes_nothing_and_says_why(start, tmp_path) -> None:
+    file = cluster_file(tmp_path, "a:1")
+    process = start("--role", "origin", "--config", file)
+    assert process.popen.stdout is not None
+    process.popen.stdout.readline()
+    cluster_file(tmp_path, "b:1", more="cluster.orgins = []\n")
+    process.send(signal.SIGHUP)
+    process.wait_until("did you mean cluster.origins?")
+
+    assert process.events == []
     process.send(signal.SIGTERM)
     assert process.end()[0] == 0

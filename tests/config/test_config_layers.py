@@ -198,6 +198,14 @@ def test_texts_are_read_by_the_type_of_their_key(option: str, value: object) -> 
             "must hold addresses that others can dial: '0.0.0.0:7300'",
         ),
         ('cluster.trackers = ["a:1", "a:1"]', "must not name a member twice: a:1, a:1"),
+        *(
+            (
+                f'cluster.weights = ["{entry}"]',
+                "each entry must be host:port=weight with a weight above 0, such as "
+                f"origin-1:7200=2: '{entry}'",
+            )
+            for entry in ("a:1", "a:1=0", "a:1=x", "a=2", "a:1=inf")
+        ),
         (
             'origin.backend.url = "/data"',
             "must be a URL, such as file:///var/lib/swarmpull/backend: '/data'",

@@ -32,6 +32,7 @@ from swarmpull.config import (
 from swarmpull.digest import Digest
 from swarmpull.roles.addresses import RoleAddresses
 from swarmpull.roles.agent import run_agent
+from swarmpull.roles.config_changes import ConfigChanges
 from swarmpull.roles.index import run_index
 from swarmpull.roles.origin import run_origin
 from swarmpull.roles.tracker import run_tracker
@@ -97,6 +98,7 @@ class Cluster:
     config: Config
     roles: dict[str, Role] = attrs.Factory(dict)
     namespaces: tuple[NamespaceConfig, ...] = ()
+    changes: ConfigChanges = attrs.Factory(ConfigChanges)
 
     async def start(
         self, name: str, main: Callable[..., Awaitable[None]], settings: object
@@ -106,7 +108,13 @@ class Cluster:
         async def run(*, task_status: trio.TaskStatus[RoleAddresses]) -> None:
             try:
                 with scope:
-                    await main(self.config, settings, drain=drain, task_status=task_status)
+                    await main(
+                        self.config,
+                        settings,
+                        drain=drain,
+                        changes=self.changes,
+                        task_status=task_status,
+                    )
             finally:
                 ended.set()
 

@@ -281,6 +281,56 @@ async def test_killing_an_agent_in_the_middle_of_a_pull_leaves_what_can_be_resum
     assert (await cluster.get("agent", blob_path(LAYER))).content == LAYER
 
 
+# --- what goes on without the others --------------------------------------------------------------
+
+
+async def test_a_download_goes_on_with_the_peers_that_it_knows_when_all_trackers_are_gone(
+    cluster: Cluster,
+) -> None:
+    await cluster.push_image("origin", REPOSITORY, CONFIG, LAYER)
+    await cluster.start_agent()
+    admin = cluster.roles["origin"].address("admin")
+    await put_rates([admin], {"upload_rate": 1})
+    async with trio.open_nursery() as nursery:
+        pulled: list[bytes] = []
+
+        async def pull() -> None:
+            pulled.append((await cluster.get("agent", blob_path(LAYER))).content)
+
+        nursery.start_soon(pull)
+        await until_passes_no_more(cluster)
+        await cluster.roles["tracker"].kill()
+        await put_rates([admin], {"upload_rate": None})
+
+    assert pulled == [LAYER]
+    # And one that begins now asks the origins.
+    assert (await cluster.get("agent", blob_path(CONFIG))).content == CONFIG
+
+
+async def test_peers_finish_what_the_swarm_holds_when_all_origins_are_gone(
+    cluster: Cluster,
+) -> None:
+    await cluster.push_image("origin", REPOSITORY, CONFIG, LAYER)
+    await cluster.start_agent("one")
+    assert (await cluster.get("one", blob_path(LAYER))).content == LAYER
+    admins = [cluster.roles[role].address("admin") for role in ("origin", "one")]
+    await put_rates(admins, {"upload_rate": 1})
+    await cluster.start_agent()
+    async with trio.open_nursery() as nursery:
+        pulled: list[bytes] = []
+
+        async def pull() -> None:
+            pulled.append((await cluster.get("agent", blob_path(LAYER))).content)
+
+        nursery.start_soon(pull)
+        await until_passes_no_more(cluster)
+        await cluster.roles["origin"].kill()
+        await put_rates(admins[1:], {"upload_rate": None})
+
+    assert pulled == [LAYER]
+    assert (await cluster.status("agent"))["bytes_received"]["origin"] == 0
+
+
 # --- finding --------------------------------------------------------------------------------------
 
 CONTENT = make_content(5)

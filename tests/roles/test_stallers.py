@@ -114,6 +114,35 @@ async def test_peers_that_go_on_slowly_keep_their_buffers_however_many_wait(
     assert not [bye for bye in goodbyes if bye.reason is ByeReason.STALLED]
 
 
+async def test_a_peer_that_turns_into_a_black_hole_is_given_up_by_what_pieces_usually_take(
+    tmp_path: Path, content: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under SIGSTOP: the connection stays, and nothing comes.  No fixed time would end it within an
+    hour."""
+    monkeypatch.setattr(timing, "TIMEOUT_INITIAL", HOUR)
+    monkeypatch.setattr(timing, "PROGRESS_TIMEOUT_MIN", HOUR)
+    hole = ScriptedPeer(content, give_three_pieces_and_stop, number=1)
+    honest = ScriptedPeer(content, honestly, number=2)
+    async with (
+        trio.open_nursery() as nursery,
+        running_node(tmp_path / "leecher", config=CONFIG) as node,
+    ):
+        contacts = tuple([await nursery.start(peer.serve) for peer in (hole, honest)])
+        download = await node.host.download(
+            content.digest, "", Finder(content.metainfo, contacts).find
+        )
+        await download.wait()
+        assert await node.stored(content)
+        nursery.cancel_scope.cancel()
+
+
+async def give_three_pieces_and_stop(peer: ScriptedPeer, stream: PeerStream) -> None:
+    for _ in range(3):
+        index = await peer.hear_claim(stream)
+        await peer.send_bytes(stream, index, peer.content.piece(index))
+    await stop_between_two_chunks(peer, stream)
+
+
 async def trickle(peer: ScriptedPeer, stream: PeerStream) -> None:
     """The first piece takes several times as long as silence is allowed; the others come as they can."""
     index = await peer.hear_claim(stream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -525,6 +526,27 @@ async def test_a_restart_goes_on_with_the_queue(tmp_path: Path) -> None:
             "oldest_seconds": 0.0,
             "failure": None,
         }
+
+
+async def test_a_clock_that_went_back_delays_nothing_that_is_queued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = make_content(1000)
+    year = 365 * 86400.0
+    now = time.time
+    async with ring_of(tmp_path, 1) as ring:
+        monkeypatch.setattr(time, "time", lambda: now() + year)
+        ring.break_backend()
+        assert (await ring.put("origin-1", content.data)).status_code == 201
+        await ring.cluster.counted("origin-1", "write_back_failures_total", 1)
+        await ring.kill("origin-1")
+        ring.mend_backend()
+        monkeypatch.setattr(time, "time", now)
+
+        await ring.start("origin-1")
+
+        await ring.cluster.written_back("origin-1")
+        assert ring.backend_bytes(content.digest) == content.data
 
 
 async def test_a_lost_queue_is_made_anew_from_the_disk(tmp_path: Path) -> None:
