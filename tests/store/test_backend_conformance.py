@@ -7,7 +7,8 @@ backend or behind it.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import attrs
@@ -31,7 +32,7 @@ from swarmpull.store.backends.paced import PacedBackend
 from swarmpull.store.token_bucket import TokenBucket
 
 from .s3_proxy import Relay
-from .s3_server import BUCKET, S3Server
+from .s3_server import BUCKET, installed_kinds
 
 MIB = 1 << 20
 KEY = "blobs/sha256/ab/abcd"
@@ -72,9 +73,9 @@ def directory_harness(request: pytest.FixtureRequest) -> Harness:
     return Harness(lambda: open_backend(root.as_uri()), failing, leftovers)
 
 
-def s3_harness(request: pytest.FixtureRequest) -> Harness:
-    server = request.getfixturevalue("s3_server")
-    relay = request.getfixturevalue("s3_relay")
+def s3_harness(request: pytest.FixtureRequest, *, kind: str) -> Harness:
+    server = request.getfixturevalue("s3_servers")(kind)
+    relay = request.getfixturevalue("relay_to")(server.port)
     options = f"endpoint=127.0.0.1:{relay.port}&secure=false&attempts=2&part_size=5MiB"
 
     @contextmanager
@@ -89,9 +90,10 @@ def s3_harness(request: pytest.FixtureRequest) -> Harness:
 
 
 @pytest.fixture
-def s3_relay(s3_server: S3Server) -> Iterator[Relay]:
-    with Relay(s3_server.port) as relay:
-        yield relay
+def relay_to() -> Iterator[Callable[[int], Relay]]:
+    """Opens relays to servers, by their ports."""
+    with ExitStack() as relays:
+        yield lambda port: relays.enter_context(Relay(port))
 
 
 def paced_harness(request: pytest.FixtureRequest) -> Harness:
@@ -104,7 +106,12 @@ def paced_harness(request: pytest.FixtureRequest) -> Harness:
     return attrs.evolve(inner, open=open_paced)
 
 
-HARNESSES = {"directory": directory_harness, "paced": paced_harness, "s3": s3_harness}
+HARNESSES = {
+    "directory": directory_harness,
+    "paced": paced_harness,
+    # Every S3 server that is installed here; without any, the tests are skipped and say why.
+    **{f"s3 {kind}".strip(): partial(s3_harness, kind=kind) for kind in installed_kinds() or [""]},
+}
 
 
 @pytest.fixture(params=sorted(HARNESSES))
