@@ -18,7 +18,7 @@ import os
 import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -31,6 +31,7 @@ from swarmpull.errors import (
     DigestMismatch,
     InvalidMetainfo,
     StartupError,
+    StoreFull,
     StoreUnavailable,
 )
 from swarmpull.store.content import BlobStat, ContentTree
@@ -57,6 +58,15 @@ from swarmpull.telemetry import Metrics
 __all__ = ["BlobHandle", "BlobStat", "BlobStore", "BlobWriter", "open_store"]
 
 ALGORITHMS: Final = ("sha256", "sha512")
+
+
+@contextmanager
+def _naming(digest: Digest) -> Iterator[None]:
+    """Say which blob it is that there is no room for."""
+    try:
+        yield
+    except StoreFull as full:
+        raise full.of(str(digest)) from full
 
 
 class BlobHandle:
@@ -269,10 +279,11 @@ class BlobStore:
         room = Room(self.janitor.admit, self._ledger, TEMPORARY)
         needed = len(content)
         try:
-            await room.grow(needed)
-            return await self._disk.run(
-                self._tree.put, metainfo, content, room.leave, needed=needed
-            )
+            with _naming(metainfo.digest):
+                await room.grow(needed)
+                return await self._disk.run(
+                    self._tree.put, metainfo, content, room.leave, needed=needed
+                )
         finally:
             room.leave()
 
@@ -298,10 +309,11 @@ class BlobStore:
                 PartialFiles(self.root / "partials", digest).count(self._tree)
 
         try:
-            await self._reserve(digest, metainfo.length)
-            partial = await open_partial(
-                self.root / "partials", metainfo, self._tree, self._disk, release
-            )
+            with _naming(digest):
+                await self._reserve(digest, metainfo.length)
+                partial = await open_partial(
+                    self.root / "partials", metainfo, self._tree, self._disk, release
+                )
         except BaseException:
             release()
             raise
