@@ -202,14 +202,23 @@ class StoreFull(SwarmpullError):
     """The local disk, or what a store may use of it, has no room for this one request.
 
     Everything else goes on.
+
+    Attributes:
+        blob: the digest that the room is for; empty when it is not known yet.
     """
 
     store: str
     needed: int
     remedy: str = "free disk space"
+    blob: str = ""
 
     def __str__(self) -> str:
-        return f"store {self.store} has no room for {self.needed} bytes: {self.remedy}"
+        what = f" of {self.blob}" if self.blob else ""
+        return f"store {self.store} has no room for {self.needed} bytes{what}: {self.remedy}"
+
+    def of(self, blob: str) -> StoreFull:
+        """The same, for a blob."""
+        return attrs.evolve(self, blob=blob)
 
 
 @attrs.define(slots=False)

@@ -36,6 +36,7 @@ from swarmpull.registry.errors import shorten
 from swarmpull.registry.names import is_tag
 from swarmpull.roles.catalog_objects import (
     ENTRY_BYTES_MAX,
+    MARKERS,
     TAG_BYTES_MAX,
     ManifestEntry,
     annotation_bytes,
@@ -45,7 +46,9 @@ from swarmpull.roles.catalog_objects import (
     check_writable,
     digest_at_end,
     manifest_key,
+    marked,
     marker_key,
+    marker_name,
     pack_entry,
     pack_tag,
     referrer_key,
@@ -133,7 +136,8 @@ class Catalog:
 
     async def list_repositories(self, after: str, limit: int) -> ListReply:
         """Repository names in byte order, strictly after ``after``."""
-        return await self._names("catalog/", after, limit)
+        page = await self._names(MARKERS, marker_name(after), limit)
+        return ListReply(tuple(map(marked, page.names)), page.more)
 
     async def list_referrers(self, repository: str, digest: Digest) -> tuple[Descriptor, ...]:
         """Manifests of the repository whose subject is ``digest``, in the order of their digests.
@@ -229,7 +233,7 @@ class Catalog:
 
     async def check_backend(self) -> None:
         """Raises BackendUnavailable when the backend does not answer."""
-        await self._backend.list("catalog/", limit=1)
+        await self._backend.list(MARKERS, limit=1)
 
     # --- parts --------------------------------------------------------------------------------
 

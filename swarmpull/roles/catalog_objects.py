@@ -1,6 +1,6 @@
 """The keys of the objects in which the catalog keeps repositories, and what is in them.
 
-    catalog/<name>                                   the repository exists
+    catalog/<name, with .~/ for />                   the repository exists
     repositories/<name>/_tags/<tag>                  which manifest the tag names, and since when
     repositories/<name>/_manifests/<alg>/<hex>       what is known of a manifest
     repositories/<name>/_referrers/<alg>/<hex>/<alg>/<hex>
@@ -8,7 +8,8 @@
     repositories/<name>/_blobs/<alg>/<hex>           the blob is part of the repository
 
 No component of a repository name begins with ``_``, so a repository may be called ``a`` and another
-``a/b``, and neither has a key that is the other's.
+``a/b``, and neither has a key that is the other's.  No key is another one with a ``/`` and more behind it:
+MinIO would not list that.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ from swarmpull.wire.api import Descriptor
 # A manifest has 4 MiB at most, and its annotations are part of it.
 ENTRY_BYTES_MAX: Final = 5 << 20
 TAG_BYTES_MAX: Final = 4096
+MARKERS: Final = "catalog/"
+# What is below the repository ``a`` is not below its marker.  In names ``.`` comes right before ``/``, and no
+# character after ``~``, so these sort as ``/`` does.
+BELOW: Final = ".~/"
 
 
 @attrs.frozen
@@ -42,7 +47,17 @@ class ManifestEntry:
 
 
 def marker_key(repository: str) -> str:
-    return f"catalog/{repository}"
+    return MARKERS + marker_name(repository)
+
+
+def marker_name(text: str) -> str:
+    """The name of a marker below `MARKERS`; in the order of what they are names for."""
+    return text.replace("/", BELOW)
+
+
+def marked(name: str) -> str:
+    """What `marker_name` was made of."""
+    return name.replace(BELOW, "/")
 
 
 def tags_prefix(repository: str) -> str:
@@ -95,7 +110,7 @@ def check_writable(repository: str) -> None:
     if not can_be_kept(repository):
         raise PushRefused(
             f"{shorten(repository)!r} cannot be the name of a repository: outside the grammar, or with "
-            f"a component of more than {SEGMENT_BYTES_MAX} characters"
+            f"a component of more than {SEGMENT_BYTES_MAX - len(BELOW) + 1} characters"
         )
 
 

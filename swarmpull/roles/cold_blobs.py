@@ -21,6 +21,7 @@ from swarmpull.errors import (
     ObjectNotFound,
     RpcFailed,
     RpcUnavailable,
+    StoreFull,
     SwarmpullError,
 )
 from swarmpull.roles.blob_places import BlobPlace, not_given
@@ -309,6 +310,8 @@ class ColdBlobs:
             if await self._fetched_elsewhere(place, absent=isinstance(error, ObjectNotFound)):
                 return
             raise not_given(digest, error) from error
+        except StoreFull as full:
+            raise full.of(str(digest)) from full
         except DigestMismatch as error:
             corrupt = self.quarantine.put(place, f"it hashes to {error.actual}")
             if await self._fetched_elsewhere(place):

@@ -222,7 +222,10 @@ class ColdFetch:
                 log.info("range_not_fetched", digest=str(self.digest), reason=str(error))
                 longest = PAUSE * 2 ** (failures - 1)
                 await trio.sleep(longest * self._random.uniform(0.5, 1.0))
-            except (StoreFull, StoreUnavailable) as error:
+            except StoreFull as full:
+                self._fail(full.of(str(self.digest)))
+                return
+            except StoreUnavailable as error:
                 self._fail(error)
                 return
 

@@ -18,7 +18,7 @@ import os
 import shutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +32,7 @@ from swarmpull.errors import (
     DigestMismatch,
     InvalidMetainfo,
     StartupError,
+    StoreFull,
     StoreUnavailable,
 )
 from swarmpull.store.content import BlobStat, ContentTree
@@ -59,6 +60,15 @@ from swarmpull.telemetry import Metrics
 __all__ = ["BlobHandle", "BlobStat", "BlobStore", "BlobWriter", "open_store"]
 
 ALGORITHMS: Final = ("sha256", "sha512")
+
+
+@contextmanager
+def _naming(digest: Digest) -> Iterator[None]:
+    """Say which blob it is that there is no room for."""
+    try:
+        yield
+    except StoreFull as full:
+        raise full.of(str(digest)) from full
 
 
 class BlobHandle:
@@ -296,10 +306,11 @@ class BlobStore:
         room = Room(self.janitor.admit, self._ledger, TEMPORARY)
         needed = len(content)
         try:
-            await room.grow(needed)
-            return await self._disk.run(
-                self._tree.put, metainfo, content, room.leave, needed=needed
-            )
+            with _naming(metainfo.digest):
+                await room.grow(needed)
+                return await self._disk.run(
+                    self._tree.put, metainfo, content, room.leave, needed=needed
+                )
         finally:
             room.leave()
 
@@ -325,10 +336,11 @@ class BlobStore:
                 PartialFiles(self.root / "partials", digest).count(self._tree)
 
         try:
-            await self._reserve(digest, metainfo.length)
-            partial_blob = await open_partial(
-                self.root / "partials", metainfo, self._tree, self._disk, release
-            )
+            with _naming(digest):
+                await self._reserve(digest, metainfo.length)
+                partial_blob = await open_partial(
+                    self.root / "partials", metainfo, self._tree, self._disk, release
+                )
         except BaseException:
             release()
             raise

@@ -237,14 +237,23 @@ class Janitor:
             self._tree.save_use(digest, record)
 
     def _full(self, needed: int) -> StoreFull:
-        if self._ledger.total() + needed <= self.limits.high:
-            return StoreFull(self._disk.name, needed, f"free disk space{self._not_written_back()}")
         limit = f"{self.limits.key or 'the high watermark'} ({self.limits.high:.0f} bytes)"
-        return StoreFull(
-            self._disk.name,
-            needed,
-            f"what it has beyond {limit} is in use{self._not_written_back()}, so raise that or wait",
-        )
+        size = self._disk_size()
+        if needed > min(size, self.limits.high):
+            # Nothing that is removed helps, so nobody should wait for it.
+            small = f"the disk ({size:.0f} bytes)" if size < self.limits.high else limit
+            remedy = f"more than all of {small}: make that larger"
+        elif self._ledger.total() + needed <= self.limits.high:
+            remedy = f"free disk space{self._not_written_back()}"
+        else:
+            beyond = f"what it has beyond {limit} is in use{self._not_written_back()}"
+            remedy = f"{beyond}, so raise that or wait"
+        return StoreFull(self._disk.name, needed, remedy)
+
+    def _disk_size(self) -> float:
+        with self._disk.translating():
+            status = os.statvfs(self._root)
+        return status.f_blocks * status.f_frsize
 
     def _not_written_back(self) -> str:
         """How much of what is in use waits for the backend, for who runs into it."""

@@ -302,7 +302,9 @@ class PartialBlob:
             if self.have >> index & 1:
                 await self._disk.run(hasher.update, memoryview(data))
             else:
-                await self._disk.run(_write_and_hash, content, data, offset, hasher)
+                await self._disk.run(
+                    _write_and_hash, content, data, offset, hasher, needed=len(data)
+                )
 
     async def take_piece(self, index: int, actual: bytes) -> bool:
         """A piece is written whole: keep it unless it should hash to something else; for `PieceWriter`."""
@@ -312,7 +314,7 @@ class PartialBlob:
         # At once, so that nobody adds another one while it is written down.
         self.metainfo.add(index, actual)
         with self._pieces.use() as record:
-            await self._disk.run(self._mark_stored, record, index, actual)
+            await self._disk.run(self._mark_stored, record, index, actual, needed=len(actual))
         self._piece_stored(index)
         return True
 

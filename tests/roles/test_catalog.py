@@ -22,6 +22,7 @@ from swarmpull.errors import (
 )
 from swarmpull.registry.names import is_repository
 from swarmpull.roles import catalog as catalog_module
+from swarmpull.roles import catalog_objects
 from swarmpull.roles.catalog import Catalog
 from swarmpull.store.backends import Backend, open_backend
 from swarmpull.wire.api import Descriptor, RecordManifestRequest
@@ -270,7 +271,7 @@ async def test_tags_are_listed_in_byte_order_by_pages(catalog):
 
 
 async def test_repositories_are_listed_in_byte_order_by_pages(catalog):
-    names = ["b", "a/b", "a", "a-b", "a/b/c", "ab"]
+    names = ["b", "a/b", "a", "a-b", "a/b/c", "ab", "a.b", "a0", "a__b", "a/0"]
     for name in names:
         await catalog.link_blob(name, LAYER)
     ordered = sorted(names, key=str.encode)
@@ -283,6 +284,27 @@ async def test_repositories_are_listed_in_byte_order_by_pages(catalog):
         more = page.more
 
     assert listed == ordered
+
+
+async def test_no_object_lies_below_another_where_minio_would_not_list_it(catalog, backend):
+    for number, name in enumerate(["a", "a/b", "a/b/c"]):
+        await catalog.link_blob(name, LAYER)
+        await catalog.record_manifest(request(number, name, tag="v1", subject=digest(9)))
+
+    keys = (await backend.list()).keys
+    assert len(keys) >= 15
+    assert not [key for key in keys for other in keys if key.startswith(f"{other}/")]
+
+
+repositories = st.from_regex(r"[a-z0-9_./-]{1,12}", fullmatch=True).filter(is_repository)
+
+
+@given(st.lists(repositories, min_size=2, max_size=2))
+def test_markers_sort_as_the_repositories_do(names):
+    first, second = sorted(names)
+
+    assert catalog_objects.marker_name(first) <= catalog_objects.marker_name(second)
+    assert catalog_objects.marked(catalog_objects.marker_name(first)) == first
 
 
 async def test_an_empty_page_is_a_page(catalog):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import os
 import random
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import attrs
@@ -16,7 +19,7 @@ from swarmpull.store.blobs import BlobStore, open_store
 from swarmpull.store.hashing import hash_piece
 from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN, Metainfo, piece_length_for
 
-from .s3_server import S3Server, credentials, running_server
+from .s3_server import S3Server, credentials, installed_kinds, running_server
 
 SMALL_DISK_BYTES = 24 << 20
 
@@ -109,8 +112,37 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", mount_point], check=True)
 
 
+def fill(directory: Path) -> None:
+    """Leave no room at all."""
+    descriptor = os.open(directory / "filler", os.O_WRONLY | os.O_CREAT)
+    block = bytes(1 << 20)
+    try:
+        while block:
+            try:
+                os.write(descriptor, block)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                block = block[: len(block) // 2]
+    finally:
+        os.close(descriptor)
+
+
 @pytest.fixture(scope="session")
-def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """One S3 server for all tests, with its credentials in the environment."""
-    with credentials(), running_server(tmp_path_factory.mktemp("s3")) as server:
-        yield server
+def s3_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], S3Server]]:
+    """Starts an S3 server of a kind, once for all tests; their credentials are in the environment."""
+    with credentials(), ExitStack() as running:
+
+        @functools.cache
+        def start(kind: str) -> S3Server:
+            directory = tmp_path_factory.mktemp(kind or "s3")
+            return running.enter_context(running_server(directory, kind))
+
+        yield start
+
+
+# Without any, one test of each kind is skipped, and says why.
+@pytest.fixture(scope="session", params=installed_kinds() or [""])
+def s3_server(request: pytest.FixtureRequest, s3_servers: Callable[[str], S3Server]) -> S3Server:
+    """Each S3 server that is installed here, in turn."""
+    return s3_servers(request.param)

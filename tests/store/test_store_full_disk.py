@@ -13,6 +13,8 @@ from swarmpull.store.blobs import BlobStat, open_store
 from swarmpull.store.disk import Disk
 from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN as PIECE
 
+from .conftest import fill
+
 # More than the 24 MiB of the small disk.
 TOO_LONG = 7 * PIECE
 
@@ -164,19 +166,3 @@ async def test_other_errors_of_the_disk_are_not_a_full_disk() -> None:
     with pytest.raises(StoreUnavailable) as caught:
         await disk.run(fail)
     assert "Input/output error" in str(caught.value)
-
-
-def fill(directory) -> None:
-    """Leave no room at all."""
-    descriptor = os.open(directory / "filler", os.O_WRONLY | os.O_CREAT)
-    block = bytes(1 << 20)
-    try:
-        while block:
-            try:
-                os.write(descriptor, block)
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
-                block = block[: len(block) // 2]
-    finally:
-        os.close(descriptor)

@@ -114,8 +114,9 @@ class Backend(Protocol):
     async def list(self, prefix: str = "", *, after: str = "", limit: int = 1000) -> ObjectPage:
         """Keys that begin with ``prefix``, which need not end at a ``/``, strictly after ``after``.
 
-        Objects that are put or deleted meanwhile may be in it or not.  Raises ValueError for a limit
-        below 1.
+        Objects that are put or deleted meanwhile may be in it or not.  An object ``a/b`` need not be in it
+        while there is an object ``a``: MinIO lists none below another, and no key of ours is.  Raises
+        ValueError for a limit below 1.
         """
         ...
 
