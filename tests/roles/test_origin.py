@@ -265,9 +265,12 @@ async def test_the_origin_says_that_no_index_answers(cluster: Cluster) -> None:
     assert pulled.content == LAYER, "what is there can be pulled by digest"
 
 
-async def test_a_drained_origin_ends_by_itself(cluster: Cluster) -> None:
-    await cluster.push_blob("origin", REPOSITORY, LAYER)
-    await client_of(cluster).get_metainfo(Digest.of(LAYER), REPOSITORY)
+async def test_a_drained_origin_ends_by_itself(tmp_path: Path) -> None:
+    async with cluster_under(tmp_path, drain_timeout=600.0) as cluster:
+        await cluster.start_index()
+        await cluster.start_origin()
+        await cluster.push_blob("origin", REPOSITORY, LAYER)
+        await client_of(cluster).get_metainfo(Digest.of(LAYER), REPOSITORY)
 
-    with trio.fail_after(4):
-        await cluster.roles["origin"].stop()
+        with trio.fail_after(60):
+            await cluster.roles["origin"].stop()
