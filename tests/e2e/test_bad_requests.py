@@ -155,14 +155,17 @@ def test_an_unknown_upload_is_reported(port: int, upload: str) -> None:
     ],
 )
 def test_what_is_unknown_is_reported_at_once(port: int, target: str, codes: list[str]) -> None:
-    started = time.monotonic()
-    answer = web.request(port, "GET", target)
-    head = web.request(port, "HEAD", target)
-    elapsed = time.monotonic() - started
+    # What waits for a limit does so each time; a busy machine may take its time now and then.
+    took = []
+    for _ in range(3):
+        started = time.monotonic()
+        answer = web.request(port, "GET", target)
+        head = web.request(port, "HEAD", target)
+        took.append(time.monotonic() - started)
 
-    assert_refused(answer, 404, *codes)
-    assert (head.status, head.body) == (404, b"")
-    assert elapsed < FAST_SECONDS
+        assert_refused(answer, 404, *codes)
+        assert (head.status, head.body) == (404, b"")
+    assert min(took) < FAST_SECONDS
 
 
 # --- manifests --------------------------------------------------------------------------------
