@@ -6,7 +6,7 @@ import io
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +19,7 @@ from benchmarks.processes import Server
 ACCESS_KEY: Final = "benchmark"
 SECRET_KEY: Final = "benchmark-secret"
 BUCKET: Final = "blobs"
+WEED_PORTS: Final = 8
 CREDENTIALS: Final = {
     "AWS_ACCESS_KEY_ID": ACCESS_KEY,
     "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
@@ -32,19 +33,22 @@ def find_weed() -> str | None:
     return shutil.which("weed") or (str(beside) if beside.exists() else None)
 
 
-def start_s3(
-    weed: str, directory: Path, ports: Iterator[int], address: str = "127.0.0.1"
-) -> tuple[Server, int]:
-    """A server with the bucket `BUCKET`, and its port.
+def weed_command(
+    weed: str,
+    directory: Path,
+    ports: Sequence[int],
+    keys: tuple[str, str],
+    address: str = "127.0.0.1",
+) -> list[str]:
+    """What starts a server that keeps everything in ``directory``, but for three sockets in ``/tmp``.
 
-    What an earlier one left in the directory is still there.
-
-    Raises:
-        RuntimeError: it does not come up.
+    Args:
+        ports: `WEED_PORTS` of them; S3 is at the first.
+        keys: access and secret key of whoever may do everything.
     """
     identity = {
-        "name": "benchmark",
-        "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
+        "name": "everybody",
+        "credentials": [{"accessKey": keys[0], "secretKey": keys[1]}],
         "actions": ["Admin", "Read", "Write", "List", "Tagging"],
     }
     config = directory / "s3.json"
@@ -52,8 +56,8 @@ def start_s3(
     data = directory / "seaweedfs"
     data.mkdir(exist_ok=True)
     names = ["s3.port", "master.port", "volume.port", "filer.port"]
-    options = {name: next(ports) for name in [*names, *(f"{name}.grpc" for name in names)]}
-    command = [
+    options = dict(zip([*names, *(f"{name}.grpc" for name in names)], ports, strict=True))
+    return [
         weed,
         f"-logdir={directory}",
         "server",
@@ -65,20 +69,35 @@ def start_s3(
         "-volume.max=20",
         "-s3",
         f"-s3.config={config}",
+        "-s3.autoCreateBucket=false",
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
         f"-filer.localSocket={directory / 'filer.sock'}",
         f"-s3.localSocket={directory / 's3.sock'}",
         *(f"-{name}={port}" for name, port in options.items()),
     ]
+
+
+def start_s3(
+    weed: str, directory: Path, ports: Iterator[int], address: str = "127.0.0.1"
+) -> tuple[Server, int]:
+    """A server with the bucket `BUCKET`, and its port.
+
+    What an earlier one left in the directory is still there.
+
+    Raises:
+        RuntimeError: it does not come up.
+    """
+    own = [next(ports) for _ in range(WEED_PORTS)]
+    command = weed_command(weed, directory, own, (ACCESS_KEY, SECRET_KEY), address)
     server = Server("seaweedfs", command, directory)
-    client = client_of(options["s3.port"], address)
+    client = client_of(own[0], address)
     try:
         server.wait_until(lambda: _serves(client), "it has a bucket and room in it")
     except RuntimeError:
         server.stop()
         raise
-    return server, options["s3.port"]
+    return server, own[0]
 
 
 def client_of(port: int, address: str = "127.0.0.1") -> Minio:

