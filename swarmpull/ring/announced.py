@@ -27,11 +27,13 @@ class Place:
     Attributes:
         tracker: who answered.
         better: those that come before it in the ring, and did not.
+        complete: whether this host has all of the blob.
         position: where a watch goes on there; None when there is to be none.
     """
 
     tracker: str
     better: tuple[str, ...] = ()
+    complete: bool = False
     position: int | None = None
 
 
@@ -50,12 +52,18 @@ class Announced:
         return self._places.get(digest)
 
     def put(
-        self, digest: Digest, tracker: str, preferred: Sequence[str], position: int | None
+        self,
+        digest: Digest,
+        tracker: str,
+        preferred: Sequence[str],
+        position: int | None,
+        *,
+        complete: bool,
     ) -> None:
         """A tracker has taken an announce; ``preferred`` is the ring for this blob, whatever its health."""
         before = preferred[: preferred.index(tracker)] if tracker in preferred else ()
         self._places.pop(digest, None)
-        self._places[digest] = Place(tracker, tuple(before), position)
+        self._places[digest] = Place(tracker, tuple(before), complete, position)
         if len(self._places) > self._limit:
             del self._places[next(iter(self._places))]
 
@@ -68,12 +76,15 @@ class Announced:
         return tuple(digest for digest, place in self._places.items() if place.tracker == tracker)
 
     def back(self, tracker: str) -> tuple[Digest, ...]:
-        """What is to be announced again when a tracker is back: what belongs to it, and what it may have
-        lost."""
+        """What is to be announced again when a tracker is back.
+
+        That is what belongs to it, and what it may have lost, of the blobs that are on their way here.  There
+        is no hurry about the others: their next announces find it, and until then they are known elsewhere.
+        """
         return tuple(
             digest
             for digest, place in self._places.items()
-            if place.tracker == tracker or tracker in place.better
+            if not place.complete and (place.tracker == tracker or tracker in place.better)
         )
 
     def answered_by(self, digest: Digest, tracker: str, process: str) -> tuple[Digest, ...]:

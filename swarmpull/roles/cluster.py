@@ -168,9 +168,10 @@ class TrackerClient:
         if elsewhere and former is not None and former.tracker != address:
             # It was asked for its peers only: the blob belongs where it is, and is watched there.
             return attrs.evolve(reply, position=former.position)
-        self._announced.put(digest, address, preferred, reply.position)
+        complete = request.state is AnnounceState.COMPLETE
+        self._announced.put(digest, address, preferred, reply.position, complete=complete)
         is_young = reply.age is not None and reply.age < YOUNG
-        is_short = len(reply.peers) < PEERS_ENOUGH and request.state is AnnounceState.LEECHING
+        is_short = len(reply.peers) < PEERS_ENOUGH and not complete
         if is_young and is_short and len(preferred) > 1:
             self._elsewhere.add(digest)
         return reply
@@ -247,9 +248,11 @@ class OriginClient:
             decide: the origin gets the blob from the backend itself, and asks no other one.
         """
         request = api.BlobRequest(digest, namespace, growing, decide)
-        # Whoever decides fetches the blob from the backend: of those there must not be two.
-        call = self._ring.call_member if decide else self._ring.look_up
-        address, reply = await call(str(digest), api.GET_METAINFO, request, timeout=timeout)
+        # Not looked up at two of them: each origin that is asked begins to get the blob.
+        order = self._ring.members.order(str(digest), pass_suspects=not decide)
+        address, reply = await self._ring.call_member(
+            str(digest), api.GET_METAINFO, request, timeout=timeout, order=order
+        )
         host, _ = parse_address(address)
         return attrs.evolve(reply, seeder=reply.seeder.seen_at(host))
 

@@ -9,9 +9,9 @@ RING = ["a", "b", "c"]
 
 def test_what_a_tracker_knew_is_announced_anew_when_it_has_gone():
     announced = Announced(10)
-    announced.put(ONE, "a", RING, 7)
-    announced.put(TWO, "b", ["b", "a", "c"], 7)
-    announced.put(THREE, "a", RING, 7)
+    announced.put(ONE, "a", RING, 7, complete=False)
+    announced.put(TWO, "b", ["b", "a", "c"], 7, complete=False)
+    announced.put(THREE, "a", RING, 7, complete=False)
 
     assert announced.gone("a") == (ONE, THREE)
     announced.forget(ONE)
@@ -21,23 +21,32 @@ def test_what_a_tracker_knew_is_announced_anew_when_it_has_gone():
 
 def test_what_belongs_to_a_tracker_is_announced_anew_when_it_is_back():
     announced = Announced(10)
-    announced.put(ONE, "b", RING, None)
-    announced.put(TWO, "c", RING, None)
-    announced.put(THREE, "c", ["c", "a", "b"], None)
+    announced.put(ONE, "b", RING, None, complete=False)
+    announced.put(TWO, "c", RING, None, complete=False)
+    announced.put(THREE, "c", ["c", "a", "b"], None, complete=False)
 
-    assert announced.place(TWO) == Place("c", ("a", "b"), None)
+    assert announced.place(TWO) == Place("c", ("a", "b"))
     assert announced.back("a") == (ONE, TWO)
     # It may have been restarted: what it knew, too.
     assert announced.back("b") == (ONE, TWO)
     assert announced.back("c") == (TWO, THREE)
-    announced.put(ONE, "a", RING, None)
+    announced.put(ONE, "a", RING, None, complete=False)
     assert announced.back("b") == (TWO,)
+
+
+def test_what_is_complete_is_in_no_hurry_when_a_tracker_is_back():
+    announced = Announced(10)
+    announced.put(ONE, "b", RING, None, complete=True)
+    announced.put(TWO, "b", RING, None, complete=False)
+
+    assert announced.back("a") == (TWO,)
+    assert announced.gone("b") == (ONE, TWO)
 
 
 def test_a_tracker_that_is_another_process_has_lost_what_the_former_knew():
     announced = Announced(10)
     for digest in (ONE, TWO):
-        announced.put(digest, "a", RING, None)
+        announced.put(digest, "a", RING, None, complete=False)
     assert announced.answered_by(ONE, "a", "1") == (), "nothing is known of it yet"
     assert announced.answered_by(ONE, "a", "1") == ()
     assert announced.answered_by(ONE, "a", "2") == (TWO,)
@@ -46,7 +55,7 @@ def test_a_tracker_that_is_another_process_has_lost_what_the_former_knew():
 
 def test_a_tracker_that_does_not_say_who_it_is_is_taken_for_the_same():
     announced = Announced(10)
-    announced.put(ONE, "a", RING, None)
+    announced.put(ONE, "a", RING, None, complete=False)
     announced.answered_by(TWO, "a", "1")
 
     assert announced.answered_by(TWO, "a", "") == ()
@@ -55,13 +64,13 @@ def test_a_tracker_that_does_not_say_who_it_is_is_taken_for_the_same():
 def test_no_more_is_remembered_than_the_limit():
     announced = Announced(2)
     for digest in (ONE, TWO, ONE, THREE):
-        announced.put(digest, "a", RING, None)
+        announced.put(digest, "a", RING, None, complete=False)
 
     assert announced.gone("a") == (ONE, THREE)
 
 
 def test_a_tracker_that_has_left_the_ring_has_none_before_it():
     announced = Announced(2)
-    announced.put(ONE, "gone", RING, None)
+    announced.put(ONE, "gone", RING, None, complete=False)
 
     assert announced.place(ONE) == Place("gone")
