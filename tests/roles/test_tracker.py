@@ -148,8 +148,13 @@ async def test_agents_find_each_other():
     async with running_tracker("127.0.0.1:9") as tracker:
         assert (await tracker.announce(agent(1, "host-1"))).peers == ()
         reply = await tracker.announce(agent(2, "host-2"))
+        again = await tracker.announce(agent(2, "host-2"))
 
-    assert reply == api.AnnounceReply((agent(1, "host-1"),), 3.0, None, position=2)
+    assert attrs.evolve(reply, process="", age=None) == api.AnnounceReply(
+        (agent(1, "host-1"),), 3.0, None, position=2
+    )
+    assert reply.process == again.process != ""
+    assert 0 <= reply.age <= again.age < 60
 
 
 async def test_a_peer_without_a_host_is_dialled_where_it_called_from():
