@@ -88,6 +88,9 @@ class Tracker:
         self, request: api.AnnounceRequest, context: RpcContext
     ) -> api.AnnounceReply:
         """Answer one announce.  Raises what `MetainfoSource.get` does when metainfo is wanted."""
+        reply = self.announce_at_once(request, context)
+        if reply is not None:
+            return reply
         contact = _contact(request, context)
         digest = request.digest
         # What is cached may be answered while somebody has the blob; else an origin must get it.
