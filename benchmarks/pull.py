@@ -10,6 +10,9 @@ an order that changes from round to round, so that what drifts on the machine me
   stores it, while curl reads it;
 - warm: the same agent, once it has the blob.
 
+With ``--memory`` there is one cold pull into nowhere instead, and what is reported is the memory of origin
+and agent meanwhile: it should not depend on SIZE.
+
 CPU seconds and peak memory are those of each process during the download, from ``/proc``; the CPU seconds
 of curl are what the kernel reports at its end.
 """
@@ -36,7 +39,7 @@ import attrs
 from benchmarks.content import file_digest, write_random
 from benchmarks.machine import machine
 from benchmarks.nginx import nginx_command
-from benchmarks.processes import Client, Server, Usage
+from benchmarks.processes import AnonymousPeaks, Client, Server, Usage
 from swarmpull.units import parse_size
 
 MIB: Final = 1 << 20
@@ -150,6 +153,33 @@ class Bench:
 
     def start(self) -> None:
         """Start everything but the agent, and put the blob on the origin."""
+        self._push()
+        nginx = nginx_command(self._directory, self._content, self._ports.nginx)
+        self._servers["nginx"] = Server("nginx", nginx, self._directory)
+        self._servers["nginx"].wait_until(
+            lambda: get(self._ports.nginx, "/absent")[0] == 404, "it answers"
+        )
+
+    def pull_into_nowhere(self) -> dict[str, Memory]:
+        """Start everything, and pull once; what origin and agent had meanwhile."""
+        self._push()
+        (self._content / "blob").unlink()
+        self._renew_agent()
+        os.sync()
+        servers = [self._servers[role] for role in ("origin", "agent")]
+        for server in servers:
+            server.begin()
+        with AnonymousPeaks(servers) as anonymous:
+            url = f"http://127.0.0.1:{self._ports.agent_registry}{self._target}"
+            seconds, _ = run_curl(url, Path(os.devnull))
+            # The digest of the whole is what the last bytes have waited for.
+            self._servers["agent"].wait_until(self._agent_is_complete, "it has the whole blob")
+        print(f"{self._size / 1e6 / seconds:.0f} MB/s", file=sys.stderr)
+        return {
+            server.name: Memory(anonymous.peaks[server.name], server.end()) for server in servers
+        }
+
+    def _push(self) -> None:
         before = [role for role in ROLES if role != "agent"]
         for role in before:
             self._start_role(role)
@@ -158,11 +188,6 @@ class Bench:
         url = f"http://127.0.0.1:{self._ports.origin_registry}{self._target}"
         put = ["curl", "--silent", "--show-error", "--fail", "--upload-file"]
         subprocess.run([*put, str(self._content / "blob"), url], check=True)
-        nginx = nginx_command(self._directory, self._content, self._ports.nginx)
-        self._servers["nginx"] = Server("nginx", nginx, self._directory)
-        self._servers["nginx"].wait_until(
-            lambda: get(self._ports.nginx, "/absent")[0] == 404, "it answers"
-        )
 
     def run(self, contender: str) -> Download:
         """One download of the whole blob.  ``warm`` must follow ``cold``."""
@@ -230,6 +255,14 @@ class Download:
     usages: dict[str, Usage]
 
 
+@attrs.frozen
+class Memory:
+    """The most that a process had: bytes that no file backs, and all with the CPU seconds it took."""
+
+    anonymous: int
+    usage: Usage
+
+
 def run_curl(url: str, file: Path) -> tuple[float, Usage]:
     """Download into a file; returns the seconds it took and what curl itself used.
 
@@ -272,6 +305,23 @@ def report(size: int, downloads: dict[str, list[Download]]) -> Iterator[str]:
             yield f"| {' | '.join(cells)} |"
 
 
+def memory_report(size: int, memories: dict[str, Memory]) -> Iterator[str]:
+    """A table in Markdown."""
+    yield f"{size / MIB:g} MiB; {machine()}"
+    yield ""
+    yield "| process | peak of anonymous memory, MiB | peak RSS, MiB | CPU seconds |"
+    yield "|---|---:|---:|---:|"
+    for name, memory in memories.items():
+        peak = (memory.usage.memory or 0) / MIB
+        cells = [
+            name,
+            f"{memory.anonymous / MIB:.0f}",
+            f"{peak:.0f}",
+            f"{memory.usage.cpu:.1f}",
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
 LABELS: Final = {
     "nginx": "nginx",
     "cold": "agent, cold (from the origin)",
@@ -301,24 +351,37 @@ def measure(directory: Path, size: int, rounds: int) -> dict[str, list[Download]
     return downloads
 
 
+def measure_memory(directory: Path, size: int) -> dict[str, Memory]:
+    bench = Bench(directory, size)
+    try:
+        return bench.pull_into_nowhere()
+    finally:
+        bench.stop()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pull", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--size", type=parse_size, default=parse_size("1GiB"), metavar="SIZE")
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
+    parser.add_argument("--memory", action="store_true", help="report memory of one cold pull")
     parser.add_argument(
         "--directory", type=Path, help="where to work, on a disk with room for 5 x SIZE"
     )
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         parser.error("--rounds must be at least 1")
-    missing = [name for name in ("nginx", "curl") if shutil.which(name) is None]
+    needed = ("curl",) if arguments.memory else ("nginx", "curl")
+    missing = [name for name in needed if shutil.which(name) is None]
     if missing:
         print(f"skipped: not installed: {', '.join(missing)}", file=sys.stderr)
         return 0
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=arguments.directory) as name:
-        downloads = measure(Path(name), arguments.size, arguments.rounds)
-    print("\n".join(report(arguments.size, downloads)))
+        if arguments.memory:
+            lines = memory_report(arguments.size, measure_memory(Path(name), arguments.size))
+        else:
+            lines = report(arguments.size, measure(Path(name), arguments.size, arguments.rounds))
+    print("\n".join(lines))
     return 0
 
 

@@ -28,6 +28,7 @@ from swarmpull.errors import (
 )
 from swarmpull.store.backends import Backend, ObjectStat, blob_key, check_key, open_backend, s3
 from swarmpull.store.backends.base import CHUNK_BYTES_MAX, KEY_BYTES_MAX, SEGMENT_BYTES_MAX
+from swarmpull.store.backends.directory import MARKER
 from swarmpull.store.backends.paced import PacedBackend
 from swarmpull.store.token_bucket import TokenBucket
 
@@ -78,7 +79,8 @@ def directory_harness(request: pytest.FixtureRequest) -> Harness:
             (tmp_path / "away").rename(root)
 
     def leftovers() -> list[str]:
-        return [str(path) for path in root.rglob("*") if path != root / "temporary"]
+        ours = (root / "temporary", root / MARKER)
+        return [str(path) for path in root.rglob("*") if path not in ours]
 
     return Harness(lambda: open_backend(root.as_uri()), failing, leftovers)
 

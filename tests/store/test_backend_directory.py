@@ -12,6 +12,7 @@ import pytest
 from swarmpull.errors import BackendUnavailable, ObjectNotFound, StartupError
 from swarmpull.store import backends
 from swarmpull.store.backends import DirectoryBackend, open_backend
+from swarmpull.store.backends.directory import MARKER
 
 
 async def test_the_files_are_where_the_documentation_says(tmp_path) -> None:
@@ -46,7 +47,7 @@ async def test_deleting_removes_the_directories_that_became_empty(tmp_path) -> N
     await backend.delete("a/b/c/d")
     assert sorted(os.listdir(tmp_path / "a.d")) == ["x.o"]
     await backend.delete("a/x")
-    assert os.listdir(tmp_path) == ["temporary"]
+    assert sorted(os.listdir(tmp_path)) == [MARKER, "temporary"]
 
 
 async def test_a_directory_that_vanished_does_not_look_empty(tmp_path) -> None:
@@ -59,6 +60,46 @@ async def test_a_directory_that_vanished_does_not_look_empty(tmp_path) -> None:
     for operation in (backend.stat("a"), backend.get_bytes("a"), backend.list()):
         with pytest.raises(BackendUnavailable, match="mounted"):
             await operation
+
+
+async def test_a_file_system_that_is_unmounted_does_not_look_empty_and_swallows_nothing(
+    tmp_path,
+) -> None:
+    mount_point = tmp_path / "mounted"
+    backend = await open_backend(mount_point.as_uri())
+    await backend.put_bytes("a", b"x")
+    mount_point.rename(tmp_path / "elsewhere")
+    mount_point.mkdir()  # what is left when a file system is gone
+
+    for operation in (
+        backend.stat("a"),
+        backend.get_bytes("a"),
+        backend.delete("a"),
+        backend.list(),
+        backend.put_bytes("b", b"x"),
+        backend.put_file("b", tmp_path / "elsewhere" / "a.o"),
+    ):
+        with pytest.raises(BackendUnavailable, match="not mounted"):
+            await operation
+
+    assert os.listdir(mount_point) == []
+    mount_point.rmdir()
+    (tmp_path / "elsewhere").rename(mount_point)
+    assert await backend.get_bytes("a") == b"x"
+
+
+async def test_a_directory_that_must_exist_is_not_begun(tmp_path) -> None:
+    url = f"{tmp_path.as_uri()}?create=false"
+    for _ in range(2):
+        with pytest.raises(StartupError, match=r"not mounted, or was never used.*mount it"):
+            await open_backend(url)
+        assert os.listdir(tmp_path) == []
+
+    (tmp_path / MARKER).touch()
+    await (await open_backend(url)).put_bytes("a", b"x")
+
+    assert await (await open_backend(tmp_path.as_uri())).get_bytes("a") == b"x"
+    assert await (await open_backend(url)).get_bytes("a") == b"x"
 
 
 async def test_a_put_makes_the_temporary_directory_again(tmp_path) -> None:

@@ -3,8 +3,9 @@
 Segment ``s`` of a key is the directory ``s.d``, the last one the file ``s.o``:
 ``blobs/sha256/ab/abc1`` is ``blobs.d/sha256.d/ab.d/abc1.o``.  So one key may be the beginning of
 another (``a`` and ``a/b`` are ``a.o`` and ``a.d/b.o``), and no key can name the directory
-``temporary``, where objects are written before they get their name.  Everything else in the tree is
-not ours and is left alone.
+``temporary``, where objects are written before they get their name.  The file ``.swarmpull-backend``
+says that this is the backend, and not the place where it is mounted at other times.  Everything else
+in the tree is not ours and is left alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Final, TypeVar, TypeVarTuple
 
+import structlog
 import trio
 
 from swarmpull.errors import BackendUnavailable, ObjectNotFound, ObjectReplaced, StartupError
@@ -43,7 +45,10 @@ from swarmpull.store.durable import (
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
+log = structlog.get_logger()
+
 TEMPORARY: Final = "temporary"
+MARKER: Final = ".swarmpull-backend"
 DIRECTORY_SUFFIX: Final = ".d"
 OBJECT_SUFFIX: Final = ".o"
 # A copy in progress is younger; other processes may share the directory, so nothing else tells.
@@ -140,9 +145,9 @@ class DirectoryBackend:
         try:
             yield
         except FileNotFoundError as error:
-            if not self.root.is_dir():
+            if not (self.root / MARKER).exists():
                 # A file system that is not mounted must not look like one that lost its objects.
-                reason = f"directory {self.root} is gone"
+                reason = f"{self.root} has no file {MARKER}: it is gone, or not mounted"
                 raise BackendUnavailable(self.name, key, reason) from error
             raise ObjectNotFound(self.name, key) from error
         except OSError as error:
@@ -153,7 +158,7 @@ class DirectoryBackend:
         """A descriptor to write to; its content gets the key when the block ends well."""
         source = self.root / TEMPORARY / uuid.uuid4().hex
         target = self._path(key)
-        descriptor = await self._run(key, _create, source)
+        descriptor = await self._run(key, self._create, source)
         try:
             try:
                 yield descriptor
@@ -192,8 +197,18 @@ class DirectoryBackend:
         with suppress(FileNotFoundError):
             sync_directory(directory)
 
+    def _create(self, path: Path) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            return os.open(path, flags, 0o644)
+        except FileNotFoundError:
+            # Somebody tidied up; but a root that is gone stays gone, and nothing is put into its place.
+            os.stat(self.root / MARKER)
+            path.parent.mkdir(exist_ok=True)
+            return os.open(path, flags, 0o644)
+
     def _list(self, prefix: str, after: str, limit: int) -> tuple[str, ...]:
-        os.stat(self.root)
+        os.stat(self.root / MARKER)
         return tuple(islice(_walk(self.root, "", prefix, after), limit))
 
 
@@ -218,23 +233,37 @@ class _Chunks:
         return data
 
 
-async def open_directory(root: Path) -> DirectoryBackend:
-    """Open the backend in ``root``, which is made if need be; old leftovers of crashed puts are removed.
+async def open_directory(root: Path, *, create: bool = True) -> DirectoryBackend:
+    """Open the backend in ``root``; old leftovers of crashed puts are removed.
+
+    Args:
+        create: begin a new backend where there is none.
 
     Raises:
-        StartupError: the directory cannot be used.
+        StartupError: the directory cannot be used, or holds no backend.
     """
     try:
-        await trio.to_thread.run_sync(_prepare, root, limiter=trio.CapacityLimiter(1))
+        is_new = await trio.to_thread.run_sync(
+            _prepare, root, create, limiter=trio.CapacityLimiter(1)
+        )
     except OSError as error:
         raise StartupError(
             f"backend directory {root} cannot be used ({error.strerror or error})",
             "make it a directory that this user can write to, or configure another backend url",
         ) from error
+    if is_new:
+        log.info("backend_begun", directory=str(root))
     return DirectoryBackend(root)
 
 
-def _prepare(root: Path) -> None:
+def _prepare(root: Path, create: bool) -> bool:
+    """Returns whether it is a new backend."""
+    is_new = not (root / MARKER).exists()
+    if is_new and not create:
+        raise StartupError(
+            f"backend directory {root} has no file {MARKER}: it is not mounted, or was never used",
+            "mount it; if it is to become a backend, create the directory and that file in it",
+        )
     temporary = root / TEMPORARY
     make_directory(temporary)
     probe = temporary / uuid.uuid4().hex
@@ -244,21 +273,15 @@ def _prepare(root: Path) -> None:
     for leftover in list(temporary.iterdir()):
         if leftover.stat().st_mtime < oldest:
             remove(leftover)
+    if is_new:
+        (root / MARKER).touch()
+        sync_directory(root)
+    return is_new
 
 
 def _version(status: os.stat_result) -> str:
     """Objects are replaced whole, by another file."""
     return f"{status.st_ino:x}-{status.st_mtime_ns:x}"
-
-
-def _create(path: Path) -> int:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    try:
-        return os.open(path, flags, 0o644)
-    except FileNotFoundError:
-        # Somebody tidied up; but a root that is gone stays gone.
-        path.parent.mkdir(exist_ok=True)
-        return os.open(path, flags, 0o644)
 
 
 def _copy_step(source: int, target: int, offset: int) -> int:
