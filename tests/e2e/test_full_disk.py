@@ -14,10 +14,10 @@ import pytest
 
 from swarmpull.digest import Digest
 from swarmpull.store.backends.base import blob_key
+from tests.ports import PortAllocator
 
 from . import web
 from .conftest import new_directory
-from .ports import PortAllocator
 from .program import Cluster, Program, role_process, separate_processes
 
 MIB: Final = 1 << 20
