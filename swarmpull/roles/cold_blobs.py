@@ -6,6 +6,7 @@ What the backend cannot give may still be queued on other origins, and is read f
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from typing import Final, Protocol
 
@@ -19,6 +20,7 @@ from swarmpull.errors import (
     BlobNotFound,
     DigestMismatch,
     ObjectNotFound,
+    RepositoryUnmatched,
     RpcFailed,
     RpcUnavailable,
     StoreFull,
@@ -104,6 +106,7 @@ class ColdBlobs:
         self._asking: SharedWork[Download | None] = SharedWork(nursery)
         self._beginning: SharedWork[Download | None] = SharedWork(nursery)
         self._fetches: dict[Digest, ColdFetch] = {}
+        self._looked_after: set[Digest] = set()
         self._copies = trio.CapacityLimiter(COPIES_MAX)
         self._connections = trio.CapacityLimiter(CONNECTIONS_MAX)
         self._bytes_read = metrics.counter(
@@ -134,6 +137,8 @@ class ColdBlobs:
             return None
         under_way = self._host.downloading(digest)
         if under_way is not None:
+            with suppress(RepositoryUnmatched):
+                self._keep_going(under_way, namespace, self._place(digest, namespace))
             return under_way
         place = self._place(digest, namespace)
         if decide or not self._has_others():
@@ -191,20 +196,38 @@ class ColdBlobs:
         if isinstance(download, SmallBlob):
             await download.wait()
             return None
-        self._nursery.start_soon(self._look_after, download, namespace, place)
+        self._keep_going(download, namespace, place)
         return download
 
+    def _keep_going(self, download: Download, namespace: str, place: BlobPlace) -> None:
+        """Look after a download that somebody waits for: a copy of another origin's push may be one, too."""
+        if place.digest not in self._fetches and place.digest not in self._looked_after:
+            self._looked_after.add(place.digest)
+            self._nursery.start_soon(self._look_after, download, namespace, place)
+
     async def _look_after(self, download: Download, namespace: str, place: BlobPlace) -> None:
-        """Continue a download from the backend, or other origins, when nobody is left to give us pieces."""
-        digest = place.digest
+        try:
+            if await self._is_left_alone(download):
+                await self._continue(download, namespace, place)
+        finally:
+            self._looked_after.discard(place.digest)
+
+    async def _is_left_alone(self, download: Download) -> bool:
+        """Return when a download has ended, or is read from the backend; True when no peer is left to it."""
+        digest = download.metainfo.digest
         alone = 0
-        while not download.ended and alone < 2:
+        while alone < 2:
             with trio.move_on_after(LOOK_INTERVAL):
                 await download.wait_ended()
+            if download.ended or digest in self._fetches:
+                return False
             peers = [t.agents + t.origins for t in self._host.torrents() if t.digest == digest]
             alone = 0 if any(peers) else alone + 1
-        if download.ended:
-            return
+        return True
+
+    async def _continue(self, download: Download, namespace: str, place: BlobPlace) -> None:
+        """Continue a download from the backend, or other origins, when nobody is left to give us pieces."""
+        digest = place.digest
         log.warning("blob_from_backend_instead", digest=str(digest))
         try:
             found = await place.backend.stat(place.key)

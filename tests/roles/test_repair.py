@@ -11,9 +11,12 @@ import trio
 
 from swarmpull.config import OriginBackendConfig
 from swarmpull.digest import Digest
-from swarmpull.roles import repair, replication
+from swarmpull.roles import repair
 from swarmpull.store.write_back_queue import queued_digests
 from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN
+from swarmpull.swarm.peers import PeerContact, PeerKind
+from swarmpull.wire.api import REPLICATE_BLOB, ReplicateRequest
+from tests.ports import free_ports
 
 from .peers import Content, make_content
 from .test_write_back import Ring, free_addresses, ring_of
@@ -26,8 +29,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounds follow one another, and a member that is dead for a second is replaced."""
     monkeypatch.setattr(repair, "INTERVAL", 0.3)
     monkeypatch.setattr(repair, "GONE_AFTER", 1.0)
-    for name, value in {"POLL": 1.0, "ANSWER_PATIENCE": 2.0}.items():
-        monkeypatch.setattr(replication, name, value)
 
 
 async def push(ring: Ring, name: str, contents: list[Content]) -> None:
@@ -191,12 +192,31 @@ async def test_a_pull_works_when_two_of_the_three_that_have_a_blob_are_dead(
         await ring.cluster.start_agent()
         (content, *_) = CONTENTS
         await push(ring, "origin-1", [content])
+        await until(lambda: ring.on_disk("origin-3", content.digest))
         await ring.kill("origin-1")
         await ring.kill("origin-2")
 
         reply = await ring.get("agent", content.digest)
 
         assert (reply.status_code, reply.content) == (200, content.data)
+
+
+async def test_a_copy_whose_source_is_dead_is_read_from_another_origin(tmp_path: Path) -> None:
+    """As when the origin that took a push dies before its replicas have the blob."""
+    async with ring_of(tmp_path, 2, replicas=1) as ring:
+        ring.break_backend()
+        (content, *_) = CONTENTS
+        await push(ring, "origin-1", [content])
+        (port,) = free_ports(1)
+        dead = PeerContact("d" * 32, "127.0.0.1", port, PeerKind.ORIGIN)
+        request = ReplicateRequest(content.metainfo, "", dead, rank=1, seconds=0.1)
+        address = str(ring.addresses[1])
+        reply = await ring.cluster.pool.call(address, REPLICATE_BLOB, request, timeout=30.0)
+        assert not reply.stored
+
+        found = await ring.get("origin-2", content.digest)
+
+        assert (found.status_code, found.content) == (200, content.data)
 
 
 async def test_everything_that_was_written_is_there_after_all_origins_lost_their_disks(
