@@ -11,7 +11,7 @@ from typing import Final
 import trio
 from prometheus_client.parser import text_string_to_metric_families
 
-from .cluster import COLD, PORTS, Cluster, RoleProcess, blobs_of, role_of
+from .cluster import COLD, PORTS, S3_PORT_FIRST, Cluster, RoleProcess, blobs_of, role_of
 from .limits import POLL, QUIET, poll
 from .load import Clients, pull_image
 from .records import PULL, Image, Record
@@ -106,7 +106,8 @@ def _left_open(role: RoleProcess) -> Iterator[str]:
         _, local, remote, state, *rest = line.split()
         if rest[5] not in inodes:
             continue
-        if state == _CLOSE_WAIT:
+        # Those to the bucket wait in a bounded pool for their next use, which is when it is seen.
+        if state == _CLOSE_WAIT and _port(remote) != S3_PORT_FIRST:
             ends = f"{_text(local)} {_text(remote)}"
             yield f"{role.host.name} keeps a connection that its peer has closed: {ends}"
         if state == _ESTABLISHED and _port(local) == own:
