@@ -17,6 +17,9 @@ from .load import Clients, pull_image
 from .records import PULL, Image, Record
 
 READERS: Final = 4
+# How many more tasks a role may have when all is quiet again than when it had just started: a few for each
+# connection to other roles, which had not been made then.  A leak grows with the number of requests.
+TASKS_MORE: Final = 80
 # proc(5), net/tcp
 _ESTABLISHED: Final = "01"
 _CLOSE_WAIT: Final = "08"
@@ -85,12 +88,21 @@ async def wait_for_queues(cluster: Cluster) -> str:
 # --- leaks ----------------------------------------------------------------------------------------
 
 
-async def leaks(cluster: Cluster) -> list[str]:
-    """Connections that should have ended long ago, given some time to end."""
+async def tasks_of(cluster: Cluster) -> dict[str, float]:
+    """How many tasks each role has."""
+    found = {name: await samples(cluster, name) for name in cluster.roles}
+    return {name: each.get("swarmpull_tasks", 0.0) for name, each in found.items()}
+
+
+async def leaks(cluster: Cluster, tasks_before: dict[str, float]) -> list[str]:
+    """Connections and tasks that should have ended long ago, given some time to end."""
     found: list[str] = ["never looked"]
     with trio.move_on_after(QUIET):
         while found:
             found = [line for role in cluster.roles.values() for line in _left_open(role)]
+            for name, tasks in (await tasks_of(cluster)).items():
+                if tasks > tasks_before[name] + TASKS_MORE:
+                    found.append(f"{name} has {tasks:g} tasks, {tasks_before[name]:g} at the start")
             if found:
                 await trio.sleep(POLL * 5)
     return found
