@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -11,12 +11,14 @@ from typing import Final
 import trio
 from prometheus_client.parser import text_string_to_metric_families
 
+from .client import RequestFailed
 from .cluster import COLD, PORTS, S3_PORT_FIRST, Cluster, RoleProcess, blobs_of, role_of
-from .limits import POLL, QUIET, poll
+from .limits import POLL, QUIET, RETRY_PAUSE, poll
 from .load import Clients, pull_image
-from .records import PULL, Image, Record
+from .records import OK, PULL, WRONG, Image, Record
 
 READERS: Final = 4
+READS_OF_DAMAGED: Final = 5
 # How many more tasks a role may have when all is quiet again than when it had just started: a few for each
 # connection to other roles, which had not been made then.  A leak grows with the number of requests.
 TASKS_MORE: Final = 80
@@ -83,6 +85,25 @@ async def wait_for_queues(cluster: Cluster) -> str:
     if await poll(partial(queues_are_empty, cluster), within=QUIET, every=5 * POLL):
         return ""
     return f"queues for the backend are not empty {QUIET:g} s after all was well"
+
+
+async def damaged(cluster: Cluster, corrupted: Sequence[tuple[str, str]]) -> list[str]:
+    """Blobs that their hosts hand out although a bit was flipped, or cannot replace when that is noticed."""
+    found = []
+    for name, digest in corrupted:
+        outcomes = []
+        # Whoever reads it first is cut off, and the next one gets it anew.
+        while len(outcomes) < READS_OF_DAMAGED and OK not in outcomes:
+            async with cluster.client(name) as client:
+                try:
+                    await client.verified(cluster.registry(name), f"/blobs/{digest}", digest)
+                    outcomes.append(OK)
+                except RequestFailed as error:
+                    outcomes.append(error.how)
+                    await trio.sleep(RETRY_PAUSE)
+        if WRONG in outcomes or OK not in outcomes:
+            found.append(f"{digest} was damaged on {name}; reading it again: {', '.join(outcomes)}")
+    return found
 
 
 # --- leaks ----------------------------------------------------------------------------------------

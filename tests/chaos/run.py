@@ -11,7 +11,7 @@ from pathlib import Path
 import attrs
 import trio
 
-from .checks import endings, leaks, lost_pushes, orphans, tasks_of, wait_for_queues
+from .checks import damaged, endings, leaks, lost_pushes, orphans, tasks_of, wait_for_queues
 from .cluster import Cluster, open_cluster
 from .faults import Faults
 from .limits import OVERTIME, POLL
@@ -126,6 +126,7 @@ async def _play(cluster: Cluster, scenario: Scenario, options: Options) -> Resul
             faults.calm()
             clients.expect_success()
         lost = await lost_pushes(cluster, clients, record)
+        record.violations += await damaged(cluster, faults.corrupted)
         backend = None
         if not options.quick:
             record.violations += filter(None, [await wait_for_queues(cluster)])
