@@ -105,7 +105,7 @@ def _process_metrics() -> Metrics:
 
 
 @functools.cache
-def _event_loop_delay() -> tuple[Histogram, Gauge]:
+def _event_loop() -> tuple[Histogram, Gauge, Gauge]:
     metrics = _process_metrics()
     return (
         metrics.histogram(
@@ -116,12 +116,13 @@ def _event_loop_delay() -> tuple[Histogram, Gauge]:
         metrics.gauge(
             "event_loop_delay_max_seconds", "The longest such delay since the process started."
         ),
+        metrics.gauge("tasks", "Tasks of the event loop, a few for each connection and request."),
     )
 
 
 async def watch_event_loop() -> None:
-    """Measure how long tasks wait for the event loop, until cancelled."""
-    histogram, worst = _event_loop_delay()
+    """Measure how long tasks wait for the event loop, and count them, until cancelled."""
+    histogram, worst, tasks = _event_loop()
     longest = 0.0
     due = trio.current_time()
     while True:
@@ -129,6 +130,7 @@ async def watch_event_loop() -> None:
         await trio.sleep_until(due)
         delay = trio.current_time() - due
         histogram.observe(delay)
+        tasks.set(trio.lowlevel.current_statistics().tasks_living)
         if delay > longest:
             longest = delay
             worst.set(longest)

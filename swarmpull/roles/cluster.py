@@ -15,7 +15,7 @@ import trio
 
 from swarmpull.config import ClusterConfig
 from swarmpull.digest import Digest
-from swarmpull.errors import BackendUnavailable, RpcUnavailable
+from swarmpull.errors import BackendUnavailable, RpcUnavailable, StoreFull, StoreUnavailable
 from swarmpull.ring.announced import Announced
 from swarmpull.roles.config_changes import ConfigChanges
 from swarmpull.roles.ring_client import RingClient, open_ring
@@ -66,6 +66,8 @@ YOUNG: Final = 90.0
 PEERS_ENOUGH: Final = 20
 # The name of the backend in the error of a tracker that reaches no origin.
 ORIGIN_RING: Final = "origin ring"
+# Of one origin's disk, which is no reason why another one could not take or give a blob.
+NO_ROOM: Final = (StoreFull, StoreUnavailable)
 
 
 class TrackerClient:
@@ -251,7 +253,7 @@ class OriginClient:
         # Not looked up at two of them: each origin that is asked begins to get the blob.
         order = self._ring.members.order(str(digest), pass_suspects=not decide)
         address, reply = await self._ring.call_member(
-            str(digest), api.GET_METAINFO, request, timeout=timeout, order=order
+            str(digest), api.GET_METAINFO, request, timeout=timeout, order=order, unable=NO_ROOM
         )
         host, _ = parse_address(address)
         return attrs.evolve(reply, seeder=reply.seeder.seen_at(host))
@@ -289,9 +291,13 @@ class OriginClient:
         *,
         timeout: float = ADOPT_TIMEOUT,
     ) -> None:
-        """Return when an origin has fetched the blob from ``source`` and accepted it."""
+        """Return when an origin has fetched the blob from ``source`` and accepted it.
+
+        Raises StoreFull when none has room for it.
+        """
         request = api.AdoptRequest(metainfo, namespace, source)
-        await self._ring.call(str(metainfo.digest), api.ADOPT_BLOB, request, timeout=timeout)
+        key = str(metainfo.digest)
+        await self._ring.call(key, api.ADOPT_BLOB, request, timeout=timeout, unable=NO_ROOM)
 
     async def put_manifest(
         self,
@@ -305,7 +311,9 @@ class OriginClient:
         """Push a manifest.  Raises ManifestInvalid, ManifestReferencesMissing."""
         request = api.PutManifestRequest(repository, reference, media_type, content)
         key = str(Digest.of(content))
-        return await self._ring.call(key, api.PUT_MANIFEST, request, timeout=timeout)
+        return await self._ring.call(
+            key, api.PUT_MANIFEST, request, timeout=timeout, unable=NO_ROOM
+        )
 
     async def mount_blob(
         self,
@@ -317,7 +325,9 @@ class OriginClient:
     ) -> bool:
         """Make a blob of another repository part of this one; False if that does not have it."""
         request = api.MountRequest(repository, source, digest)
-        reply = await self._ring.call(str(digest), api.MOUNT_BLOB, request, timeout=timeout)
+        reply = await self._ring.call(
+            str(digest), api.MOUNT_BLOB, request, timeout=timeout, unable=NO_ROOM
+        )
         return reply.found
 
     async def resolve_upstream(

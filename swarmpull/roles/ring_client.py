@@ -77,6 +77,7 @@ class RingClient:
         *,
         timeout: float,
         patience: float = WRITE_PATIENCE,
+        unable: tuple[type[SwarmpullError], ...] = (),
     ) -> Rep:
         """Call the first member that answers, in the order that the ring has for ``key``.
 
@@ -84,12 +85,17 @@ class RingClient:
         as often that.  A member that is found to hang is given up sooner, ``patience`` seconds later.  One
         that did not answer may have done what was asked.
 
+        ``unable`` are errors that say something about the member, such as a full disk, and not about what was
+        asked for: the next one is tried, and the first of them is raised when nobody could do it.
+
         Raises:
             RpcUnavailable: no member answered; the reason has what each of them failed with.
             RpcFailed: a member failed in a way that has no type.
             SwarmpullError: the errors of the method.
         """
-        _, reply = await self.call_member(key, method, request, timeout=timeout, patience=patience)
+        _, reply = await self.call_member(
+            key, method, request, timeout=timeout, patience=patience, unable=unable
+        )
         return reply
 
     async def call_member(
@@ -101,24 +107,36 @@ class RingClient:
         timeout: float,
         patience: float = 0.0,
         order: Sequence[str] | None = None,
+        unable: tuple[type[SwarmpullError], ...] = (),
     ) -> tuple[str, Rep]:
         """The same as `call`, with the address of the member that answered before its reply.
 
         ``order``: those to be tried, when it is not that of the ring.
         """
         failures: dict[str, str] = {}
+        refusal: SwarmpullError | None = None
         for address in self.members.order(key) if order is None else order:
             try:
                 reply = await self._ask(address, method, request, timeout, patience)
             except RpcUnavailable as exc:
                 log.info("rpc_member_passed_over", method=method.name, key=key, error=str(exc))
                 failures[address] = exc.reason
+            except unable as exc:
+                log.info("rpc_member_unable", method=method.name, member=address, error=str(exc))
+                refusal = refusal or exc
             else:
                 return address, reply
+        if refusal is not None:
+            raise refusal
         raise self._nobody_answered(method.name, failures)
 
     async def look_up(
-        self, key: str, method: Method[Req, Rep], request: Req, *, timeout: float
+        self,
+        key: str,
+        method: Method[Req, Rep],
+        request: Req,
+        *,
+        timeout: float,
     ) -> tuple[str, Rep]:
         """Like `call_member`, for what changes nothing and each member can answer.
 

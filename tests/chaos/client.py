@@ -112,8 +112,10 @@ class Http:
                     raise RequestFailed("wrong", f"{method} {target}: a body without an end")
         return Answer(response.status, _lower_case(response), bytes(content))
 
-    async def verified(self, address: str, target: str, digest: str, length: int) -> None:
-        """Get a blob and compare it with its digest.  Raises RequestFailed."""
+    async def verified(
+        self, address: str, target: str, digest: str, length: int | None = None
+    ) -> None:
+        """Get a blob and compare it with its digest, and its length if known.  Raises RequestFailed."""
         hasher, received = hashlib.sha256(), 0
         async with self._stream("GET", address, target, {}, None) as response:
             if response.status != 200:
@@ -123,7 +125,7 @@ class Http:
                 self.waits.end()
                 hasher.update(chunk)
                 received += len(chunk)
-        if received != length or f"sha256:{hasher.hexdigest()}" != digest:
+        if length not in (None, received) or f"sha256:{hasher.hexdigest()}" != digest:
             raise RequestFailed(
                 "wrong", f"GET {target}: {received} bytes of sha256:{hasher.hexdigest()}"
             )

@@ -37,13 +37,18 @@ WATCHED: Final = frozenset(
 
 
 class Faults:
-    """Does the steps of a scenario, and notes what came of them."""
+    """Does the steps of a scenario, and notes what came of them.
+
+    Attributes:
+        corrupted: hosts, and the digests of blobs of which a bit was flipped there.
+    """
 
     def __init__(self, cluster: Cluster, clients: Clients, record: Record) -> None:
         self._cluster = cluster
         self._clients = clients
         self._record = record
         self._cut: set[str] = set()
+        self.corrupted: list[tuple[str, str]] = []
         self._verbs: dict[str, Callable[[Step], object]] = {
             "kill": self._kill,
             "start": self._start,
@@ -199,6 +204,8 @@ class Faults:
             # Whoever reads the blob there finds it damaged, and is cut off.
             self._record.disturb(name, self._clients.now())
             digest = await trio.to_thread.run_sync(partial(self._cluster.corrupt, name))
+            if digest:
+                self.corrupted.append((name, digest))
             log.info("corrupted", host=name, digest=digest or "nothing: no blob is there")
 
     def _resolve(self, step: Step) -> None:

@@ -22,8 +22,8 @@ MANIFEST: Final = "application/vnd.oci.image.manifest.v1+json"
 CONFIG: Final = "application/vnd.oci.image.config.v1+json"
 LAYER: Final = "application/vnd.oci.image.layer.v1.tar"
 REPOSITORIES: Final = 4
-# Requests of each kind at the same time; what comes beyond is not begun.
-CONCURRENT_MAX: Final = 12
+# Pushes, and pulls, at the same time; what comes beyond is not begun.
+CONCURRENT_MAX: Final = 8
 # Of the pulls, those of something that this agent has not pulled before, as long as there is any.
 COLD_SHARE: Final = 0.8
 
@@ -43,7 +43,7 @@ class Clients:
         self._agents = [name for name in cluster.roles if name.startswith("agent-")]
         self._pulled: set[tuple[str, str]] = set()
         self._pushes = 0
-        self._under_way = 0
+        self._under_way = {PUSH: 0, PULL: 0}
         self._deadline = math.inf
 
     def now(self) -> float:
@@ -53,23 +53,24 @@ class Clients:
     async def run(self, stop: trio.Event) -> None:
         """Begin requests until ``stop``; return when each has succeeded, or was tried for long enough."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(
-                self._tick, self._load.pushes, stop, partial(self._push_one, nursery)
-            )
-            nursery.start_soon(self._tick, self._load.pulls, stop, partial(self._pull_one, nursery))
+            push, pull = partial(self._push_one, nursery), partial(self._pull_one, nursery)
+            nursery.start_soon(self._tick, PUSH, self._load.pushes, stop, push)
+            nursery.start_soon(self._tick, PULL, self._load.pulls, stop, pull)
 
     def expect_success(self) -> None:
         """The last fault is over: from now on every request must succeed within `RETRIED`."""
         self._deadline = trio.current_time() + RETRIED
 
-    async def _tick(self, rate: float, stop: trio.Event, begin: Callable[[], None]) -> None:
+    async def _tick(
+        self, kind: str, rate: float, stop: trio.Event, begin: Callable[[], None]
+    ) -> None:
         """Call ``begin`` at the rate, a little unevenly."""
         with trio.CancelScope() as scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_cancel_when, stop, scope)
                 while rate > 0:
                     await trio.sleep(self._random.uniform(0.5, 1.5) / rate)
-                    if self._under_way < CONCURRENT_MAX:
+                    if self._under_way[kind] < CONCURRENT_MAX:
                         begin()
                 nursery.cancel_scope.cancel()
 
@@ -117,7 +118,7 @@ class Clients:
         self, kind: str, hosts: Sequence[str], image: Image, attempt: Callable[[Http, str], object]
     ) -> bool:
         """Try until it succeeds, at one host after the other."""
-        self._under_way += 1
+        self._under_way[kind] += 1
         try:
             tries = 0
             while True:
@@ -131,7 +132,7 @@ class Clients:
                     return False
                 await trio.sleep(RETRY_PAUSE)
         finally:
-            self._under_way -= 1
+            self._under_way[kind] -= 1
 
     async def try_once(
         self, kind: str, host: str, image: Image, attempt: Callable[[Http, str], object]

@@ -7,6 +7,7 @@ from typing import Any
 
 import attrs
 
+from .records import Counts
 from .run import Result
 
 _COLUMNS = (
@@ -50,9 +51,17 @@ def _row(result: Result) -> tuple[str, ...]:
     )
 
 
-def _failures(counts: Any) -> str:
+def _failures(counts: Counts) -> str:
     """Those that could have succeeded, and those that could not."""
     return f"{counts.failed} (+{counts.refused + counts.excused})"
+
+
+def _summary(counts: Counts) -> str:
+    return (
+        f"{counts.made} made in {counts.attempts} attempts: {counts.failed} failed, {counts.refused} were "
+        f"refused and {counts.excused} failed with an excuse; longest wait {counts.stall:.1f} s, "
+        f"{counts.stall_excused:.1f} s with an excuse"
+    )
 
 
 def _seconds(value: float | None) -> str:
@@ -61,7 +70,12 @@ def _seconds(value: float | None) -> str:
 
 def details(result: Result) -> list[str]:
     """What came after each step, and every violation."""
-    lines = [f"{result.scenario}: {result.title}"]
+    lines = [
+        f"{result.scenario}: {result.title}",
+        f"  pushes {_summary(result.pushes)}",
+        f"  pulls  {_summary(result.pulls)}",
+        f"  ready {_seconds(result.health)} after the end, in the backend {_seconds(result.backend)}",
+    ]
     lines += [
         f"  {each.at:6.1f} s  {each.step:42} ready {_seconds(each.ready):>7}, "
         f"first pull {_seconds(each.pull):>7}, first push {_seconds(each.push):>7}"

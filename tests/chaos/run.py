@@ -11,7 +11,7 @@ from pathlib import Path
 import attrs
 import trio
 
-from .checks import endings, leaks, lost_pushes, orphans, wait_for_queues
+from .checks import damaged, endings, leaks, lost_pushes, orphans, tasks_of, wait_for_queues
 from .cluster import Cluster, open_cluster
 from .faults import Faults
 from .limits import OVERTIME, POLL
@@ -109,6 +109,7 @@ async def _watch_endings(cluster: Cluster, record: Record) -> None:
 
 async def _play(cluster: Cluster, scenario: Scenario, options: Options) -> Result:
     record = Record()
+    tasks_before = await tasks_of(cluster)
     clients = Clients(cluster, scenario.load, record, options.seed)
     faults = Faults(cluster, clients, record)
     stop = trio.Event()
@@ -125,11 +126,12 @@ async def _play(cluster: Cluster, scenario: Scenario, options: Options) -> Resul
             faults.calm()
             clients.expect_success()
         lost = await lost_pushes(cluster, clients, record)
+        record.violations += await damaged(cluster, faults.corrupted)
         backend = None
         if not options.quick:
             record.violations += filter(None, [await wait_for_queues(cluster)])
             backend = clients.now() - over_at
-        record.violations += await leaks(cluster)
+        record.violations += await leaks(cluster, tasks_before)
         watching.cancel_scope.cancel()
     await cluster.stop()
     record.violations += [f"{image} was acknowledged and is lost" for image in lost]

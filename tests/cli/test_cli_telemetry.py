@@ -119,3 +119,20 @@ async def test_a_blocked_event_loop_shows_in_the_metrics(autojump_clock) -> None
     after = samples(metrics)
     assert after["swarmpull_event_loop_delay_seconds_count"] > before
     assert after["swarmpull_event_loop_delay_max_seconds"] == pytest.approx(0.65)
+
+
+async def test_the_tasks_of_the_event_loop_are_counted(autojump_clock) -> None:
+    async def counted() -> float:
+        await trio.sleep(1)
+        return samples(Metrics())["swarmpull_tasks"]
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch_event_loop)
+        before = await counted()
+        async with trio.open_nursery() as many:
+            for _ in range(50):
+                many.start_soon(trio.sleep_forever)
+            assert await counted() == before + 50
+            many.cancel_scope.cancel()
+        assert await counted() == before
+        nursery.cancel_scope.cancel()

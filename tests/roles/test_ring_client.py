@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from swarmpull.digest import Digest
-from swarmpull.errors import BlobNotFound, RpcFailed, RpcUnavailable
+from swarmpull.errors import BlobNotFound, RpcFailed, RpcUnavailable, StoreFull
 from swarmpull.roles import ring_client
 from swarmpull.roles.cluster import IndexClient
 from swarmpull.roles.ring_client import RingClient, open_ring
@@ -31,6 +31,7 @@ class Members:
         hanging: answer nothing.
         dead: refuse connections.
         without: do not have the blob.
+        full: have no room for it.
         calls, cancelled: how often each was called, pings apart; how often that was given up.
     """
 
@@ -38,6 +39,7 @@ class Members:
     hanging: set[str] = attrs.Factory(set)
     dead: set[str] = attrs.Factory(set)
     without: set[str] = attrs.Factory(set)
+    full: set[str] = attrs.Factory(set)
     calls: Counter[str] = attrs.Factory(Counter)
     pings: Counter[str] = attrs.Factory(Counter)
     cancelled: Counter[str] = attrs.Factory(Counter)
@@ -56,6 +58,8 @@ class Members:
             raise
         if address in self.without:
             raise BlobNotFound(str(BLOB), address)
+        if address in self.full:
+            raise StoreFull(address, 1, "free disk space")
         return api.BlobStatReply(int(address[-1]))
 
     async def _connect(self, address: str, method, timeout: float) -> None:
@@ -86,7 +90,9 @@ class Play:
 
     async def write(self) -> tuple[str, float]:
         begun = trio.current_time()
-        reply = await self.client.call(KEY, api.STAT_BLOB, api.BlobRequest(BLOB), timeout=3600.0)
+        reply = await self.client.call(
+            KEY, api.STAT_BLOB, api.BlobRequest(BLOB), timeout=3600.0, unable=(StoreFull,)
+        )
         return f"127.0.0.1:{reply.length}", trio.current_time() - begun
 
 
@@ -211,6 +217,32 @@ async def test_what_changes_something_moves_on_when_its_member_is_found_to_hang(
 
         assert address == second
         assert ring_client.WRITE_PATIENCE < seconds < ring_client.WRITE_PATIENCE + 3.0
+
+
+async def test_a_member_without_room_is_passed_over(autojump_clock) -> None:
+    async with play() as ring:
+        first, second, _ = ring.order
+        ring.members.full = {first}
+
+        address, _ = await ring.write()
+
+        assert address == second
+        assert ring.members.calls == {first: 1, second: 1}
+        # It answers: nothing is wrong with it but its disk.
+        assert ring.client.members.unhealthy() == ()
+
+
+async def test_when_nobody_has_room_the_error_is_that_of_the_first(autojump_clock) -> None:
+    async with play() as ring:
+        first, second, third = ring.order
+        ring.members.full = {first, third}
+        ring.members.dead = {second}
+
+        with pytest.raises(StoreFull) as caught:
+            await ring.write()
+
+        assert caught.value.store == first
+        assert ring.members.calls == {first: 1, second: 1, third: 1}
 
 
 async def test_a_call_that_waits_for_long_ends_when_its_member_is_found_to_hang(
