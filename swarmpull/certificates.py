@@ -133,7 +133,7 @@ def _begun(
 ) -> x509.CertificateBuilder:
     if days < 1:
         raise CertificateError(f"a certificate counts for at least one day: {days}")
-    now = dt.datetime.now(dt.UTC)
+    now = _now()
     try:
         end = now + dt.timedelta(days=days)
     except OverflowError:
@@ -148,6 +148,10 @@ def _begun(
         .not_valid_after(end)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
     )
+
+
+def _now() -> dt.datetime:
+    return dt.datetime.now(dt.UTC)
 
 
 def _named(name: str) -> x509.Name:

@@ -59,12 +59,13 @@ class StartupError(SwarmpullError):
 
 @attrs.define(slots=False)
 class CertificateError(SwarmpullError):
-    """A certificate, key or password file cannot be made or used."""
+    """A certificate, key or password file cannot be made or used; ``key`` of the configuration names it."""
 
     reason: str
+    key: str = ""
 
     def __str__(self) -> str:
-        return self.reason
+        return f"{self.key}: {self.reason}" if self.key else self.reason
 
 
 # --- content ----------------------------------------------------------------------------------
