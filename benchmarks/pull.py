@@ -1,6 +1,6 @@
 """One blob from an origin through an agent to curl, beside curl from nginx, all on loopback.
 
-    python -m benchmarks.pull [--size 1GiB] [--rounds 5]
+    python -m benchmarks.pull [--size 1GiB] [--rounds 5] [--tls]
 
 Every role is a process of its own.  A round is three downloads into a file of the same file system, in
 an order that changes from round to round, so that what drifts on the machine meets all of them:
@@ -8,7 +8,8 @@ an order that changes from round to round, so that what drifts on the machine me
 - nginx: serves the file from the page cache with sendfile;
 - cold: a new agent with an empty data directory fetches the blob from the origin, verifies it and
   stores it, while curl reads it;
-- warm: the same agent, once it has the blob.
+- warm: the same agent, once it has the blob;
+- tls, with ``--tls``: the same as cold in a second cluster, whose roles speak mutual TLS.
 
 With ``--memory`` there is one cold pull into nowhere instead, and what is reported is the memory of origin
 and agent meanwhile: it should not depend on SIZE.
@@ -40,6 +41,7 @@ from benchmarks.content import file_digest, write_random
 from benchmarks.machine import machine
 from benchmarks.nginx import nginx_command
 from benchmarks.processes import AnonymousPeaks, Client, Server, Usage
+from swarmpull.certificates import create_authority, issue
 from swarmpull.units import parse_size
 
 MIB: Final = 1 << 20
@@ -94,8 +96,7 @@ class Ports:
     admin: dict[str, int]
 
     @classmethod
-    def choose(cls) -> Ports:
-        ports = free_ports()
+    def choose(cls, ports: Iterator[int]) -> Ports:
         return cls(
             nginx=next(ports),
             tracker=next(ports),
@@ -108,8 +109,8 @@ class Ports:
             admin={role: next(ports) for role in ROLES},
         )
 
-    def configuration(self) -> str:
-        """The file that all roles read."""
+    def configuration(self, security: Sequence[str] = ()) -> str:
+        """The file that all roles read; ``security``: its lines about TLS."""
         listen = {
             "tracker.rpc": self.tracker,
             "index.rpc": self.index,
@@ -130,17 +131,21 @@ class Ports:
         ]
         for table, port in listen.items():
             lines += [f"[{table}]", f'listen = "127.0.0.1:{port}"']
-        return "\n".join([*lines, ""])
+        return "\n".join([*lines, *security, ""])
 
 
 class Bench:
     """The running servers, and the downloads from them."""
 
-    def __init__(self, directory: Path, size: int) -> None:
+    def __init__(
+        self, directory: Path, size: int, ports: Iterator[int], *, tls: bool = False
+    ) -> None:
+        directory.mkdir(exist_ok=True)
         self._directory = directory
-        self._ports = Ports.choose()
+        self._ports = Ports.choose(ports)
         self._config = directory / "swarmpull.toml"
-        self._config.write_text(self._ports.configuration())
+        security = certify(directory / "certs") if tls else ()
+        self._config.write_text(self._ports.configuration(security))
         self._content = directory / "content"
         self._content.mkdir()
         self._size = size
@@ -193,7 +198,7 @@ class Bench:
         """One download of the whole blob.  ``warm`` must follow ``cold``."""
         if contender == "nginx":
             return self._download(self._ports.nginx, "/blob", ["nginx"])
-        if contender == "cold":
+        if contender in ("cold", "tls"):
             self._renew_agent()
         else:
             self._servers["agent"].wait_until(self._agent_is_complete, "it has the whole blob")
@@ -245,6 +250,14 @@ class Bench:
             raise RuntimeError(f"{names[-1]} served something else than the blob")
         file.unlink()
         return Download(seconds, {**usages, "curl": curl})
+
+
+def certify(directory: Path) -> Sequence[str]:
+    """Make an authority and one certificate for all roles; returns the lines of the configuration."""
+    create_authority(directory, "benchmark")
+    issued = issue(directory, "host", ROLES)
+    files = {"ca": directory / "ca.crt", "cert": issued.certificate, "key": issued.key}
+    return ["[tls]", *(f'{key} = "{path}"' for key, path in files.items())]
 
 
 @attrs.frozen
@@ -326,6 +339,7 @@ LABELS: Final = {
     "nginx": "nginx",
     "cold": "agent, cold (from the origin)",
     "warm": "agent, warm (it has the blob)",
+    "tls": "agent, cold, by mutual TLS",
 }
 
 
@@ -334,20 +348,25 @@ def order_of(number: int) -> tuple[str, ...]:
     return CONTENDERS if number % 2 == 0 else (*CONTENDERS[1:], CONTENDERS[0])
 
 
-def measure(directory: Path, size: int, rounds: int) -> dict[str, list[Download]]:
-    downloads: dict[str, list[Download]] = {name: [] for name in CONTENDERS}
-    bench = Bench(directory, size)
-    try:
-        bench.start()
-        bench.run("nginx")  # once unmeasured: the first reader brings the file into the page cache
+def measure(directory: Path, size: int, rounds: int, *, tls: bool) -> dict[str, list[Download]]:
+    with contextlib.ExitStack() as stack:
+        ports = free_ports()
+        plain = Bench(directory, size, ports)
+        stack.callback(plain.stop)
+        plain.start()
+        benches = dict.fromkeys(CONTENDERS, plain)
+        if tls:
+            benches["tls"] = Bench(directory / "tls", size, ports, tls=True)
+            stack.callback(benches["tls"].stop)
+            benches["tls"].start()
+        downloads: dict[str, list[Download]] = {name: [] for name in benches}
+        plain.run("nginx")  # once unmeasured: the first reader brings the file into the page cache
         for number in range(rounds):
-            for contender in order_of(number):
-                download = bench.run(contender)
+            for contender in (*order_of(number), *benches.keys() - CONTENDERS):
+                download = benches[contender].run(contender)
                 rate = size / 1e6 / download.seconds
                 print(f"round {number + 1}: {contender} {rate:.0f} MB/s", file=sys.stderr)
                 downloads[contender].append(download)
-    finally:
-        bench.stop()
     return downloads
 
 
@@ -368,6 +387,7 @@ def main() -> int:
     parser.add_argument(
         "--directory", type=Path, help="where to work, on a disk with room for 5 x SIZE"
     )
+    parser.add_argument("--tls", action="store_true", help="also by mutual TLS")
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         parser.error("--rounds must be at least 1")
@@ -380,7 +400,8 @@ def main() -> int:
         if arguments.memory:
             lines = memory_report(arguments.size, measure_memory(Path(name), arguments.size))
         else:
-            lines = report(arguments.size, measure(Path(name), arguments.size, arguments.rounds))
+            downloads = measure(Path(name), arguments.size, arguments.rounds, tls=arguments.tls)
+            lines = report(arguments.size, downloads)
     print("\n".join(lines))
     return 0
 

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from swarmpull.layers import Loaded
     from swarmpull.registry.client import AdminAnswer, Progress, RegistryClient
+    from swarmpull.registry.http import Login
     from swarmpull.registry.layouts import ImageName, ProgressOf
     from swarmpull.roles.addresses import RoleAddresses
 
@@ -153,6 +154,17 @@ def _role_set(roles: Sequence[str]) -> frozenset[str]:
     return frozenset(_ROLES if "all" in roles else roles)
 
 
+def _check_files(loaded: Loaded, roles: Sequence[str]) -> None:
+    """Raise ConfigError if certificates and the like cannot be used."""
+    if not loaded.config.names_security_files:
+        return
+    from swarmpull.roles.security import problems_with_files
+
+    problems = tuple(problems_with_files(loaded.config, _role_set(roles), loaded.provenance))
+    if problems:
+        raise ConfigError(problems)
+
+
 # --- run ------------------------------------------------------------------------------------------
 
 
@@ -173,6 +185,7 @@ def run(
     """
     load = partial(_load, roles, file, data_dir, agents, overrides)
     loaded = load()
+    _check_files(loaded, roles)
     from swarmpull import runtime
 
     return runtime.run(loaded, _role_set(roles), _announce, load)
@@ -236,7 +249,7 @@ def check(
 
     With --role also what those roles need.
     """
-    _load(roles, file, data_dir, agents, overrides)
+    _check_files(_load(roles, file, data_dir, agents, overrides), roles)
     click.echo("The configuration is valid.")
 
 
@@ -293,6 +306,15 @@ _registry_option = click.option(
     metavar="URL",
     help=f"Registry of an agent or origin.  [default: {_DEFAULT_REGISTRY}]",
 )
+_user_option = click.option(
+    "--user", metavar="NAME", help="For a registry that asks for a password."
+)
+_password_option = click.option(
+    "--password-file",
+    metavar="FILE",
+    type=click.File(encoding="utf-8"),
+    help="Its first line is the password of that name; - is standard input.",
+)
 _quiet_option = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 
 
@@ -300,12 +322,22 @@ _quiet_option = click.option("-q", "--quiet", is_flag=True, help="Show no progre
 @click.argument("source", type=click.Path(exists=True, path_type=Path))
 @click.argument("image", required=False)
 @_registry_option
+@_user_option
+@_password_option
 @_quiet_option
-def push(source: Path, image: str | None, registry: str | None, quiet: bool) -> None:
+def push(
+    source: Path,
+    image: str | None,
+    registry: str | None,
+    quiet: bool,
+    user: str | None,
+    password_file: IO[str] | None,
+) -> None:
     """Push a file, or the image of an OCI layout directory as IMAGE (NAME:TAG).
 
     Prints the digest under which it can be pulled.
     """
+    login = _login(user, password_file)
     if source.is_dir() and image is None:
         raise click.UsageError("A directory is pushed as an image: name it, NAME:TAG.")
     if not source.is_dir() and image is not None:
@@ -316,7 +348,7 @@ def push(source: Path, image: str | None, registry: str | None, quiet: bool) -> 
         name = _image_name(image)
         registry = _registry_of(name, registry)
         work = partial(_push_image, source, name)
-    click.echo(_transfer(work, registry, quiet=quiet))
+    click.echo(_transfer(work, registry, login, quiet=quiet))
 
 
 async def _push_file(file: Path, client: RegistryClient, progress: ProgressOf) -> str:
@@ -351,20 +383,31 @@ async def _push_image(
     help="File for a blob (- is standard output), directory for an image.",
 )
 @_registry_option
+@_user_option
+@_password_option
 @_quiet_option
-def pull(name: str, output: str, registry: str | None, quiet: bool) -> None:
+def pull(
+    name: str,
+    output: str,
+    registry: str | None,
+    quiet: bool,
+    user: str | None,
+    password_file: IO[str] | None,
+) -> None:
     """Pull a blob by its digest, or an image (NAME[:TAG|@DIGEST]) as an OCI layout directory.
 
     Everything is verified; a blob appears under its name only when it is complete.
     """
+    login = _login(user, password_file)
     if name.startswith(("sha256:", "sha512:")):
-        _transfer(partial(_pull_blob, name, output), registry, quiet=quiet)
+        _transfer(partial(_pull_blob, name, output), registry, login, quiet=quiet)
         return
     if output == "-":
         raise click.UsageError("An image is written to a directory: name one with -o.")
     image = _image_name(name)
     registry = _registry_of(image, registry)
-    click.echo(_transfer(partial(_pull_image, image, Path(output)), registry, quiet=quiet))
+    work = partial(_pull_image, image, Path(output))
+    click.echo(_transfer(work, registry, login, quiet=quiet))
 
 
 async def _pull_blob(text: str, output: str, client: RegistryClient, progress: ProgressOf) -> None:
@@ -400,9 +443,20 @@ def _registry_of(image: ImageName, registry: str | None) -> str | None:
     return image.registry
 
 
+def _login(user: str | None, password_file: IO[str] | None) -> Login | None:
+    from swarmpull.registry.http import Login
+
+    if user is None and password_file is None:
+        return None
+    if user is None or password_file is None:
+        raise click.UsageError("--user and --password-file need each other.")
+    return Login(user, password_file.readline().rstrip("\r\n"))
+
+
 def _transfer(
     work: Callable[[RegistryClient, ProgressOf], Awaitable[_T]],
     registry: str | None,
+    login: Login | None,
     *,
     quiet: bool,
 ) -> _T:
@@ -411,7 +465,7 @@ def _transfer(
     from swarmpull.runtime import run_command
 
     async def command() -> _T:
-        async with open_client(registry or _DEFAULT_REGISTRY) as client:
+        async with open_client(registry or _DEFAULT_REGISTRY, login=login) as client:
             return await work(client, progress)
 
     with _progress_bars(quiet=quiet) as progress:
@@ -689,6 +743,70 @@ def _print_table(table: Table) -> None:
     # In a pipe a digest must stay in one piece.
     console = Console()
     (console if console.is_terminal else Console(width=250)).print(table)
+
+
+# --- certs ----------------------------------------------------------------------------------------
+
+
+@cli.group()
+def certs() -> None:
+    """Make the certificates with which roles trust each other, see docs/security.md."""
+
+
+_certs_option = click.option(
+    "--dir",
+    "directory",
+    metavar="DIR",
+    default="swarmpull-certs",
+    show_default=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where the authority is, and what it issues.",
+)
+_force_option = click.option("--force", is_flag=True, help="Replace files that are there.")
+
+
+@certs.command("init")
+@_certs_option
+@click.option("--cluster", default="swarmpull", show_default=True, help="Name of the cluster.")
+@click.option("--days", type=int, default=3650, show_default=True, help="How long it counts.")
+@_force_option
+def certs_init(directory: Path, cluster: str, days: int, force: bool) -> None:
+    """Make the authority of a cluster: ca.crt for all hosts, ca.key to be kept where you issue."""
+    from swarmpull.certificates import create_authority
+
+    written = create_authority(directory, cluster, days=days, force=force)
+    click.echo(f"{written.certificate}  {written.key}")
+
+
+@certs.command("issue")
+@click.argument("name")
+@_certs_option
+@click.option(
+    "--role",
+    "roles",
+    multiple=True,
+    type=click.Choice([*_ROLES, "client", "all"]),
+    help="What the holder may be; may be repeated. 'all' are the four roles.",
+)
+@click.option("--dns", multiple=True, metavar="HOST", help="Name of an HTTPS listener.")
+@click.option("--ip", "ips", multiple=True, metavar="ADDRESS", help="Address of one.")
+@click.option("--days", type=int, default=365, show_default=True, help="How long it counts.")
+@_force_option
+def certs_issue(
+    name: str,
+    directory: Path,
+    roles: tuple[str, ...],
+    dns: tuple[str, ...],
+    ips: tuple[str, ...],
+    days: int,
+    force: bool,
+) -> None:
+    """Make NAME.crt and NAME.key for one host."""
+    from swarmpull.certificates import issue
+
+    meant = frozenset(roles) - {"all"} | (_role_set(roles) if "all" in roles else frozenset())
+    written = issue(directory, name, meant, dns=dns, ips=ips, days=days, force=force)
+    click.echo(f"{written.certificate}  {written.key}")
 
 
 # --- simulate -------------------------------------------------------------------------------------

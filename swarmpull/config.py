@@ -38,10 +38,14 @@ Secret = NewType("Secret", str)
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["console", "json"]
 WriteBackMode = Literal["queue", "sync"]
+Switch = Literal["on", "off"]
+Protected = Literal["pushes", "all"]
 
 _HOST: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?", re.ASCII)
 _HOST_PORT: Final = re.compile(r"(?:\[([^\[\]]+)\]|([^\[\]:]+)):([0-9]{1,5})", re.ASCII)
 _WILDCARDS: Final = ("0.0.0.0", "::")
+# The sections of a role that listen for HTTP.
+_HTTP: Final = ("registry", "admin")
 
 
 @attrs.frozen(order=True)
@@ -228,7 +232,37 @@ class ListenerConfig:
 
 
 @attrs.frozen(kw_only=True)
-class AgentRegistryConfig(ListenerConfig):
+class HttpListenerConfig(ListenerConfig):
+    """A listener for HTTP, or with a certificate for HTTPS."""
+
+    tls_cert: str = attrs.field(
+        default="",
+        metadata=_meaning(
+            "File with the certificate that clients see, and what leads to its authority; "
+            "empty: plain HTTP."
+        ),
+    )
+    tls_key: str = attrs.field(default="", metadata=_meaning("File with its key."))
+
+
+@attrs.frozen(kw_only=True)
+class RegistryConfig(HttpListenerConfig):
+    """A registry, and who may push there."""
+
+    htpasswd: str = attrs.field(
+        default="",
+        metadata=_meaning(
+            "File with names and passwords as htpasswd -B writes it; empty: nobody is asked for one."
+        ),
+    )
+    htpasswd_for: Protected = attrs.field(
+        default="pushes",
+        metadata=_meaning("What a password is needed for: pushes and deletions, or all."),
+    )
+
+
+@attrs.frozen(kw_only=True)
+class AgentRegistryConfig(RegistryConfig):
     """The registry of an agent, and whether it takes pushes."""
 
     push: bool = attrs.field(
@@ -363,6 +397,10 @@ def _listener(host: str, port: int) -> ListenerConfig:
     return ListenerConfig(listen=Address(host, port))
 
 
+def _admin_listener(port: int) -> HttpListenerConfig:
+    return HttpListenerConfig(listen=Address("127.0.0.1", port))
+
+
 def _peer_listener(port: int) -> PeerListenerConfig:
     return PeerListenerConfig(listen=Address("0.0.0.0", port))
 
@@ -419,8 +457,8 @@ class AgentConfig:
     peer: PeerListenerConfig = attrs.field(
         factory=partial(_peer_listener, 7100), metadata=_meaning("The peer protocol of the agent.")
     )
-    admin: ListenerConfig = attrs.field(
-        factory=partial(_listener, "127.0.0.1", 7500),
+    admin: HttpListenerConfig = attrs.field(
+        factory=partial(_admin_listener, 7500),
         metadata=_meaning("Health, readiness, metrics and status of the agent."),
     )
     data_dir: Path = attrs.field(
@@ -445,8 +483,8 @@ class AgentConfig:
 class OriginConfig:
     """One origin."""
 
-    registry: ListenerConfig = attrs.field(
-        factory=partial(_listener, "127.0.0.1", 5100),
+    registry: RegistryConfig = attrs.field(
+        factory=lambda: RegistryConfig(listen=Address("127.0.0.1", 5100)),
         metadata=_meaning("The registry of the origin; it takes pushes."),
     )
     rpc: ListenerConfig = attrs.field(
@@ -456,8 +494,8 @@ class OriginConfig:
     peer: PeerListenerConfig = attrs.field(
         factory=partial(_peer_listener, 7201), metadata=_meaning("The peer protocol of the origin.")
     )
-    admin: ListenerConfig = attrs.field(
-        factory=partial(_listener, "127.0.0.1", 7520),
+    admin: HttpListenerConfig = attrs.field(
+        factory=partial(_admin_listener, 7520),
         metadata=_meaning("Health, readiness, metrics and status of the origin."),
     )
     backend: OriginBackendConfig = attrs.field(
@@ -518,8 +556,8 @@ class TrackerConfig:
         factory=partial(_listener, "0.0.0.0", 7300),
         metadata=_meaning("Calls from other roles to the tracker."),
     )
-    admin: ListenerConfig = attrs.field(
-        factory=partial(_listener, "127.0.0.1", 7530),
+    admin: HttpListenerConfig = attrs.field(
+        factory=partial(_admin_listener, 7530),
         metadata=_meaning("Health, readiness, metrics and status of the tracker."),
     )
 
@@ -532,8 +570,8 @@ class IndexConfig:
         factory=partial(_listener, "0.0.0.0", 7400),
         metadata=_meaning("Calls from other roles to the index."),
     )
-    admin: ListenerConfig = attrs.field(
-        factory=partial(_listener, "127.0.0.1", 7540),
+    admin: HttpListenerConfig = attrs.field(
+        factory=partial(_admin_listener, 7540),
         metadata=_meaning("Health, readiness, metrics and status of the index."),
     )
     backend: BackendConfig = attrs.field(
@@ -667,6 +705,34 @@ class SwarmConfig:
 
 
 @attrs.frozen(kw_only=True)
+class TlsConfig:
+    """Mutual TLS between roles; all three files, or none of them for plain connections."""
+
+    ca: str = attrs.field(
+        default="",
+        metadata=_meaning("File with the certificates of the authorities that are trusted."),
+    )
+    cert: str = attrs.field(
+        default="",
+        metadata=_meaning("File with the certificate of this host, which says what roles it has."),
+    )
+    key: str = attrs.field(
+        default="", metadata=_meaning("File with its key, readable for this user only.")
+    )
+    peer: Switch = attrs.field(
+        default="on",
+        metadata=_meaning(
+            "Whether pieces travel by TLS too; off: calls do, pieces are sent in plain. "
+            "Must be the same on all hosts."
+        ),
+    )
+
+    @property
+    def is_on(self) -> bool:
+        return bool(self.ca)
+
+
+@attrs.frozen(kw_only=True)
 class LogConfig:
     """What is logged, and how it looks."""
 
@@ -714,4 +780,17 @@ class Config:
         factory=SwarmConfig,
         metadata=_meaning("Limits of the peer protocol, for agents and origins."),
     )
+    tls: TlsConfig = attrs.field(
+        factory=TlsConfig,
+        metadata=_meaning(
+            "Mutual TLS between roles: ca, cert and key, or none of them; see security.md."
+        ),
+    )
     log: LogConfig = attrs.field(factory=LogConfig, metadata=_meaning("Logs, on standard error."))
+
+    @property
+    def names_security_files(self) -> bool:
+        """Whether there are certificates or passwords to be looked at."""
+        listeners = [getattr(getattr(self, role), name, None) for role in ROLES for name in _HTTP]
+        keys = ("tls_cert", "htpasswd")
+        return self.tls.is_on or any(getattr(each, key, "") for each in listeners for key in keys)

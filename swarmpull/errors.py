@@ -57,6 +57,17 @@ class StartupError(SwarmpullError):
         return f"{self.reason}: {self.remedy}"
 
 
+@attrs.define(slots=False)
+class CertificateError(SwarmpullError):
+    """A certificate, key or password file cannot be made or used; ``key`` of the configuration names it."""
+
+    reason: str
+    key: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.reason}" if self.key else self.reason
+
+
 # --- content ----------------------------------------------------------------------------------
 
 
@@ -340,6 +351,14 @@ class ProtocolError(SwarmpullError):
 
     def __str__(self) -> str:
         return f"protocol error: {self.reason}"
+
+
+@attrs.define(slots=False)
+class TlsError(ProtocolError):
+    """The two sides do not trust each other: certificates, clusters, roles, or one of them speaks no TLS."""
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 @attrs.define(slots=False)

@@ -629,6 +629,21 @@ def _check_watermarks(layers: _Layers, config: Config) -> None:
             layers.complain(key, layers.where(key), message)
 
 
+def _check_tls(layers: _Layers, config: Config) -> None:
+    """All three files, or none.  Whether they are any good is for those to say who may read them."""
+    given = {key: getattr(config.tls, key) for key in ("ca", "cert", "key")}
+    for key in [key for key, file in given.items() if not file and any(given.values())]:
+        others = " and ".join(f"tls.{other}" for other, file in given.items() if file)
+        layers.complain(
+            f"tls.{key}", layers.where(f"tls.{key}"), f"must name a file too: {others} is set"
+        )
+    for key in settings():
+        table, _, name = key.rpartition(".")
+        other = f"{table}.{'tls_key' if name == 'tls_cert' else 'tls_cert'}"
+        if name in ("tls_cert", "tls_key") and _leaf(config, other) and not _leaf(config, key):
+            layers.complain(key, layers.where(key), f"must name a file too: {other} is set")
+
+
 # --- lists of sections ----------------------------------------------------------------------------
 
 
@@ -823,6 +838,7 @@ def load(
     _check_listeners(layers, _listeners(config, roles, agent_settings))
     _check_watermarks(layers, config)
     _check_upstreams(layers, config)
+    _check_tls(layers, config)
     if layers.problems:
         raise ConfigError(tuple(layers.problems))
     return Loaded(config, agent_settings, {key: layers.where(key) for key in toml_values(config)})

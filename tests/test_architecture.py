@@ -18,7 +18,7 @@ TREE: Final = Path(__file__).resolve().parent.parent
 FUNCTION_LINES_MAX: Final = 70
 
 # Who may import whom: cli > roles > registry > (wire, store, ring) > swarm > (digest, errors).
-# `base` is digest and errors.  Beside that order stand `telemetry`, below everything that reports
+# `base` is digest, errors and identity.  Beside that order stand `telemetry`, below everything that reports
 # through it (the pure core does not report), `units`, below what reads sizes and times that people
 # write, the configuration (`config`, `layers`), which only roles and what starts them read, `systemd`,
 # which only the process as a whole talks to, and `runtime`, `status` and `storage`, which are parts of the
@@ -26,7 +26,7 @@ FUNCTION_LINES_MAX: Final = 70
 BASE: Final = frozenset({"base"})
 CORE: Final = BASE | {"swarm"}
 SHELL: Final = CORE | {"telemetry"}
-FACE: Final = SHELL | {"wire", "store", "ring"}
+FACE: Final = SHELL | {"wire", "store", "ring", "watched_files"}
 MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "base": frozenset(),
     "swarm": BASE,
@@ -34,10 +34,12 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "units": BASE,
     "config": BASE | {"units"},
     "layers": BASE | {"units", "config"},
+    "certificates": BASE,
+    "watched_files": BASE,
     "telemetry": BASE | {"config"},
     "ring": SHELL,
     "store": SHELL | {"units"},
-    "wire": SHELL,
+    "wire": SHELL | {"watched_files"},
     "registry": FACE,
     "roles": FACE | {"registry", "config", "units"},
     "status": BASE | {"registry", "units"},
@@ -46,7 +48,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "runtime": BASE | {"telemetry", "config", "layers", "roles", "systemd"},
     "cli": BASE
     | {"telemetry", "config", "layers", "units", "runtime", "status", "storage"}
-    | {"store", "registry", "roles", "sim"},
+    | {"store", "registry", "roles", "sim", "certificates"},
 }
 ROLES: Final = frozenset({"agent", "origin", "tracker", "index"})
 
@@ -57,6 +59,8 @@ IMPURE: Final = frozenset(
 
 # Each heavy dependency has one place that knows it, so that replacing it touches one place.
 IMPORTER: Final[dict[str, str]] = {
+    "bcrypt": "swarmpull/registry/htpasswd.py",
+    "cryptography": "swarmpull/certificates.py",
     "click": "swarmpull/cli.py",
     "hypercorn": "swarmpull/registry/server.py",
     "httpx": "swarmpull/registry/http.py",
@@ -123,7 +127,7 @@ def layer_of(name: str) -> str | None:
     if parts[0] != "swarmpull":
         return None
     layer = parts[1] if len(parts) > 1 else "base"
-    if layer in {"digest", "errors", "__version__"}:
+    if layer in {"digest", "errors", "identity", "__version__"}:
         return "base"
     return "cli" if layer == "__main__" else layer
 

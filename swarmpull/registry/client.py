@@ -34,6 +34,7 @@ from swarmpull.registry.http import (
     ClientLimits,
     HttpClient,
     HttpFailure,
+    Login,
     check_server_url,
     error_message,
     open_http,
@@ -353,15 +354,17 @@ class RegistryClient:
 
 @asynccontextmanager
 async def open_client(
-    registry: str, *, retries: Retries | None = None
+    registry: str, *, retries: Retries | None = None, login: Login | None = None
 ) -> AsyncIterator[RegistryClient]:
     """A client of the registry at a URL; ``host:port`` alone means plain HTTP.
+
+    ``login`` is for a registry that asks for a password.
 
     Raises:
         UnexpectedAnswer: the text is not the URL of a registry.
     """
     url = registry_url(registry)
-    async with open_http(url, _LIMITS) as http:
+    async with open_http(url, _LIMITS, login) as http:
         yield RegistryClient(http, retries or Retries())
 
 

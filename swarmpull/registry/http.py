@@ -5,6 +5,7 @@ Nothing is tried again, no redirect is followed, nothing is decoded: who asks de
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 import logging
@@ -160,12 +161,25 @@ class ClientLimits:
     connections: int = 100
 
 
+@attrs.frozen
+class Login:
+    """A name and a password, for the server of a client alone and not for where it sends us."""
+
+    name: str
+    password: str = attrs.field(repr=False)
+
+    def header(self) -> str:
+        """As ``Authorization`` has it."""
+        return f"Basic {base64.b64encode(f'{self.name}:{self.password}'.encode()).decode()}"
+
+
 class HttpClient:
     """Requests to one server, and wherever else an absolute URL leads.  Make one with `open_http`."""
 
-    def __init__(self, http: httpx.AsyncClient, base: str) -> None:
+    def __init__(self, http: httpx.AsyncClient, base: str, login: Login | None = None) -> None:
         self.base = base
         self._http = http
+        self._login = login
 
     async def send(
         self,
@@ -188,6 +202,8 @@ class HttpClient:
         """
         with _translating():
             request = self._http.build_request(method, url, headers=headers, content=content)
+            if self._login is not None and _origin(request.url) == _origin(httpx.URL(self.base)):
+                request.headers["Authorization"] = self._login.header()
             return Answer(await self._http.send(request, stream=True))
 
     @asynccontextmanager
@@ -219,7 +235,9 @@ def _certificates_at(_paths: ssl.DefaultVerifyPaths) -> ssl.SSLContext:
 
 
 @asynccontextmanager
-async def open_http(base: str, limits: ClientLimits | None = None) -> AsyncIterator[HttpClient]:
+async def open_http(
+    base: str, limits: ClientLimits | None = None, login: Login | None = None
+) -> AsyncIterator[HttpClient]:
     """A client of the server at ``base``, for the length of the block."""
     limits = limits or ClientLimits()
     # The system's certificates rather than a bundle of our own.  No proxy from the environment: it
@@ -232,7 +250,11 @@ async def open_http(base: str, limits: ClientLimits | None = None) -> AsyncItera
         trust_env=False,
         headers={"Accept-Encoding": "identity", "User-Agent": f"swarmpull/{__version__}"},
     ) as http:
-        yield HttpClient(http, base)
+        yield HttpClient(http, base, login)
+
+
+def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
+    return url.scheme, url.host, url.port
 
 
 def error_message(body: bytes) -> str:

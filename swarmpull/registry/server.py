@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import socket
+import ssl
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import Final
+from typing import Final, cast
 
 import attrs
 import hypercorn.trio.run
@@ -16,8 +17,18 @@ from hypercorn.config import Config, Sockets
 from hypercorn.events import Closed, RawData
 from hypercorn.trio.tcp_server import TCPServer
 
+from swarmpull.errors import TlsError
 from swarmpull.registry.asgi import AsgiApp
-from swarmpull.wire.listen import BACKLOG, open_listeners
+from swarmpull.watched_files import WatchedFiles
+from swarmpull.wire.listen import BACKLOG, open_listeners, remote_host
+from swarmpull.wire.tls import (
+    HANDSHAKE_TIMEOUT,
+    AnyStream,
+    Complaints,
+    TlsStream,
+    speaks_tls,
+    take_socket,
+)
 
 log = structlog.get_logger()
 
@@ -28,6 +39,10 @@ _server_logger.setLevel(logging.WARNING)
 # Read at once.  Each read costs some 130 us: with hypercorn's own 64 KiB a body arrives at 0.5 GB/s, with
 # this at 1 GB/s.  Its queue of ten reads is what one upload holds in memory.
 RECEIVE_BYTES: Final = 256 << 10
+_HTTPS_ONLY: Final = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n"
+    b"Content-Length: 35\r\n\r\nthis port takes HTTPS only: use it\n"
+)
 
 
 @attrs.frozen(kw_only=True)
@@ -56,9 +71,17 @@ class _Config(Config):
     connection.
     """
 
-    def __init__(self, sockets: list[socket.socket], grace: float, limits: HttpLimits) -> None:
+    def __init__(
+        self,
+        sockets: list[socket.socket],
+        grace: float,
+        limits: HttpLimits,
+        https: WatchedFiles[ssl.SSLContext] | None,
+    ) -> None:
         self.listening = sockets
-        self.connections: set[trio.SocketStream] = set()
+        self.https = https
+        self.complaints = Complaints()
+        self.connections: set[AnyStream] = set()
         self.connections_max = limits.connections
         self.accesslog = None
         self.errorlog = _server_logger
@@ -78,8 +101,8 @@ class _Connection(TCPServer):
     """A connection of hypercorn, with what that lacks: a cap, a way to cut it, an end with its client."""
 
     config: _Config
-    # hypercorn declares what it gets with TLS, which it never has here.
-    stream: trio.SocketStream  # type: ignore[assignment]
+    # hypercorn declares what it gets with its own TLS.
+    stream: AnyStream  # type: ignore[assignment]
     _client_ended = False
 
     async def run(self) -> None:
@@ -88,14 +111,25 @@ class _Connection(TCPServer):
             log.warning("connection_refused", reason="busy", connections_max=len(connections))
             await trio.aclose_forcefully(self.stream)
             return
-        connections.add(self.stream)
+        plain = cast("trio.SocketStream", self.stream)
+        connections.add(plain)
+        remote = "unknown"
         try:
+            remote = remote_host(plain)
+            if self.config.https is not None:
+                self.stream = await _secured(plain, self.config.https.current)
+                connections.add(self.stream)
             await super().run()
+        except TlsError as error:
+            self.config.complaints.warn(remote, error.reason, listener="https")
+        except (OSError, trio.BrokenResourceError, trio.TooSlowError):
+            # Not even a handshake.
+            pass
         except Exception:
             # Whatever one client brings about, the listener goes on.
             log.exception("connection_failed")
         finally:
-            connections.remove(self.stream)
+            connections -= {plain, self.stream}
             await trio.aclose_forcefully(self.stream)
 
     async def _read_data(self) -> None:
@@ -103,7 +137,7 @@ class _Connection(TCPServer):
         while data:
             try:
                 data = bytes(await self.stream.receive_some(RECEIVE_BYTES))
-            except (trio.ClosedResourceError, trio.BrokenResourceError):
+            except (trio.ClosedResourceError, trio.BrokenResourceError, TlsError):
                 break
             await self.protocol.handle(RawData(data))
         self._client_ended = True
@@ -114,6 +148,40 @@ class _Connection(TCPServer):
         # hypercorn would keep the connection of a client that is gone for as long as an idle one.
         if not self._client_ended:
             await super()._idle_timeout()
+
+
+class _HttpsStream(TlsStream):
+    """What hypercorn expects of a stream with TLS; the handshake has been made."""
+
+    @property
+    def transport_stream(self) -> _HttpsStream:
+        """Of which it wants the socket."""
+        return self
+
+    async def do_handshake(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    def selected_alpn_protocol(self) -> str:
+        return "http/1.1"
+
+    async def send_eof(self) -> None:
+        # `aclose` says in TLS that this is the end; by TCP alone it would look cut off.
+        await trio.lowlevel.checkpoint()
+
+
+async def _secured(stream: trio.SocketStream, context: ssl.SSLContext) -> _HttpsStream:
+    """Make the handshake.  Raises TlsError, and closes the stream then."""
+    with trio.fail_after(HANDSHAKE_TIMEOUT):
+        if not await speaks_tls(stream):
+            await stream.send_all(_HTTPS_ONLY)
+            raise TlsError("plain HTTP on a port for HTTPS: use https:// there")
+        secured = _HttpsStream(take_socket(stream, context, server_side=True))
+        try:
+            await secured.shake_hands()
+        except BaseException:
+            await trio.aclose_forcefully(secured)
+            raise
+    return secured
 
 
 # There is no setting for the class; the tests notice when this has lost its effect.
@@ -128,6 +196,7 @@ async def serve_http(
     drain: trio.Event,
     grace: float,
     limits: HttpLimits | None = None,
+    https: WatchedFiles[ssl.SSLContext] | None = None,
     task_status: trio.TaskStatus[tuple[str, int]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve an ASGI application over HTTP/1.1 until drained; started with the bound (host, port).
@@ -141,6 +210,7 @@ async def serve_http(
         drain: once set, no connection is accepted, idle ones are closed, requests under way may end.
         grace: the seconds that they have for it; then they are cut.
         limits: bounds of this listener.
+        https: the certificate, where this is to be HTTPS; each connection begins with the one of that moment.
 
     Raises:
         StartupError: the address cannot be used.
@@ -152,7 +222,7 @@ async def serve_http(
         # Accepted connections inherit it.
         timeout = round(limits.stalled_timeout * 1000)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout)
-    config = _Config(sockets, grace, limits)
+    config = _Config(sockets, grace, limits, https)
     started = _Started(sockets[0].getsockname()[:2], task_status)
     try:
         async with trio.open_nursery() as nursery:
@@ -194,8 +264,12 @@ async def _cut_when_late(config: _Config, drain: trio.Event) -> None:
         _cut(config.connections)
 
 
-def _cut(connections: Iterable[trio.SocketStream]) -> None:
+def _cut(connections: Iterable[AnyStream]) -> None:
     for stream in connections:
         # Gone meanwhile.
         with suppress(OSError):
-            stream.socket.shutdown(socket.SHUT_RDWR)
+            if isinstance(stream, trio.SocketStream):
+                stream.socket.shutdown(socket.SHUT_RDWR)
+            else:
+                # That of an SSLSocket would go on in plain text.
+                socket.socket.shutdown(stream.socket, socket.SHUT_RDWR)

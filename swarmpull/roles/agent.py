@@ -30,6 +30,7 @@ from swarmpull.roles.cluster import ORIGIN_RING, Cluster, IndexClient, OriginCli
 from swarmpull.roles.config_changes import ConfigChanges
 from swarmpull.roles.repositories import Repositories, upstream_names
 from swarmpull.roles.role_store import open_role_store
+from swarmpull.roles.security import open_tls, peer_tls
 from swarmpull.roles.serving import serve_role
 from swarmpull.roles.stored_manifests import store_manifest, stored_manifest
 from swarmpull.roles.swarm_host import SwarmHost, open_swarm_host
@@ -287,7 +288,10 @@ async def run_agent(
         StartupError: a listener or the data directory cannot be had.
     """
     metrics = Metrics()
-    async with open_rpc_pool() as pool:
+    async with (
+        open_tls("agent", config.tls, metrics) as tls,
+        open_rpc_pool(tls=tls) as pool,
+    ):
         cluster = Cluster(pool, config.cluster, changes)
         async with (
             open_role_store("agent", settings.data_dir, settings.store, metrics) as store,
@@ -300,6 +304,7 @@ async def run_agent(
                 announce=cluster.tracker.announce,
                 watch=cluster.tracker.watch,
                 unread_timeout=settings.unread_timeout,
+                tls=peer_tls(tls, config.tls),
             ) as host,
             trio.open_nursery() as nursery,
         ):

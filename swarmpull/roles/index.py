@@ -19,6 +19,7 @@ from swarmpull.errors import BackendUnavailable, SwarmpullError
 from swarmpull.roles.addresses import RoleAddresses
 from swarmpull.roles.catalog import Catalog
 from swarmpull.roles.config_changes import ConfigChanges
+from swarmpull.roles.security import open_tls
 from swarmpull.roles.serving import serve_role
 from swarmpull.store.backends import open_backend
 from swarmpull.telemetry import Metrics
@@ -193,12 +194,16 @@ async def run_index(
     metrics = Metrics()
     catalog = Catalog(await open_backend(settings.backend.url))
     watch = BackendWatch(catalog)
-    async with trio.open_nursery() as background:
+    async with (
+        open_tls("index", config.tls, metrics) as tls,
+        trio.open_nursery() as background,
+    ):
         await background.start(watch.run)
         await serve_role(
             "index",
             settings,
             Index(catalog, metrics).service(),
+            tls=tls,
             metrics=metrics,
             readiness=lambda: [watch.trouble] if watch.trouble else [],
             status=partial(_status, watch),

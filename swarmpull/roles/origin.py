@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import Final
 
@@ -34,6 +34,7 @@ from swarmpull.roles.replication import Replication
 from swarmpull.roles.repositories import Repositories, upstream_names
 from swarmpull.roles.ring_client import RingClient, open_ring
 from swarmpull.roles.role_store import open_role_store
+from swarmpull.roles.security import open_tls, peer_tls
 from swarmpull.roles.serving import serve_role
 from swarmpull.roles.stored_manifests import store_manifest
 from swarmpull.roles.swarm_host import SwarmHost, open_swarm_host
@@ -50,6 +51,7 @@ from swarmpull.telemetry import Metrics
 from swarmpull.wire import api
 from swarmpull.wire.api import Descriptor
 from swarmpull.wire.rpc import RpcContext, RpcPool, RpcService, open_rpc_pool
+from swarmpull.wire.tls import Tls
 
 log = structlog.get_logger()
 
@@ -394,6 +396,19 @@ def _rings(
     return indexes, origins
 
 
+def _swarm_of(
+    store: BlobStore, settings: OriginConfig, config: Config, metrics: Metrics, tls: Tls | None
+) -> AbstractAsyncContextManager[SwarmHost]:
+    return open_swarm_host(
+        store,
+        PeerKind.ORIGIN,
+        settings.peer,
+        config.swarm,
+        metrics,
+        tls=peer_tls(tls, config.tls),
+    )
+
+
 async def run_origin(
     config: Config,
     settings: OriginConfig,
@@ -409,14 +424,15 @@ async def run_origin(
     """
     metrics = Metrics()
     async with (
+        open_tls("origin", config.tls, metrics) as tls,
         open_backends(settings, config.upstreams) as backends,
         open_role_store("origin", settings.data_dir, settings.store, metrics) as store,
         open_write_back_queue(
             store.root, store.name, partial(_blobs_on_disk, store, settings)
         ) as queue,
         open_tags(settings.data_dir / "upstream-tags.sqlite") as tags,
-        open_rpc_pool() as pool,
-        open_swarm_host(store, PeerKind.ORIGIN, settings.peer, config.swarm, metrics) as host,
+        open_rpc_pool(tls=tls) as pool,
+        _swarm_of(store, settings, config, metrics, tls) as host,
         trio.open_nursery() as nursery,
     ):
         indexes, origins = _rings(pool, config.cluster, changes)
@@ -440,8 +456,7 @@ async def run_origin(
         # The janitor after the queue has pinned its blobs.
         for each in (store.janitor, write_back, repair, watch, indexes, origins):
             nursery.start_soon(each.run)
-        host.recall = cold.recall
-        host.urge = cold.urge_for_readers
+        host.recall, host.urge = cold.recall, cold.urge_for_readers
         registry = OriginRegistry(content, write_back, index, upstreams, upstream_names(config))
         calls = OriginCalls(content, write_back, registry, upstreams, host)
         nursery.start_soon(calls.end_polls, drain)
@@ -449,6 +464,7 @@ async def run_origin(
             "origin",
             settings,
             calls.service(),
+            tls=tls,
             metrics=metrics,
             readiness=lambda: [*unreachable(indexes), *watch.reasons()],
             status=lambda: {**swarm_status(host), **write_back.status()},

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from itertools import count
 from typing import Any, Final, Protocol
 
@@ -23,6 +24,7 @@ from swarmpull.errors import (
     StoreFull,
     StoreUnavailable,
     SwarmpullError,
+    TlsError,
 )
 from swarmpull.roles.buffers import PieceBuffers
 from swarmpull.roles.peer_link import CONNECTION_ERRORS, PeerLink
@@ -35,8 +37,11 @@ from swarmpull.swarm.messages import Bye, ByeReason, Hello, Message
 from swarmpull.swarm.metainfo import BlobShape
 from swarmpull.swarm.peers import PeerContact
 from swarmpull.swarm.scheduler import Scheduler, contact_of
+from swarmpull.wire import peer
+from swarmpull.wire.access import refuse_peer
 from swarmpull.wire.listen import format_address, remote_host, serve_connections, set_keepalive
 from swarmpull.wire.streams import PeerStream
+from swarmpull.wire.tls import AnyStream, Entrance, Tls, TlsStream
 
 log = structlog.get_logger()
 
@@ -46,7 +51,12 @@ HANDSHAKE_TIMEOUT: Final = 10.0
 DEAD_AFTER: Final = 60.0
 
 # Ends that an operator should hear of; the others are the everyday life of a swarm.
-_OFFENCES: Final = (ByeReason.PROTOCOL_ERROR, ByeReason.CORRUPT, ByeReason.STALLED)
+_OFFENCES: Final = (
+    ByeReason.PROTOCOL_ERROR,
+    ByeReason.CORRUPT,
+    ByeReason.STALLED,
+    ByeReason.UNTRUSTED,
+)
 
 
 @attrs.frozen(eq=False)
@@ -103,7 +113,10 @@ class PeerConnections:
         buffers: PieceBuffers,
         rates: Rates,
         metrics: SwarmMetrics,
+        tls: Tls | None = None,
     ) -> None:
+        self._tls = tls
+        self._entrance = Entrance(tls, _say_untrusted, refuse_peer, listener="peer")
         self._host = host
         self._scheduler = scheduler
         self._nursery = nursery
@@ -132,7 +145,7 @@ class PeerConnections:
             listeners,
             self._accept,
             connections_max=2 * connections_max,
-            refuse=_refuse_busy,
+            refuse=partial(_refuse_busy, self._entrance),
             task_status=task_status,
         )
 
@@ -193,11 +206,14 @@ class PeerConnections:
         try:
             set_keepalive(stream, dead_after=DEAD_AFTER)
             host = remote_host(stream)
-            peer_stream = PeerStream(stream)
+            admitted = await self._entrance.admit(stream)
+            if admitted is None:
+                return
+            peer_stream = PeerStream(admitted[0])
         except (OSError, trio.ClosedResourceError) as error:
             _log_end(False, direction="accepted", reason=str(error))
             return
-        async with _closing(peer_stream, direction="accepted", peer=host):
+        async with self._closing(peer_stream, host, direction="accepted", peer=host):
             with _in_time("HELLO"):
                 hello = await peer_stream.receive_hello()
             if isinstance(hello, Bye):
@@ -209,14 +225,15 @@ class PeerConnections:
             await self._carry(peer_stream, hello, contact_of(hello, host), None, shape)
 
     async def _dial(self, digest: Digest, contact: PeerContact) -> None:
-        stream = await _connect(digest, contact)
+        stream = await self._connect(digest, contact)
         if stream is None or not await self._call(stream, digest, contact):
             self._host.dispatch(ev.DialFailed(digest, contact.peer_id))
 
     async def _call(self, stream: PeerStream, digest: Digest, contact: PeerContact) -> bool:
         """Use a connection that we dialled; False when it did not come to the other side's Hello."""
         greeted = False
-        async with _closing(stream, direction="dialled", digest=str(digest), peer=_name(contact)):
+        about = {"direction": "dialled", "digest": str(digest), "peer": _name(contact)}
+        async with self._closing(stream, contact.host, **about):
             own = self._scheduler.hello(digest)
             torrent = self._scheduler.torrent(digest)
             if own is None or torrent is None:
@@ -224,6 +241,8 @@ class PeerConnections:
             with _in_time("answer to our HELLO"):
                 await stream.send(own)
                 hello = await stream.receive_hello()
+            if isinstance(hello, Bye) and hello.reason is ByeReason.UNTRUSTED:
+                raise TlsError(f"refused: {hello.text}")
             if isinstance(hello, Bye):
                 _log_bye(hello, digest, contact, said="by the peer")
                 return False
@@ -237,6 +256,59 @@ class PeerConnections:
             announced = bitfield.from_bytes(own.have, own.piece_count)
             await self._carry(stream, hello, contact, announced, torrent.shape)
         return greeted
+
+    async def _connect(self, digest: Digest, contact: PeerContact) -> PeerStream | None:
+        """A connection to a peer; None when there is none to be had."""
+        try:
+            with trio.fail_after(HANDSHAKE_TIMEOUT):
+                return await self._open(contact)
+        except trio.TooSlowError:
+            reason = f"no connection within {HANDSHAKE_TIMEOUT:g} s"
+        except TlsError as error:
+            self._entrance.complain(contact.host, error.reason)
+            return None
+        except (*CONNECTION_ERRORS, ValueError, OverflowError) as error:
+            # The last two: names and ports that no resolver takes; contacts come from other hosts.
+            reason = str(error)
+        about = {"direction": "dialled", "digest": str(digest), "peer": _name(contact)}
+        _log_end(False, reason=reason, **about)
+        return None
+
+    async def _open(self, contact: PeerContact) -> PeerStream:
+        plain = await trio.open_tcp_stream(contact.host, contact.port)
+        stream: AnyStream = plain
+        try:
+            set_keepalive(plain, dead_after=DEAD_AFTER)
+            if self._tls is not None:
+                stream, other = await self._tls.connect(plain)
+                if refusal := self._tls.refuse(other) or refuse_peer(other):
+                    raise TlsError(refusal)
+            return PeerStream(stream)
+        except BaseException:
+            await trio.aclose_forcefully(stream)
+            raise
+
+    @asynccontextmanager
+    async def _closing(self, stream: PeerStream, host: str, **about: str) -> AsyncIterator[None]:
+        """Close at the end; the one place where the end of a connection is not an error of the program.
+
+        A peer that broke the protocol is told how.
+        """
+        errors: list[Exception] = []
+        try:
+            try:
+                yield
+            except* (*CONNECTION_ERRORS, StoreFull) as group:
+                errors = _most_telling_first(group)
+            if errors and isinstance(errors[0], TlsError):
+                self._entrance.complain(host, errors[0].reason)
+            elif errors:
+                reason = str(errors[0]) or type(errors[0]).__name__
+                _log_end(isinstance(errors[0], SwarmpullError), reason=reason, **about)
+            if errors and isinstance(errors[0], ProtocolError):
+                await stream.leave(Bye(_reason_for(errors[0]), errors[0].reason))
+        finally:
+            await stream.aclose()
 
     # --- its life and its end -----------------------------------------------------------------
 
@@ -355,28 +427,6 @@ class _Owner:
             self.host.dispatch(ev.PieceLost(self.digest, index))
 
 
-async def _connect(digest: Digest, contact: PeerContact) -> PeerStream | None:
-    """A connection to a peer; None when there is none to be had."""
-    address = _name(contact)
-    try:
-        with trio.fail_after(HANDSHAKE_TIMEOUT):
-            stream = await trio.open_tcp_stream(contact.host, contact.port)
-    except trio.TooSlowError:
-        reason = f"no connection within {HANDSHAKE_TIMEOUT:g} s"
-    except (OSError, ValueError, OverflowError) as error:
-        # The last two: names and ports that no resolver takes; contacts come from other hosts.
-        reason = str(error)
-    else:
-        try:
-            set_keepalive(stream, dead_after=DEAD_AFTER)
-            return PeerStream(stream)
-        except (OSError, trio.ClosedResourceError) as error:
-            reason = str(error)
-            await trio.aclose_forcefully(stream)
-    _log_end(False, direction="dialled", digest=str(digest), peer=address, reason=reason)
-    return None
-
-
 def _name(contact: PeerContact) -> str:
     return format_address(contact.host, contact.port)
 
@@ -388,27 +438,6 @@ def _in_time(what: str) -> Iterator[None]:
             yield
     except trio.TooSlowError as error:
         raise ProtocolError(f"no {what} within {HANDSHAKE_TIMEOUT:g} s") from error
-
-
-@asynccontextmanager
-async def _closing(stream: PeerStream, **about: str) -> AsyncIterator[None]:
-    """Close at the end; the one place where the end of a connection is not an error of the program.
-
-    A peer that broke the protocol is told how.
-    """
-    errors: list[Exception] = []
-    try:
-        try:
-            yield
-        except* (*CONNECTION_ERRORS, StoreFull) as group:
-            errors = _most_telling_first(group)
-        if errors:
-            reason = str(errors[0]) or type(errors[0]).__name__
-            _log_end(isinstance(errors[0], SwarmpullError), reason=reason, **about)
-        if errors and isinstance(errors[0], ProtocolError):
-            await stream.leave(Bye(ByeReason.PROTOCOL_ERROR, errors[0].reason))
-    finally:
-        await stream.aclose()
 
 
 def _most_telling_first(group: BaseExceptionGroup[Exception]) -> list[Exception]:
@@ -434,5 +463,19 @@ def _log_bye(bye: Bye, digest: Digest, contact: PeerContact, *, said: str) -> No
     _log_end(offence, ended=said, digest=str(digest), peer=_name(contact), reason=reason)
 
 
-async def _refuse_busy(stream: trio.SocketStream) -> None:
-    await PeerStream(stream).send(Bye(ByeReason.BUSY, "this host has as many peers as it takes"))
+def _reason_for(error: ProtocolError) -> ByeReason:
+    return ByeReason.UNTRUSTED if isinstance(error, TlsError) else ByeReason.PROTOCOL_ERROR
+
+
+async def _refuse_busy(entrance: Entrance, stream: trio.SocketStream) -> None:
+    admitted = await entrance.admit(stream)
+    if admitted is None:
+        return
+    bye = Bye(ByeReason.BUSY, "this host has as many peers as it takes")
+    await PeerStream(admitted[0]).send(bye)
+    if isinstance(admitted[0], TlsStream):
+        await admitted[0].linger()
+
+
+async def _say_untrusted(stream: trio.abc.SendStream, reason: str) -> None:
+    await stream.send_all(peer.pack(Bye(ByeReason.UNTRUSTED, reason)))

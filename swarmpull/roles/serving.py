@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any, Final, cast
 
@@ -16,10 +17,12 @@ from swarmpull.registry.admin import RateControl, create_admin_app
 from swarmpull.registry.asgi import AsgiApp
 from swarmpull.registry.server import serve_http
 from swarmpull.roles.addresses import RoleAddresses
+from swarmpull.roles.security import open_listener_security
 from swarmpull.telemetry import Metrics
 from swarmpull.wire import api
 from swarmpull.wire.listen import format_address
 from swarmpull.wire.rpc import RpcContext, RpcService, serve_rpc
+from swarmpull.wire.tls import Tls
 
 log = structlog.get_logger()
 
@@ -34,6 +37,7 @@ async def serve_role(
     settings: AgentConfig | OriginConfig | TrackerConfig | IndexConfig,
     service: RpcService | None,
     *,
+    tls: Tls | None = None,
     metrics: Metrics,
     readiness: Callable[[], Sequence[str]],
     status: Callable[[], Mapping[str, object]],
@@ -52,7 +56,7 @@ async def serve_role(
     Args:
         role: its name.
         settings: with the addresses to bind.
-        service: the RPC methods, if the role has any.
+        service, tls: the RPC methods, if the role has any, and how callers are known; None: in plain.
         metrics: for the admin listener.
         readiness: the reasons why the role is not ready; while draining it is not in any case.
         status: for the admin listener; gets role, ready and reasons added.
@@ -68,19 +72,20 @@ async def serve_role(
         StartupError: a listener cannot be bound.
     """
     servers: dict[str, Callable[..., Awaitable[None]]] = {}
-    if registry is not None:
-        servers["registry"] = partial(serve_http, registry)
-    if service is not None:
-        service.register(api.PING, _answer_ping, at_once=_pong)
-        servers["rpc"] = partial(serve_rpc, service)
     deadline = _Deadline(drain, grace)
     servers_grace = grace if on_drain is None else grace * REQUESTS_SHARE
     over = trio.Event()
-    async with trio.open_nursery() as to_the_end:
+    async with AsyncExitStack() as files:
+        if registry is not None:
+            servers["registry"] = await _http(files, role, settings, "registry", registry)
+        if service is not None:
+            service.register(api.PING, _answer_ping, at_once=_pong)
+            servers["rpc"] = partial(serve_rpc, service, tls=tls)
         app = _admin_app(role, metrics, readiness, status, drain, rates)
-        listen = settings.admin.listen
+        admin, listen = await _http(files, role, settings, "admin", app), settings.admin.listen
+        to_the_end = await files.enter_async_context(trio.open_nursery())
         at = await to_the_end.start(
-            partial(serve_http, app, listen.host, listen.port, drain=over, grace=ADMIN_GRACE)
+            partial(admin, listen.host, listen.port, drain=over, grace=ADMIN_GRACE)
         )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(deadline.watch)
@@ -115,6 +120,16 @@ def _admin_app(
         readiness=reasons, metrics=metrics.render, status=full_status, rates=rates
     )
     return cast("AsgiApp", app)
+
+
+async def _http(
+    files: AsyncExitStack, role: str, settings: object, name: str, app: AsgiApp
+) -> Callable[..., Awaitable[None]]:
+    """What serves a listener for HTTP, with its certificate and its passwords if it has any."""
+    security = await files.enter_async_context(
+        open_listener_security(f"{role}.{name}", _section(settings, name))
+    )
+    return partial(serve_http, security.protect(app), https=security.certificate)
 
 
 @attrs.define

@@ -56,6 +56,7 @@ from swarmpull.swarm.torrent import TorrentStatistics
 from swarmpull.telemetry import Metrics
 from swarmpull.wire.api import AnnounceReply, AnnounceRequest, Growth, WatchReply, WatchRequest
 from swarmpull.wire.listen import format_address, open_listeners
+from swarmpull.wire.tls import Tls
 
 log = structlog.get_logger()
 
@@ -123,6 +124,7 @@ class SwarmHost:
         watch: Watch | None,
         metrics: SwarmMetrics,
         unread_timeout: float = math.inf,
+        tls: Tls | None = None,
     ) -> None:
         self.contact = contact
         self.address = address
@@ -141,7 +143,7 @@ class SwarmHost:
         self._watch = watch
         self._watches: dict[Digest, trio.CancelScope] = {}
         self._unread_timeout = max(unread_timeout, UNREAD_MIN)
-        self._connections = PeerConnections(self, scheduler, nursery, buffers, rates, metrics)
+        self._connections = PeerConnections(self, scheduler, nursery, buffers, rates, metrics, tls)
         self._starting: SharedWork[Download | SmallBlob] = SharedWork(nursery)
         self._small: dict[Digest, SmallBlob] = {}
         self._small_places = trio.Semaphore(SMALL_BLOBS_MAX)
@@ -767,11 +769,13 @@ async def open_swarm_host(
     announce: Announce | None = None,
     watch: Watch | None = None,
     unread_timeout: float = math.inf,
+    tls: Tls | None = None,
 ) -> AsyncIterator[SwarmHost]:
     """Listen for peers and run the swarm of a store for the length of the block.
 
     ``announce`` tells a tracker and ``watch`` waits there for peers; None for a host that peers find without
-    one.  A download that nobody reads for ``unread_timeout`` seconds ends; its pieces are kept.
+    one.  A download that nobody reads for ``unread_timeout`` seconds ends; its pieces are kept.  With ``tls``
+    pieces are exchanged only with those who have a certificate of an agent or origin.
 
     Raises:
         StartupError: the peer port cannot be had.
@@ -807,6 +811,7 @@ async def open_swarm_host(
             watch,
             counters,
             unread_timeout,
+            tls,
         )
         try:
             await nursery.start(host.serve, listeners, config.max_total_connections)

@@ -25,6 +25,7 @@ from swarmpull.roles.cluster import OriginClient
 from swarmpull.roles.config_changes import ConfigChanges
 from swarmpull.roles.hash_log import HashLog, HashPolls, complete_growth
 from swarmpull.roles.ring_client import RingClient, open_ring
+from swarmpull.roles.security import open_tls
 from swarmpull.roles.serving import serve_role
 from swarmpull.roles.tracker_metainfo import MetainfoLimits, MetainfoSource
 from swarmpull.swarm.handout import HandoutLimits, HandoutStatistics, PeerTable
@@ -164,6 +165,8 @@ def _contact(request: api.AnnounceRequest, context: RpcContext) -> PeerContact:
         raise ProtocolError(f"peer host {contact.host[:80]!r} is not a host name or an address")
     if not 0 < contact.port <= 65535:
         raise ProtocolError(f"peer port {contact.port} is not a TCP port")
+    if context.caller is not None and contact.kind.value not in context.caller.roles:
+        raise ProtocolError(f"{context.caller} must not announce itself as {contact.kind.value}")
     _check_namespace(request.namespace)
     return contact
 
@@ -189,7 +192,11 @@ async def run_tracker(
     metrics = Metrics()
     table = PeerTable(HandoutLimits(), random.Random())
     _show_table(metrics, table)
-    async with open_rpc_pool() as pool, trio.open_nursery() as background:
+    async with (
+        open_tls("tracker", config.tls, metrics) as tls,
+        open_rpc_pool(tls=tls) as pool,
+        trio.open_nursery() as background,
+    ):
         cluster = config.cluster
         members = open_ring(pool, cluster.origins, "origin", cluster.weights_by_member())
         if changes is not None:
@@ -213,6 +220,7 @@ async def run_tracker(
             "tracker",
             settings,
             service,
+            tls=tls,
             metrics=metrics,
             readiness=partial(_readiness, members),
             status=partial(_status, table, members),

@@ -33,6 +33,8 @@ class ByeReason(enum.IntEnum):
     """A piece from the other side did not match its hash."""
     STALLED = 8
     """The other side did not deliver in time."""
+    UNTRUSTED = 9
+    """The other side may not exchange pieces here, or only one of the two speaks TLS."""
 
 
 @attrs.frozen

@@ -13,7 +13,7 @@ import attrs
 from swarmpull.digest import Digest
 from swarmpull.swarm.metainfo import Metainfo
 from swarmpull.swarm.peers import AnnounceState, PeerContact
-from swarmpull.wire.rpc import Method
+from swarmpull.wire.rpc_messages import Method
 
 # Up to here a blob travels whole with its metainfo: two calls instead of a connection and a piece exchange.
 INLINE_BYTES_MAX: Final = 64 << 10

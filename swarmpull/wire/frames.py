@@ -12,7 +12,7 @@ from typing import Final
 
 import attrs
 
-from swarmpull.errors import ProtocolError
+from swarmpull.errors import ProtocolError, TlsError
 
 _HEADER: Final = struct.Struct("!IB")
 HEADER_BYTES: Final = _HEADER.size
@@ -48,9 +48,15 @@ def unpack_header(data: bytes | bytearray) -> tuple[int, int]:
     return frame_type, length - 1
 
 
+# A record of TLS begins with its kind, 20 to 23, and the version, of which the first byte is 3.
+_TLS_OPENINGS: Final = tuple(bytes((kind, 3)) for kind in range(20, 24))
+
+
 def oversized(body_length: int, limit: int) -> ProtocolError:
     """The error for a frame above its limit; names its first bytes, which often tell who is calling."""
     opening = (body_length + 1).to_bytes(4, "big")
+    if opening.startswith(_TLS_OPENINGS):
+        return TlsError("only one side speaks TLS: set tls.ca, tls.cert and tls.key on both")
     return ProtocolError(
         f"a frame with a body of {body_length} bytes, the limit is {limit} (length bytes {opening!r})"
     )

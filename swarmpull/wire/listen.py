@@ -156,7 +156,10 @@ async def _refuse(
 
 
 def set_keepalive(stream: trio.SocketStream, *, dead_after: float) -> None:
-    """Let the kernel find out within ``dead_after`` seconds that the other host is gone."""
+    """Let the kernel find out within ``dead_after`` seconds that the other host is gone.
+
+    What is set stays when TLS takes the socket over.
+    """
     probe = max(1, math.ceil(dead_after / 4))
     stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (

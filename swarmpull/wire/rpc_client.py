@@ -10,7 +10,9 @@ import attrs
 import structlog
 import trio
 
-from swarmpull.errors import ProtocolError, RpcFailed, RpcUnavailable
+from swarmpull.errors import ProtocolError, RpcFailed, RpcUnavailable, TlsError
+from swarmpull.identity import Identity
+from swarmpull.wire.access import refuse_server
 from swarmpull.wire.codec import decode, decode_error, encode
 from swarmpull.wire.listen import parse_address, set_keepalive
 from swarmpull.wire.rpc_link import (
@@ -18,6 +20,7 @@ from swarmpull.wire.rpc_link import (
     FrameWriter,
     MessageReader,
     RpcLimits,
+    first_error,
     reason_of,
 )
 from swarmpull.wire.rpc_messages import (
@@ -34,17 +37,23 @@ from swarmpull.wire.rpc_messages import (
     pack,
     timeout_to_ms,
 )
+from swarmpull.wire.tls import AnyStream, Complaints, Tls
 
 log = structlog.get_logger()
 
 
 @asynccontextmanager
-async def open_rpc_pool(limits: RpcLimits | None = None) -> AsyncIterator[RpcPool]:
-    """A pool for the lifetime of a role; leaving the block closes its connections."""
+async def open_rpc_pool(
+    limits: RpcLimits | None = None, tls: Tls | None = None
+) -> AsyncIterator[RpcPool]:
+    """A pool for the lifetime of a role; leaving the block closes its connections.
+
+    With ``tls`` it calls only roles whose certificate says that they serve the method.
+    """
     failure = None
     async with trio.open_nursery() as nursery:
         try:
-            yield RpcPool(nursery, limits or RpcLimits())
+            yield RpcPool(nursery, limits or RpcLimits(), tls)
         except Exception as error:
             # Raised again below: out of the nursery it would come wrapped in a group.
             failure = error
@@ -56,9 +65,11 @@ async def open_rpc_pool(limits: RpcLimits | None = None) -> AsyncIterator[RpcPoo
 class RpcPool:
     """Calls methods of other roles.  Made by `open_rpc_pool`."""
 
-    def __init__(self, nursery: trio.Nursery, limits: RpcLimits) -> None:
+    def __init__(self, nursery: trio.Nursery, limits: RpcLimits, tls: Tls | None = None) -> None:
         self._nursery = nursery
         self._limits = limits
+        self.tls = tls
+        self.complaints = Complaints()
         self._connections: dict[str, _Connection] = {}
         self._on_loss: list[Callable[[str], None]] = []
 
@@ -116,6 +127,9 @@ class RpcPool:
         await connection.settled.wait()
         if not connection.usable:
             raise RpcUnavailable(address, method, connection.reason)
+        if connection.server is not None and (refusal := refuse_server(connection.server, method)):
+            self.complaints.warn(host, refusal, address=address)
+            raise RpcUnavailable(address, method, refusal)
         return connection
 
     def _make_room(self, address: str, method: str) -> None:
@@ -166,6 +180,7 @@ class _Connection:
         settled: set when the dial has succeeded or failed.
         usable: the handshake is done and the connection not lost.
         reason: why the connection failed or ended.
+        server: who is there by its certificate; None without TLS.
     """
 
     def __init__(
@@ -175,6 +190,7 @@ class _Connection:
         self.settled = trio.Event()
         self.usable = False
         self.reason = "closed"
+        self.server: Identity | None = None
         self._pool = pool
         self._target = (host, port)
         self._limits = limits
@@ -238,12 +254,14 @@ class _Connection:
 
     async def run(self) -> None:
         """Dial, then read until the connection ends."""
+        trusted = True
         try:
             with self._scope:
                 try:
                     await self._converse()
                 except* CONNECTION_ERRORS as group:
                     self.reason = reason_of(group)
+                    trusted = not isinstance(first_error(group), TlsError)
                 if self.usable and not self._retired:
                     self._pool.lost(self.address)
         finally:
@@ -252,7 +270,10 @@ class _Connection:
             self.settled.set()
             for call in self._calls:
                 call.scope.cancel()
-        log.info("rpc_connection_ended", address=self.address, reason=self.reason)
+        if trusted:
+            log.info("rpc_connection_ended", address=self.address, reason=self.reason)
+        else:
+            self._pool.complaints.warn(self._target[0], self.reason, address=self.address)
 
     async def _converse(self) -> None:
         stream, reader = await self._dial()
@@ -263,22 +284,36 @@ class _Connection:
             await self._read_replies(reader)
             pumps.cancel_scope.cancel()
 
-    async def _dial(self) -> tuple[trio.SocketStream, MessageReader]:
+    async def _dial(self) -> tuple[AnyStream, MessageReader]:
         with _within(self._limits.handshake_timeout, "no connection"):
-            stream = await trio.open_tcp_stream(*self._target)
+            plain = await trio.open_tcp_stream(*self._target)
+            stream: AnyStream = plain
             try:
-                set_keepalive(stream, dead_after=self._limits.dead_after)
+                set_keepalive(plain, dead_after=self._limits.dead_after)
+                stream = await self._secure(plain)
                 return stream, await self._shake_hands(stream)
             except BaseException:
                 await trio.aclose_forcefully(stream)
                 raise
 
-    async def _shake_hands(self, stream: trio.SocketStream) -> MessageReader:
+    async def _secure(self, stream: trio.SocketStream) -> AnyStream:
+        tls = self._pool.tls
+        if tls is None:
+            return stream
+        secured, self.server = await tls.connect(stream)
+        if refusal := tls.refuse(self.server):
+            await trio.aclose_forcefully(secured)
+            raise TlsError(refusal)
+        return secured
+
+    async def _shake_hands(self, stream: AnyStream) -> MessageReader:
         reader = MessageReader(stream, self._limits)
         await stream.send_all(pack(RpcHello(self._limits.requests_max)))
         match await reader.receive():
             case RpcHello(requests_max=requests_max):
                 self._slots = trio.Semaphore(min(requests_max, self._limits.requests_max))
+            case RpcBye(reason=RpcByeReason.UNTRUSTED, text=text):
+                raise TlsError(f"refused: {text}")
             case RpcBye(reason=reason, text=text):
                 raise ProtocolError(f"refused, {reason.name.lower()}: {text}")
             case None:

@@ -65,6 +65,8 @@ class RpcByeReason(enum.IntEnum):
     """Nothing was asked for a long time."""
     PROTOCOL_ERROR = 4
     """The other side broke the protocol."""
+    UNTRUSTED = 5
+    """The other side is of another cluster, or only one of the two speaks TLS."""
 
 
 @attrs.frozen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -10,12 +11,13 @@ import attrs
 import structlog
 import trio
 
-from swarmpull.errors import ProtocolError, SwarmpullError
+from swarmpull.errors import ProtocolError, SwarmpullError, TlsError
+from swarmpull.identity import Identity
+from swarmpull.wire.access import refuse_caller
 from swarmpull.wire.codec import decode, encode, encode_error
 from swarmpull.wire.listen import (
     format_address,
     open_listeners,
-    remote_host,
     serve_connections,
     set_keepalive,
 )
@@ -42,6 +44,7 @@ from swarmpull.wire.rpc_messages import (
     pack,
     timeout_from_ms,
 )
+from swarmpull.wire.tls import AnyStream, Entrance, Tls, TlsStream
 
 log = structlog.get_logger()
 
@@ -56,10 +59,12 @@ class RpcContext:
     Attributes:
         remote_host: the address that the connection came from.
         local_host: our own address, at which the caller reached us.
+        caller: who it is by its certificate; None without TLS.
     """
 
     remote_host: str
     local_host: str = ""
+    caller: Identity | None = None
 
 
 Handler = Callable[[Any, RpcContext], Awaitable[object]]
@@ -113,6 +118,7 @@ async def serve_rpc(
     port: int,
     *,
     limits: RpcLimits | None = None,
+    tls: Tls | None = None,
     drain: trio.Event | None = None,
     grace: float = 5.0,
     task_status: trio.TaskStatus[tuple[str, int]] = trio.TASK_STATUS_IGNORED,
@@ -124,6 +130,7 @@ async def serve_rpc(
         host: address to listen on.
         port: 0 takes a free one.
         limits: of connections, requests and frames.
+        tls: callers must show a certificate that allows what they call; None serves everybody, in plain.
         drain: once set, no connection is accepted any more and each client gets BYE draining: it sends
             new calls elsewhere and closes when the calls under way are answered.
         grace: seconds that draining may take; what is not done then is cancelled.
@@ -136,14 +143,23 @@ async def serve_rpc(
     listeners = await open_listeners(host, port)
     bound: tuple[str, int] = listeners[0].socket.getsockname()[:2]
     connections: set[_Connection] = set()
+    entrance = Entrance(tls, _say_untrusted, listener="rpc")
 
     async def handle(stream: trio.SocketStream) -> None:
-        connection = _Connection(service, stream, limits)
+        with suppress(OSError):  # the next use of a lost connection says so
+            set_keepalive(stream, dead_after=limits.dead_after)
+        admitted = await entrance.admit(stream)
+        if admitted is None:
+            return
+        connection = _Connection(service, *admitted, limits, entrance)
         connections.add(connection)
         try:
+            if drain is not None and drain.is_set():
+                connection.say_bye(RpcByeReason.DRAINING)
             await connection.run()
         finally:
             connections.discard(connection)
+            await trio.aclose_forcefully(admitted[0])
 
     async with trio.open_nursery() as handlers, trio.open_nursery() as accepting:
         await accepting.start(
@@ -152,7 +168,7 @@ async def serve_rpc(
                 listeners,
                 handle,
                 connections_max=limits.connections_max,
-                refuse=_refuse,
+                refuse=partial(_refuse, entrance),
                 handler_nursery=handlers,
             )
         )
@@ -167,8 +183,16 @@ async def serve_rpc(
             connection.say_bye(RpcByeReason.DRAINING)
 
 
-async def _refuse(stream: trio.SocketStream) -> None:
-    await stream.send_all(pack(RpcBye(RpcByeReason.BUSY, "too many connections")))
+async def _refuse(entrance: Entrance, stream: trio.SocketStream) -> None:
+    admitted = await entrance.admit(stream)
+    if admitted is not None:
+        await admitted[0].send_all(pack(RpcBye(RpcByeReason.BUSY, "too many connections")))
+        if isinstance(admitted[0], TlsStream):
+            await admitted[0].linger()
+
+
+async def _say_untrusted(stream: trio.abc.SendStream, reason: str) -> None:
+    await stream.send_all(pack(RpcBye(RpcByeReason.UNTRUSTED, reason)))
 
 
 class _Connection:
@@ -178,10 +202,19 @@ class _Connection:
     must not pass for a lost connection.
     """
 
-    def __init__(self, service: RpcService, stream: trio.SocketStream, limits: RpcLimits) -> None:
+    def __init__(
+        self,
+        service: RpcService,
+        stream: AnyStream,
+        caller: Identity | None,
+        limits: RpcLimits,
+        entrance: Entrance,
+    ) -> None:
         self._service = service
         self._stream = stream
+        self._caller = caller
         self._limits = limits
+        self._entrance = entrance
         self._reader = MessageReader(stream, limits)
         self._writer = FrameWriter(stream, limits)
         self._slots = trio.Semaphore(limits.requests_max)
@@ -197,22 +230,22 @@ class _Connection:
     async def run(self) -> None:
         """Serve until the connection ends; only bugs of handlers are raised."""
         error: BaseException | None = None
-        remote = "unknown"
+        remote = host = "unknown"
         async with trio.open_nursery() as handlers:
             try:
-                context = RpcContext(
-                    remote_host(self._stream), self._stream.socket.getsockname()[0]
-                )
-                remote = format_address(*self._stream.socket.getpeername()[:2])
-                set_keepalive(self._stream, dead_after=self._limits.dead_after)
+                host, port = self._stream.socket.getpeername()[:2]
+                remote = format_address(host, port)
+                context = RpcContext(host, self._stream.socket.getsockname()[0], self._caller)
                 await self._converse(context, handlers)
             except* CONNECTION_ERRORS as group:
                 error = first_error(group)
             if isinstance(error, ProtocolError):
-                bye = RpcBye(RpcByeReason.PROTOCOL_ERROR, error.reason)
+                bye = RpcBye(_reason_for(error), error.reason)
                 await self._writer.last_words(pack(bye))
             handlers.cancel_scope.cancel()
-        if error is None:
+        if isinstance(error, TlsError):
+            self._entrance.complain(host, error.reason)
+        elif error is None:
             log.debug("rpc_connection_closed", remote=remote, reason="closed by the client")
         else:
             log.info("rpc_connection_closed", remote=remote, reason=reason_of(error))
@@ -285,6 +318,9 @@ class _Connection:
         served = self._service.find(request.method)
         if served is None:
             return _failure(request, f"{request.method!r} is not a method of this role")
+        if self._caller is not None and (refusal := refuse_caller(self._caller, request.method)):
+            self._entrance.complain(context.remote_host, refusal)
+            return _failure(request, f"refused: {refusal}")
         try:
             body = decode(request.body, served.method.request)
         except ProtocolError as error:
@@ -334,6 +370,12 @@ class _Connection:
         if len(attributes) > self._limits.body_bytes_max // 2:
             name, attributes = "", b""
         return pack(RpcError(request.id, name, str(error), attributes))
+
+
+def _reason_for(error: ProtocolError) -> RpcByeReason:
+    if isinstance(error, TlsError):
+        return RpcByeReason.UNTRUSTED
+    return RpcByeReason.PROTOCOL_ERROR
 
 
 def _failure(request: RpcRequest, message: str) -> bytes:

@@ -1,7 +1,8 @@
 """Peer connections: messages and piece payloads over one TCP connection.
 
 Payload bytes go from the file into the socket by sendfile and from the socket into the caller's buffer by
-recv_into; neither passes through a Python object.
+recv_into; neither passes through a Python object.  With TLS they are read into memory, and OpenSSL encrypts
+them from there into the socket, and decrypts into the caller's buffer.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import errno
 import math
 import os
 import socket
+import ssl
 from collections.abc import Callable
 from typing import Final
 
@@ -21,6 +23,7 @@ from swarmpull.swarm.messages import Bye, Hello, Message, PieceChunk
 from swarmpull.wire import peer
 from swarmpull.wire.frames import HEADER_BYTES, oversized, unpack_header
 from swarmpull.wire.peer import CHUNK_BYTES_MAX
+from swarmpull.wire.tls import RECORD_BYTES_MAX, TlsStream
 
 __all__ = ["CHUNK_BYTES_MAX", "PeerStream"]
 
@@ -37,6 +40,8 @@ NOTSENT_BYTES_MAX: Final = 512 * 1024
 GATHER_SECONDS: Final = 0.05
 GATHER_PATIENCE: Final = 0.25
 LEAVE_TIMEOUT: Final = 1.0
+# What is read of a file at once to be encrypted: eight records, of which a copy is in memory.
+SLICE_BYTES: Final = 128 * 1024
 # Disk reads of streams without sendfile, and of pages that sendfile would have to wait for.
 _disk_limiter = trio.CapacityLimiter(4)
 _SKIP_BYTES: Final = 64 * 1024
@@ -44,12 +49,15 @@ _SKIP_BYTES: Final = 64 * 1024
 _FILE_ERRORS: Final = (errno.EBADF, errno.EIO, errno.EINVAL, errno.EOVERFLOW, errno.ESTALE)
 
 
+_Socket = trio.socket.SocketType | socket.socket
+
+
 def _ignore(_count: int) -> None:
     pass
 
 
 class PeerStream:
-    """One connection of the peer protocol, over TCP or (with TLS) any other trio stream.
+    """One connection of the peer protocol, over TCP, TLS, or any other trio stream.
 
     Several tasks may send: frames never mix, and those of one task keep their order.  One task receives.
 
@@ -64,9 +72,15 @@ class PeerStream:
     def __init__(self, stream: trio.abc.Stream) -> None:
         self._stream = stream
         self._socket = stream.socket if type(stream) is trio.SocketStream else None
-        if isinstance(stream, trio.SocketStream):
-            stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-            stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_BYTES_MIN)
+        self._tls = stream if isinstance(stream, TlsStream) else None
+        # What options are set on; whatever else goes through the stream.
+        self._options: _Socket | None = None
+        if isinstance(stream, trio.SocketStream | TlsStream):
+            self._options = stream.socket
+            self._options.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+            self._options.setsockopt(
+                socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOTSENT_BYTES_MIN
+            )
         self._notsent = NOTSENT_BYTES_MIN
         self._send_lock = trio.Lock()
         self._send_broken = False
@@ -111,7 +125,7 @@ class PeerStream:
             ValueError: the chunk is empty or above CHUNK_BYTES_MAX.
         """
         header = peer.pack_chunk_header(chunk)
-        if self._socket is None:
+        if self._options is None:
             await self._send_copy(header, chunk, file, offset)
             on_sent(chunk.length)
             return
@@ -120,10 +134,13 @@ class PeerStream:
         async with self._send_lock:
             await self._begin_frame()
             began = trio.current_time()
-            await self._send_header(self._socket, header)
-            await self._send_file(self._socket, chunk, file, offset, on_sent)
+            if self._socket is None:
+                await self._send_slices(header, chunk, file, offset, on_sent)
+            else:
+                await self._send_header(self._socket, header)
+                await self._send_file(self._socket, chunk, file, offset, on_sent)
             self._send_broken = False
-            self._fit_notsent(self._socket, chunk.length, trio.current_time() - began)
+            self._fit_notsent(self._options, chunk.length, trio.current_time() - began)
 
     async def _begin_frame(self) -> None:
         if self._send_broken:
@@ -141,7 +158,29 @@ class PeerStream:
             await self._stream.send_all(header + payload)
             self._send_broken = False
 
-    def _fit_notsent(self, sock: trio.socket.SocketType, length: int, seconds: float) -> None:
+    async def _send_slices(
+        self,
+        header: bytes,
+        chunk: PieceChunk,
+        file: int,
+        offset: int,
+        on_sent: Callable[[int], None],
+    ) -> None:
+        """Send a chunk whose pages are in memory through a stream that has to see its bytes."""
+        end = offset + chunk.length
+        while offset < end:
+            try:
+                payload = os.pread(file, min(end - offset, SLICE_BYTES), offset)
+            except OSError as error:
+                raise StoreUnavailable("for pieces", str(error)) from error
+            if not payload:
+                raise _truncated(chunk)
+            await self._stream.send_all(header + payload)
+            header = b""
+            offset += len(payload)
+            on_sent(len(payload))
+
+    def _fit_notsent(self, sock: _Socket, length: int, seconds: float) -> None:
         """Let as much wait in the kernel as the connection carries in `NOTSENT_SECONDS`."""
         worth = length * NOTSENT_SECONDS / max(seconds, 1e-6)
         # Powers of two, and not back and forth between two of them: each change is a system call.
@@ -277,6 +316,9 @@ class PeerStream:
             contextlib.suppress(OSError, trio.BrokenResourceError, trio.ClosedResourceError),
         ):
             await self.send(bye)
+            if self._tls is not None:
+                await self._tls.linger()
+                return
             if isinstance(self._stream, trio.SocketStream):
                 await self._stream.send_eof()
             # Closing with unread bytes resets the connection, and the other side may lose the BYE.
@@ -309,9 +351,9 @@ class PeerStream:
             await trio.lowlevel.checkpoint()
             return
         while len(self._buffer) < size:
-            if self._socket is not None:
+            if self._options is not None:
                 # A message may be shorter than what the chunk before it was gathered by.
-                self._set_low_water(self._socket, 1)
+                self._set_low_water(self._options, 1)
             room = max(READ_AHEAD_BYTES, size - len(self._buffer))
             data = await self._stream.receive_some(room)
             self._drained = len(data) < room
@@ -337,6 +379,8 @@ class PeerStream:
         return count
 
     async def _receive_some_into(self, view: memoryview) -> int:
+        if self._tls is not None:
+            return await self._decrypt_into(self._tls, view)
         if self._socket is None:
             data = await self._stream.receive_some(len(view))
             view[: len(data)] = data
@@ -352,6 +396,15 @@ class PeerStream:
             except OSError as error:
                 raise _lost(error) from error
 
+    async def _decrypt_into(self, tls: TlsStream, view: memoryview) -> int:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while True:
+            try:
+                return tls.read_into(view)
+            except ssl.SSLWantReadError:
+                # The beginning of a record may be with OpenSSL already, and will not come again.
+                await self._wait_for_payload(tls.socket, len(view) - RECORD_BYTES_MAX)
+
     def _read_payload(self, descriptor: int, view: memoryview) -> int:
         """Read into ``view``, and the header that follows the chunk into the buffer of headers."""
         ahead = bytearray(READ_AHEAD_BYTES if len(view) == self._payload_left else 0)
@@ -361,14 +414,14 @@ class PeerStream:
             self._buffer += ahead[: count - len(view)]
         return min(count, len(view))
 
-    async def _wait_for_payload(self, sock: trio.socket.SocketType, wanted: int) -> None:
+    async def _wait_for_payload(self, sock: _Socket, wanted: int) -> None:
         """Return when payload is worth reading: enough of it, or no more of it for a while."""
-        self._set_low_water(sock, min(wanted, self._gather))
+        self._set_low_water(sock, max(1, min(wanted, self._gather)))
         # A read takes what is there, however little it is.
         with trio.move_on_after(GATHER_PATIENCE if self._low_water > 1 else math.inf):
             await trio.lowlevel.wait_readable(sock)
 
-    def _set_low_water(self, sock: trio.socket.SocketType, size: int) -> None:
+    def _set_low_water(self, sock: _Socket, size: int) -> None:
         """Have the kernel tell of no fewer bytes than these, unless the connection ends."""
         _open_fileno(sock)
         if size != self._low_water:
@@ -404,7 +457,7 @@ async def _read_in_thread(file: int, size: int, offset: int) -> bytes:
         raise StoreUnavailable("for pieces", str(error)) from error
 
 
-def _open_fileno(sock: trio.socket.SocketType) -> int:
+def _open_fileno(sock: _Socket) -> int:
     """The descriptor; another task may have closed the socket meanwhile."""
     descriptor = sock.fileno()
     if descriptor < 0:

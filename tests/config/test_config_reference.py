@@ -71,7 +71,7 @@ def test_the_document_lists_every_key_with_its_default_and_meaning() -> None:
     assert listed == reference(), "run: python tests/config/test_config_reference.py"
 
 
-@pytest.mark.parametrize("name", ["cluster.toml", "mirror.toml"])
+@pytest.mark.parametrize("name", ["cluster.toml", "mirror.toml", "tls-cluster.toml"])
 def test_the_examples_are_valid(name: str, tmp_path: Path) -> None:
     example = EXAMPLES / name
     if not EXAMPLES.is_dir():

@@ -92,7 +92,9 @@ class Host:
             folder.mkdir(mode=0o700, exist_ok=True)
         docker = home / ".docker"
         docker.mkdir(exist_ok=True)
-        (docker / "config.json").write_text("{}")
+        config = docker / "config.json"
+        if not config.exists():  # a login of this host stays
+            config.write_text("{}")
         return {
             "PATH": os.environ["PATH"],
             "HOME": str(home),

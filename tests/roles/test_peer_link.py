@@ -332,7 +332,7 @@ async def test_garbage_and_silence_on_the_peer_port_end_with_a_reason(
         async with running_node(tmp_path / "seeder") as node:
             await node.seed(content)
             garbage = await trio.open_tcp_stream("127.0.0.1", node.contact.port)
-            await garbage.send_all(b"\x16\x03\x01\x02\x00" + random.randbytes(600))
+            await garbage.send_all(b"\x7f\x03\x01\x02\x00" + random.randbytes(600))
             silent = await trio.open_tcp_stream("127.0.0.1", node.contact.port)
             closing = await trio.open_tcp_stream("127.0.0.1", node.contact.port)
             await closing.aclose()

@@ -302,7 +302,7 @@ async def test_unknown_messages_are_skipped(raw_pair):
     ("data", "reason"),
     [
         (b"GET / HTTP/1.1\r\n\r\n", "GET "),
-        (bytes.fromhex("1603010200 0100"), "the limit is"),
+        (bytes.fromhex("1603010200 0100"), "only one side speaks TLS: set tls.ca"),
         (bytes(5), "length 0"),
         (pack_header(1, peer.BODY_BYTES_MAX + 1), "the limit is 32768"),
         (pack_header(200, 1 << 31), "the limit is 32768"),

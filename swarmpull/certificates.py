@@ -1,0 +1,271 @@
+"""A certificate authority in a directory, for one cluster: the only module that knows cryptography.
+
+Running roles do not need it: they read certificates with OpenSSL.  Keys are ECDSA over P-256, which every
+OpenSSL knows and which signs some ten times faster than RSA: peers connect often.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import ipaddress
+import os
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Final
+
+import attrs
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from swarmpull.errors import CertificateError
+from swarmpull.identity import SCHEME, Identity, check_cluster, check_name
+
+CA_DAYS: Final = 3650
+CERTIFICATE_DAYS: Final = 365
+# Certificates count from a little before they were made: the clocks of hosts differ.
+BACKDATED: Final = dt.timedelta(minutes=10)
+
+
+@attrs.frozen
+class Written:
+    """The two files of a certificate that was made."""
+
+    certificate: Path
+    key: Path
+
+
+@attrs.frozen
+class _Authority:
+    cluster: str
+    certificate: x509.Certificate
+    key: ec.EllipticCurvePrivateKey
+
+
+def create_authority(
+    directory: Path, cluster: str, *, days: int = CA_DAYS, force: bool = False
+) -> Written:
+    """Make ``ca.crt`` and ``ca.key`` of a new cluster in ``directory``, which is made if need be.
+
+    Raises:
+        CertificateError: they are there already, and ``force`` is not set; or the name is none.
+        OSError: they cannot be written.
+    """
+    _checked(check_cluster, cluster)
+    directory.mkdir(parents=True, exist_ok=True)
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = _named(f"swarmpull CA of {cluster}")
+    builder = (
+        _begun(name, name, key.public_key(), days)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_key_usage(signs_certificates=True), critical=True)
+        .add_extension(
+            x509.SubjectAlternativeName([x509.UniformResourceIdentifier(f"{SCHEME}://{cluster}/")]),
+            critical=False,
+        )
+    )
+    return _write(directory, "ca", builder.sign(key, hashes.SHA256()), key, force=force)
+
+
+def issue(
+    directory: Path,
+    name: str,
+    roles: Iterable[str],
+    *,
+    dns: Sequence[str] = (),
+    ips: Sequence[str] = (),
+    days: int = CERTIFICATE_DAYS,
+    force: bool = False,
+) -> Written:
+    """Make ``NAME.crt`` and ``NAME.key``, signed by the authority of ``directory``.
+
+    Args:
+        directory: with ca.crt and ca.key.
+        name: of the holder.
+        roles: what it may be; none for a certificate that only HTTPS listeners can use.
+        dns: names under which clients reach HTTPS listeners that use the certificate.
+        ips: addresses likewise.
+        days: for which it counts.
+        force: replace the files if they are there.
+
+    Raises:
+        CertificateError: there is no authority, a name is none, the files are there already.
+        OSError: they cannot be written.
+    """
+    _checked(check_name, name)
+    if name == "ca":
+        raise CertificateError("ca is the name of the authority itself: choose another")
+    authority = _authority_of(directory)
+    uris = Identity(authority.cluster, name, frozenset(roles)).uris()
+    names = [
+        *map(x509.UniformResourceIdentifier, uris),
+        *(_dns_name(each) for each in dns),
+        *(_ip_address(each) for each in ips),
+    ]
+    if not names:
+        raise CertificateError("a certificate needs --role, or --dns or --ip for HTTPS listeners")
+    key = ec.generate_private_key(ec.SECP256R1())
+    builder = (
+        _begun(_named(name), authority.certificate.subject, key.public_key(), days)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_key_usage(signs_certificates=False), critical=True)
+        # Every role is called and calls: whoever dials is the client.
+        .add_extension(
+            x509.ExtendedKeyUsage(
+                [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+            ),
+            critical=False,
+        )
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key()),
+            critical=False,
+        )
+    )
+    return _write(directory, name, builder.sign(authority.key, hashes.SHA256()), key, force=force)
+
+
+def _begun(
+    subject: x509.Name, issuer: x509.Name, public_key: ec.EllipticCurvePublicKey, days: int
+) -> x509.CertificateBuilder:
+    if days < 1:
+        raise CertificateError(f"a certificate counts for at least one day: {days}")
+    now = _now()
+    try:
+        end = now + dt.timedelta(days=days)
+    except OverflowError:
+        raise CertificateError(f"no calendar goes that far: {days} days") from None
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(public_key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - BACKDATED)
+        .not_valid_after(end)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
+    )
+
+
+def _now() -> dt.datetime:
+    return dt.datetime.now(dt.UTC)
+
+
+def _named(name: str) -> x509.Name:
+    # A common name has 64 characters at most; the whole name stands in the URIs.
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])
+
+
+def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _authority_of(directory: Path) -> _Authority:
+    certificate, key = directory / "ca.crt", directory / "ca.key"
+    try:
+        loaded = x509.load_pem_x509_certificate(certificate.read_bytes())
+        loaded_key = serialization.load_pem_private_key(key.read_bytes(), None)
+        names = loaded.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except FileNotFoundError as error:
+        raise CertificateError(
+            f"{error.filename} is not there: make an authority with swarmpull certs init, "
+            "or name its directory with --dir"
+        ) from error
+    except (ValueError, TypeError, x509.ExtensionNotFound) as error:
+        raise CertificateError(f"{directory} has no usable authority: {error}") from error
+    clusters = [
+        uri.removeprefix(f"{SCHEME}://").removesuffix("/")
+        for uri in names.get_values_for_type(x509.UniformResourceIdentifier)
+        if uri.startswith(f"{SCHEME}://")
+    ]
+    if len(clusters) != 1 or not isinstance(loaded_key, ec.EllipticCurvePrivateKey):
+        raise CertificateError(f"{certificate} was not made by swarmpull certs init")
+    if loaded_key.public_key() != loaded.public_key():
+        raise CertificateError(f"{key} is not the key of {certificate}")
+    return _Authority(_checked(check_cluster, clusters[0]), loaded, loaded_key)
+
+
+def _dns_name(text: str) -> x509.DNSName:
+    try:
+        return x509.DNSName(text.encode("idna").decode())
+    except ValueError as error:
+        raise CertificateError(f"{text!r} is not a host name: {error}") from error
+
+
+def _ip_address(text: str) -> x509.IPAddress:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(text))
+    except ValueError as error:
+        raise CertificateError(str(error)) from error
+
+
+def _checked(check: Callable[[str], str], text: str) -> str:
+    try:
+        return check(text)
+    except ValueError as error:
+        raise CertificateError(str(error)) from error
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def _write(
+    directory: Path,
+    name: str,
+    certificate: x509.Certificate,
+    key: ec.EllipticCurvePrivateKey,
+    *,
+    force: bool,
+) -> Written:
+    written = Written(directory / f"{name}.crt", directory / f"{name}.key")
+    for path in (written.key, written.certificate):
+        if path.exists() and not force:
+            raise CertificateError(f"{path} is there already: --force replaces it")
+    private = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    # A role that looks in between finds a key that does not fit, and keeps what it had.
+    _put(written.key, private, 0o600, replace=force)
+    _put(
+        written.certificate,
+        certificate.public_bytes(serialization.Encoding.PEM),
+        0o644,
+        replace=force,
+    )
+    return written
+
+
+def _put(path: Path, content: bytes, mode: int, *, replace: bool) -> None:
+    """Make a file that is whole from its first moment, and never readable for more than ``mode`` says."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if replace:
+            temporary.replace(path)
+        else:
+            # Unlike a rename it fails when somebody else has made the file meanwhile.
+            path.hardlink_to(temporary)
+    except FileExistsError as error:
+        raise CertificateError(f"{path} is there already: --force replaces it") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()

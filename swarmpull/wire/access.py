@@ -1,0 +1,87 @@
+"""Who may call what: for each RPC method the roles whose certificate allows it.
+
+The part of a method's name before the dot is the role that serves it, and has to stand in the certificate
+of whoever is called; a name without a dot is served by all.  What is not listed may not be called by
+anybody.  Without TLS nobody is known, and everybody may call everything.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from swarmpull.identity import CERTIFICATE_ROLES, Identity
+from swarmpull.wire import api
+
+_AGENT: Final = frozenset({"agent"})
+_ORIGIN: Final = frozenset({"origin"})
+_HOSTS: Final = _AGENT | _ORIGIN
+_LOOKING: Final = _HOSTS | {"client"}
+_SEEKING: Final = _HOSTS | {"tracker"}
+
+CALLERS: Final[dict[str, frozenset[str]]] = {
+    api.PING.name: frozenset(CERTIFICATE_ROLES),
+    # Who takes part in a swarm.
+    api.ANNOUNCE.name: _HOSTS,
+    api.WATCH.name: _HOSTS,
+    api.HASHES.name: _HOSTS,
+    # Trackers ask origins for metainfo, agents do when no tracker answers, origins ask one another.
+    api.STAT_BLOB.name: _SEEKING | {"client"},
+    api.GET_METAINFO.name: _SEEKING,
+    api.HASHES_OF_ORIGIN.name: _SEEKING,
+    api.URGE.name: _SEEKING,
+    # What an agent that takes pushes passes on.
+    api.ADOPT_BLOB.name: _HOSTS,
+    api.PUT_MANIFEST.name: _HOSTS,
+    api.MOUNT_BLOB.name: _HOSTS,
+    # Replicas believe what they are told about rank and queue.
+    api.REPLICATE_BLOB.name: _ORIGIN,
+    api.HELD_BLOB.name: _ORIGIN,
+    api.QUEUED.name: _ORIGIN,
+    api.RESOLVE_UPSTREAM.name: _HOSTS,
+    api.GET_UPSTREAM_MANIFEST.name: _HOSTS,
+    api.RESOLVE.name: _LOOKING,
+    api.HAS_BLOB.name: _LOOKING,
+    api.LIST_TAGS.name: _LOOKING,
+    api.LIST_REPOSITORIES.name: _LOOKING,
+    api.LIST_REFERRERS.name: _LOOKING,
+    # An entry in the index says that the bytes are durable, which only an origin knows.
+    api.CHECK_REFERENCES.name: _HOSTS,
+    api.RECORD_MANIFEST.name: _ORIGIN,
+    api.LINK_BLOB.name: _ORIGIN,
+    # Deletions go from the registry that was asked straight to the index.
+    api.DELETE_MANIFEST.name: _HOSTS,
+    api.DELETE_TAG.name: _HOSTS,
+    api.UNLINK_BLOB.name: _HOSTS,
+}
+# Who exchanges pieces.
+PEERS: Final = _HOSTS
+
+
+def refuse_caller(caller: Identity, method: str) -> str:
+    """Why a caller may not call a method, and what to do; empty when it may."""
+    allowed = CALLERS.get(method, frozenset())
+    if caller.roles & allowed:
+        return ""
+    whose = " or ".join(sorted(allowed)) or "nobody"
+    return (
+        f"the certificate of {caller} does not allow {method}, which is for {whose}: "
+        "issue one with that --role"
+    )
+
+
+def refuse_server(server: Identity, method: str) -> str:
+    """Why a method is not to be called at a server, and what to do; empty when it is."""
+    role, dot, _ = method.partition(".")
+    if not dot or role in server.roles:
+        return ""
+    return (
+        f"the certificate there is of {server}, which is no {role}: "
+        f"issue one with --role {role}, or name the right address"
+    )
+
+
+def refuse_peer(peer: Identity) -> str:
+    """Why no pieces are exchanged with a peer; empty when they are."""
+    if peer.roles & PEERS:
+        return ""
+    return f"the certificate of {peer} is of no agent or origin: issue one with that --role"

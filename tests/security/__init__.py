@@ -1,0 +1,1 @@
+"""Mutual TLS between roles, server certificates, and passwords."""
