@@ -409,7 +409,7 @@ async def test_the_earlier_deadline_of_a_surrounding_scope_is_passed_along(handl
         with trio.fail_after(30):
             await call(pool, address, measured, timeout=1000)
         await call(pool, address, measured, timeout=math.inf)
-    assert 0 < left[0] <= 3.01
+    assert 0 < left[0] <= 30.01
     assert left[1] == math.inf
 
 
