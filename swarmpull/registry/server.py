@@ -13,7 +13,7 @@ import hypercorn.trio.run
 import structlog
 import trio
 from hypercorn.config import Config, Sockets
-from hypercorn.events import Closed, RawData
+from hypercorn.events import Closed, Event, RawData
 from hypercorn.trio.tcp_server import TCPServer
 
 from swarmpull.registry.asgi import AsgiApp
@@ -56,8 +56,11 @@ class _Config(Config):
     connection.
     """
 
-    def __init__(self, sockets: list[socket.socket], grace: float, limits: HttpLimits) -> None:
+    def __init__(
+        self, sockets: list[socket.socket], drain: trio.Event, grace: float, limits: HttpLimits
+    ) -> None:
         self.listening = sockets
+        self.drain = drain
         self.connections: set[trio.SocketStream] = set()
         self.connections_max = limits.connections
         self.accesslog = None
@@ -67,8 +70,12 @@ class _Config(Config):
         self.graceful_timeout = grace
         self.h11_max_incomplete_size = limits.head_bytes
         self.keep_alive_timeout = limits.keep_alive_timeout
-        self.keep_alive_max_requests = 1 << 62
         self.max_requests = None
+
+    @property
+    def keep_alive_max_requests(self) -> int:  # type: ignore[override]
+        # hypercorn asks before each head of a response, and then says "Connection: close".
+        return 0 if self.drain.is_set() else 1 << 62
 
     def create_sockets(self) -> Sockets:
         return Sockets([], self.listening, [])
@@ -83,6 +90,7 @@ class _Connection(TCPServer):
     _client_ended = False
 
     async def run(self) -> None:
+        self._reading = trio.CancelScope()
         connections = self.config.connections
         if len(connections) >= self.config.connections_max:
             log.warning("connection_refused", reason="busy", connections_max=len(connections))
@@ -98,14 +106,31 @@ class _Connection(TCPServer):
             connections.remove(self.stream)
             await trio.aclose_forcefully(self.stream)
 
+    async def protocol_send(self, event: Event) -> None:
+        # hypercorn tells the application that its client is gone before it closes the connection, or waits
+        # for the next request, and does so in the application's task.  One that watches for its client is
+        # cancelled by that: the connection would stay open, with nobody to close it when it is idle.
+        if isinstance(event, RawData):
+            await super().protocol_send(event)
+        elif isinstance(event, Closed):
+            with trio.CancelScope(shield=True):
+                await self._close()
+            # It may wait for the end of this response, to read the request that is behind it.
+            self._reading.cancel()
+            await self.protocol.handle(event)
+        else:
+            with trio.CancelScope(shield=True):
+                await super().protocol_send(event)
+
     async def _read_data(self) -> None:
-        data = b"-"
-        while data:
-            try:
-                data = bytes(await self.stream.receive_some(RECEIVE_BYTES))
-            except (trio.ClosedResourceError, trio.BrokenResourceError):
-                break
-            await self.protocol.handle(RawData(data))
+        with self._reading:
+            data = b"-"
+            while data:
+                try:
+                    data = bytes(await self.stream.receive_some(RECEIVE_BYTES))
+                except (trio.ClosedResourceError, trio.BrokenResourceError):
+                    break
+                await self.protocol.handle(RawData(data))
         self._client_ended = True
         await self.protocol.handle(Closed())
         await self.idle_task.stop()
@@ -138,7 +163,8 @@ async def serve_http(
         app: what answers; it takes part in the lifespan protocol.
         host: address or name to listen on.
         port: 0 for any that is free.
-        drain: once set, no connection is accepted, idle ones are closed, requests under way may end.
+        drain: once set, no connection is accepted, idle ones are closed, the others after the response that
+            is under way.
         grace: the seconds that they have for it; then they are cut.
         limits: bounds of this listener.
 
@@ -152,11 +178,11 @@ async def serve_http(
         # Accepted connections inherit it.
         timeout = round(limits.stalled_timeout * 1000)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout)
-    config = _Config(sockets, grace, limits)
+    config = _Config(sockets, drain, grace, limits)
     started = _Started(sockets[0].getsockname()[:2], task_status)
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_cut_when_late, config, drain)
+            nursery.start_soon(_cut_when_late, config)
             # Without a trigger of its own hypercorn would swallow KeyboardInterrupt.
             await hypercorn.trio.serve(
                 app,  # type: ignore[arg-type]  # its types name each message
@@ -182,13 +208,13 @@ class _Started:
         self.task_status.started(self.address)
 
 
-async def _cut_when_late(config: _Config, drain: trio.Event) -> None:
+async def _cut_when_late(config: _Config) -> None:
     """Cut the connections that are left when their time is over, or when this is cancelled.
 
     hypercorn shields its sends from cancellation: a client that does not read would hold up the end.
     """
     try:
-        await drain.wait()
+        await config.drain.wait()
         await trio.sleep(config.graceful_timeout)
     finally:
         _cut(config.connections)
