@@ -20,6 +20,7 @@ from swarmpull.errors import ConfigError, SwarmpullError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from swarmpull.digest import Digest
     from swarmpull.layers import Loaded
     from swarmpull.registry.client import AdminAnswer, Progress, RegistryClient
     from swarmpull.registry.layouts import ImageName, ProgressOf
@@ -286,11 +287,96 @@ def _toml(values: Mapping[str, Any], provenance: Mapping[str, str]) -> Iterator[
         yield f"{assignment:<50}  # {provenance[key]}"
 
 
+# --- values on the command line -------------------------------------------------------------------
+
+
+@contextmanager
+def _bad_parameter() -> Iterator[None]:
+    """In a callback: what the block says of a value becomes click's error about that parameter."""
+    try:
+        yield
+    except (ValueError, SwarmpullError) as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def _digest(_context: click.Context, _parameter: click.Parameter, text: str) -> Digest:
+    from swarmpull.digest import Digest
+
+    with _bad_parameter():
+        return Digest.parse(text)
+
+
+def _image(
+    _context: click.Context, _parameter: click.Parameter, text: str | None
+) -> ImageName | None:
+    from swarmpull.registry.client import registry_url
+    from swarmpull.registry.layouts import ImageName
+
+    if text is None:
+        return None
+    with _bad_parameter():
+        image = ImageName.parse(text)
+        if image.registry is not None:
+            registry_url(image.registry)
+    return image
+
+
+def _digest_or_image(
+    context: click.Context, parameter: click.Parameter, text: str
+) -> Digest | ImageName | None:
+    read = _digest if text.startswith(("sha256:", "sha512:")) else _image
+    return read(context, parameter, text)
+
+
+def _registry(_context: click.Context, _parameter: click.Parameter, text: str | None) -> str | None:
+    from swarmpull.registry.client import registry_url
+
+    with _bad_parameter():
+        return None if text is None else registry_url(text)
+
+
+def _admin_addresses(
+    _context: click.Context, _parameter: click.Parameter, texts: tuple[str, ...]
+) -> tuple[str, ...]:
+    """As they were given, which is how they are named in what is printed."""
+    if texts:
+        from swarmpull.registry.client import server_url
+
+        for text in texts:
+            try:
+                server_url(text)
+            except ValueError as error:
+                raise click.BadParameter(f"{text}: is not an address to ask: {error}") from None
+    return texts
+
+
+def _size(_context: click.Context, _option: click.Parameter, text: str | None) -> int | None:
+    from swarmpull.units import parse_size
+
+    with _bad_parameter():
+        return None if text is None else parse_size(text.removesuffix("/s"))
+
+
+def _duration(_context: click.Context, _option: click.Parameter, text: str) -> float:
+    from swarmpull.units import parse_duration
+
+    with _bad_parameter():
+        return parse_duration(text)
+
+
+def _rate(_context: click.Context, _option: click.Parameter, text: str | None) -> float | None:
+    from swarmpull.units import parse_rate
+
+    with _bad_parameter():
+        return None if text is None else parse_rate(text)
+
+
 # --- push and pull --------------------------------------------------------------------------------
 
 _registry_option = click.option(
     "--registry",
     metavar="URL",
+    callback=_registry,
     help=f"Registry of an agent or origin.  [default: {_DEFAULT_REGISTRY}]",
 )
 _quiet_option = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
@@ -298,10 +384,10 @@ _quiet_option = click.option("-q", "--quiet", is_flag=True, help="Show no progre
 
 @cli.command()
 @click.argument("source", type=click.Path(exists=True, path_type=Path))
-@click.argument("image", required=False)
+@click.argument("image", required=False, callback=_image)
 @_registry_option
 @_quiet_option
-def push(source: Path, image: str | None, registry: str | None, quiet: bool) -> None:
+def push(source: Path, image: ImageName | None, registry: str | None, quiet: bool) -> None:
     """Push a file, or the image of an OCI layout directory as IMAGE (NAME:TAG).
 
     Prints the digest under which it can be pulled.
@@ -313,9 +399,8 @@ def push(source: Path, image: str | None, registry: str | None, quiet: bool) -> 
     if image is None:
         work = partial(_push_file, source)
     else:
-        name = _image_name(image)
-        registry = _registry_of(name, registry)
-        work = partial(_push_image, source, name)
+        registry = _registry_of(image, registry)
+        work = partial(_push_image, source, image)
     click.echo(_transfer(work, registry, quiet=quiet))
 
 
@@ -342,7 +427,7 @@ async def _push_image(
 
 
 @cli.command()
-@click.argument("name", metavar="DIGEST|IMAGE")
+@click.argument("name", metavar="DIGEST|IMAGE", callback=_digest_or_image)
 @click.option(
     "-o",
     "output",
@@ -352,26 +437,27 @@ async def _push_image(
 )
 @_registry_option
 @_quiet_option
-def pull(name: str, output: str, registry: str | None, quiet: bool) -> None:
+def pull(name: Digest | ImageName, output: str, registry: str | None, quiet: bool) -> None:
     """Pull a blob by its digest, or an image (NAME[:TAG|@DIGEST]) as an OCI layout directory.
 
     Everything is verified; a blob appears under its name only when it is complete.
     """
-    if name.startswith(("sha256:", "sha512:")):
+    from swarmpull.digest import Digest
+
+    if isinstance(name, Digest):
         _transfer(partial(_pull_blob, name, output), registry, quiet=quiet)
         return
     if output == "-":
         raise click.UsageError("An image is written to a directory: name one with -o.")
-    image = _image_name(name)
-    registry = _registry_of(image, registry)
-    click.echo(_transfer(partial(_pull_image, image, Path(output)), registry, quiet=quiet))
+    registry = _registry_of(name, registry)
+    click.echo(_transfer(partial(_pull_image, name, Path(output)), registry, quiet=quiet))
 
 
-async def _pull_blob(text: str, output: str, client: RegistryClient, progress: ProgressOf) -> None:
-    from swarmpull.digest import Digest
+async def _pull_blob(
+    digest: Digest, output: str, client: RegistryClient, progress: ProgressOf
+) -> None:
     from swarmpull.registry.client import file_at, standard_output
 
-    digest = Digest.parse(text)
     target = standard_output(digest) if output == "-" else file_at(Path(output), digest)
     with target as sink:
         await client.get_blob(f"/blobs/{digest}", sink, progress=progress("pulling"))
@@ -383,12 +469,6 @@ async def _pull_image(
     from swarmpull.registry.layouts import pull_image
 
     return str((await pull_image(client, image, directory, progress)).digest)
-
-
-def _image_name(text: str) -> ImageName:
-    from swarmpull.registry.layouts import ImageName
-
-    return ImageName.parse(text)
 
 
 def _registry_of(image: ImageName, registry: str | None) -> str | None:
@@ -449,7 +529,7 @@ def _progress_bars(*, quiet: bool) -> Iterator[ProgressOf]:
 
 
 @cli.command()
-@click.argument("addresses", nargs=-1, metavar="[HOST:PORT]...")
+@click.argument("addresses", nargs=-1, metavar="[HOST:PORT]...", callback=_admin_addresses)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(addresses: tuple[str, ...], as_json: bool) -> int:
     """Show roles by their admin listeners: readiness, torrents, bytes by source.
@@ -499,15 +579,6 @@ def _print_statuses(answers: Sequence[AdminAnswer]) -> None:
 # --- rates ----------------------------------------------------------------------------------------
 
 
-def _rate(_context: click.Context, _option: click.Parameter, text: str | None) -> float | None:
-    from swarmpull.units import parse_rate
-
-    try:
-        return None if text is None else parse_rate(text)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
-
-
 @cli.command()
 @click.option("--upload", callback=_rate, metavar="RATE", help="Send no faster than that to peers.")
 @click.option("--download", callback=_rate, metavar="RATE", help="Take no faster than that.")
@@ -516,6 +587,7 @@ def _rate(_context: click.Context, _option: click.Parameter, text: str | None) -
     "addresses",
     multiple=True,
     metavar="URL",
+    callback=_admin_addresses,
     help="Admin listener of an agent or origin; may be repeated.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -595,16 +667,15 @@ def store_ls(directory: Path, as_json: bool) -> None:
 
 
 @store.command("rm")
-@click.argument("name", metavar="DIGEST")
+@click.argument("digest", metavar="DIGEST", callback=_digest)
 @_store_option
 @_json_option
-def store_rm(name: str, directory: Path, as_json: bool) -> None:
+def store_rm(digest: Digest, directory: Path, as_json: bool) -> None:
     """Remove a blob and what there is of a download of it; not while a process has the directory."""
-    from swarmpull.digest import Digest
     from swarmpull.storage import stored_document, stored_table
     from swarmpull.store.offline import delete, find_store
 
-    removed = delete(find_store(directory), Digest.parse(name))
+    removed = delete(find_store(directory), digest)
     if as_json:
         click.echo(json.dumps([stored_document(stored) for stored in removed], indent=2))
     else:
@@ -692,24 +763,6 @@ def _print_table(table: Table) -> None:
 
 
 # --- simulate -------------------------------------------------------------------------------------
-
-
-def _size(_context: click.Context, _option: click.Parameter, text: str | None) -> int | None:
-    from swarmpull.units import parse_size
-
-    try:
-        return None if text is None else parse_size(text.removesuffix("/s"))
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
-
-
-def _duration(_context: click.Context, _option: click.Parameter, text: str) -> float:
-    from swarmpull.units import parse_duration
-
-    try:
-        return parse_duration(text)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
 
 
 @cli.command()

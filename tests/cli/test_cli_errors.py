@@ -23,6 +23,15 @@ def no_environment(monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+MALFORMED = [
+    ("sha256:12", "'sha256:12' is not a digest: expected"),
+    ("App", "'App' is not an image: expected NAME"),
+    ("app:", "'app:' is not an image: expected NAME"),
+    ("app@sha256:1", "'sha256:1' is not a digest"),
+    ("host:port/app", "host:port: is not the URL of a registry"),
+]
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "lines"),
     [
@@ -35,11 +44,30 @@ def no_environment(monkeypatch, tmp_path) -> None:
         (["pull", "app"], 2, ["Missing option '-o'.*"]),
         (["pull", "app", "-o", "-"], 2, ["An image is written to a directory: .*"]),
         (["pull", "a:1/b", "-o", "x", "--registry", "c:2"], 2, ["a:1 is part of the name: .*"]),
-        (["pull", "sha256:12", "-o", "x"], 1, ["'sha256:12' is not a digest: expected .*"]),
-        (["pull", "App", "-o", "x"], 1, ["'App' is not an image: expected NAME.*"]),
-        (["pull", "app:", "-o", "x"], 1, ["'app:' is not an image: expected NAME.*"]),
-        (["pull", "app@sha256:1", "-o", "x"], 1, ["'sha256:1' is not a digest: .*"]),
-        (["pull", "a", "-o", "x", "--registry", "ftp://h"], 1, ["ftp://h: is not the URL of .*"]),
+        *(
+            (["pull", name, "-o", "x"], 2, [f"Invalid value for 'DIGEST\\|IMAGE': {problem}.*"])
+            for name, problem in MALFORMED
+        ),
+        *(
+            (["push", ".", name], 2, [rf"Invalid value for '\[IMAGE\]': {problem}.*"])
+            for name, problem in MALFORMED
+            if name != "sha256:12"
+        ),
+        *(
+            (
+                [*command, "--registry", "ftp://h"],
+                2,
+                ["Invalid value for '--registry': ftp://h: is not the URL of .*"],
+            )
+            for command in (["pull", "a", "-o", "x"], ["push", ".", "a"])
+        ),
+        (["status", "a:1", "b:x"], 2, [r"Invalid value for '\[HOST:PORT\]...': b:x: is not an .*"]),
+        (["rates", "--admin", "b:x"], 2, ["Invalid value for '--admin': b:x: is not an address.*"]),
+        (
+            ["store", "rm", "sha256:12", "--data-dir", "."],
+            2,
+            ["Invalid value for 'DIGEST': 'sha256:12' is not a digest: expected .*"],
+        ),
         (["push", ".", "app:v1"], 1, [r"\.: is not an OCI image layout: .*"]),
         (["rates", "--upload", "fast"], 2, ["Invalid value for '--upload': must be a rate .*"]),
         (["rates", "--download", "0"], 2, ["Invalid value for '--download': must be .* above 0.*"]),
