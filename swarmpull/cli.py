@@ -687,9 +687,8 @@ def store_rm(digest: Digest, directory: Path, as_json: bool) -> None:
 @click.option(
     "--role",
     type=click.Choice(["agent", "origin"]),
-    default="agent",
-    show_default=True,
-    help="Whose limits: the keys under agent.store or origin.store.",
+    help="Whose limits, the keys under agent.store or origin.store; must be whose directory it is.  "
+    "[default: as the directory says]",
 )
 @click.option("--dry-run", is_flag=True, help="Only print what would be removed.")
 @click.option(
@@ -703,7 +702,7 @@ def store_rm(digest: Digest, directory: Path, as_json: bool) -> None:
 @_json_option
 def store_gc(
     directory: Path,
-    role: str,
+    role: str | None,
     dry_run: bool,
     file: Path | None,
     overrides: tuple[str, ...],
@@ -716,10 +715,15 @@ def store_gc(
     loaded = _load((), file, None, None, overrides)
     from swarmpull.roles.role_store import limits_of
     from swarmpull.storage import removal_document, removal_table
-    from swarmpull.store.offline import collect, find_store, plan_removals
+    from swarmpull.store.offline import collect, find_store, plan_removals, role_of
 
     root = find_store(directory)
-    limits = limits_of(role, root, getattr(loaded.config, role).store)
+    owner = role_of(root)
+    if role not in (None, owner):
+        raise click.UsageError(
+            f"{root} is the data directory of an {owner}, not of an {role}: leave out --role."
+        )
+    limits = limits_of(owner, root, getattr(loaded.config, owner).store)
     removals = plan_removals(root, limits) if dry_run else collect(root, limits)
     if as_json:
         click.echo(json.dumps([removal_document(removal) for removal in removals], indent=2))
