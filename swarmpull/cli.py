@@ -142,12 +142,18 @@ def _load(
     overrides: Sequence[str],
 ) -> Loaded:
     from swarmpull.layers import Sources, load
+    from swarmpull.store.backend_urls import check_url
 
     options = [("-o", text) for text in overrides]
     if data_dir is not None:
         # before the others, so that -o wins
         options.insert(0, ("--data-dir", f"data_dir={data_dir}"))
-    return load(Sources(file, os.environ, options), roles=_role_set(roles), agents=agents)
+    return load(
+        Sources(file, os.environ, options),
+        roles=_role_set(roles),
+        agents=agents,
+        check_backend=check_url,
+    )
 
 
 def _role_set(roles: Sequence[str]) -> frozenset[str]:

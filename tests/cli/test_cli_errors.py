@@ -96,6 +96,59 @@ def test_a_mistake_is_one_line_per_problem(capsys, arguments, status, lines) -> 
         assert re.fullmatch(f"swarmpull: {pattern}", line), line
 
 
+BACKENDS = """\
+[origin.backend]
+url = "s3://b/p?endpoint=http://h:1"
+[[origin.namespaces]]
+pattern = "team/*"
+url = "s3://bucket?part_size=1MiB"
+[[origin.namespaces]]
+pattern = "other/*"
+url = "s3://bucket?endpoint=127.0.0.1:1"
+[[origin.namespaces]]
+pattern = "**"
+url = "s3://bucket/x?secret_key=topsecret"
+[[upstreams]]
+name = "docker.io"
+url = "registry+https://host:99999"
+[index.backend]
+url = "gopher://x"
+"""
+OF_ORIGIN = [
+    r"origin\.backend\.url: 'b' is not the name of a bucket: .*\(wrong.toml:2\)",
+    r"origin\.namespaces\.0\.url: option 'part_size' .*from 5MiB to 1GiB.*\(wrong.toml:5\)",
+    r"origin\.namespaces\.2\.url: the S3 backend has no option 'secret_key': .*\(wrong.toml:11\)",
+]
+OF_INDEX = [
+    r"index\.backend\.url: no backend for URLs of scheme 'gopher': .*\(wrong.toml:16\)",
+]
+OF_ALL = [r"upstreams\.0\.url: must name a host, .*\(wrong.toml:14\)"]
+
+
+@pytest.mark.parametrize(
+    ("command", "lines"),
+    [
+        (["config", "check"], [*OF_ALL, *OF_ORIGIN, *OF_INDEX]),
+        (["config", "check", "--role", "index"], [*OF_ALL, *OF_INDEX]),
+        (["run", "--role", "all"], [*OF_ALL, *OF_ORIGIN, *OF_INDEX]),
+        # An agent's host may well lack the package that the scheme of an origin's backend needs.
+        (["run", "--role", "tracker", "-o", "cluster.origins=a:1"], OF_ALL),
+    ],
+)
+def test_urls_that_no_backend_can_be_opened_with_are_named_all_at_once(
+    capsys, tmp_path, command, lines
+) -> None:
+    (tmp_path / "wrong.toml").write_text(BACKENDS)
+
+    assert main([*command, "--config", "wrong.toml"]) == 78
+
+    said = capsys.readouterr().err.splitlines()
+    assert "topsecret" not in "".join(said)
+    assert len(said) == len(lines), said
+    for pattern in lines:
+        assert any(re.fullmatch(f"swarmpull: {pattern}", line) for line in said), (pattern, said)
+
+
 def test_without_a_command_the_help_is_shown(capsys) -> None:
     assert main([]) == 2
     assert "Commands:" in capsys.readouterr().err
