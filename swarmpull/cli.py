@@ -20,6 +20,7 @@ from swarmpull.errors import ConfigError, SwarmpullError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from swarmpull.digest import Digest
     from swarmpull.layers import Loaded
     from swarmpull.registry.client import AdminAnswer, Progress, RegistryClient
     from swarmpull.registry.http import Login
@@ -142,12 +143,18 @@ def _load(
     overrides: Sequence[str],
 ) -> Loaded:
     from swarmpull.layers import Sources, load
+    from swarmpull.store.backend_urls import check_url
 
     options = [("-o", text) for text in overrides]
     if data_dir is not None:
         # before the others, so that -o wins
         options.insert(0, ("--data-dir", f"data_dir={data_dir}"))
-    return load(Sources(file, os.environ, options), roles=_role_set(roles), agents=agents)
+    return load(
+        Sources(file, os.environ, options),
+        roles=_role_set(roles),
+        agents=agents,
+        check_backend=check_url,
+    )
 
 
 def _role_set(roles: Sequence[str]) -> frozenset[str]:
@@ -299,11 +306,96 @@ def _toml(values: Mapping[str, Any], provenance: Mapping[str, str]) -> Iterator[
         yield f"{assignment:<50}  # {provenance[key]}"
 
 
+# --- values on the command line -------------------------------------------------------------------
+
+
+@contextmanager
+def _bad_parameter() -> Iterator[None]:
+    """In a callback: what the block says of a value becomes click's error about that parameter."""
+    try:
+        yield
+    except (ValueError, SwarmpullError) as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def _digest(_context: click.Context, _parameter: click.Parameter, text: str) -> Digest:
+    from swarmpull.digest import Digest
+
+    with _bad_parameter():
+        return Digest.parse(text)
+
+
+def _image(
+    _context: click.Context, _parameter: click.Parameter, text: str | None
+) -> ImageName | None:
+    from swarmpull.registry.client import registry_url
+    from swarmpull.registry.layouts import ImageName
+
+    if text is None:
+        return None
+    with _bad_parameter():
+        image = ImageName.parse(text)
+        if image.registry is not None:
+            registry_url(image.registry)
+    return image
+
+
+def _digest_or_image(
+    context: click.Context, parameter: click.Parameter, text: str
+) -> Digest | ImageName | None:
+    read = _digest if text.startswith(("sha256:", "sha512:")) else _image
+    return read(context, parameter, text)
+
+
+def _registry(_context: click.Context, _parameter: click.Parameter, text: str | None) -> str | None:
+    from swarmpull.registry.client import registry_url
+
+    with _bad_parameter():
+        return None if text is None else registry_url(text)
+
+
+def _admin_addresses(
+    _context: click.Context, _parameter: click.Parameter, texts: tuple[str, ...]
+) -> tuple[str, ...]:
+    """As they were given, which is how they are named in what is printed."""
+    if texts:
+        from swarmpull.registry.client import server_url
+
+        for text in texts:
+            try:
+                server_url(text)
+            except ValueError as error:
+                raise click.BadParameter(f"{text}: is not an address to ask: {error}") from None
+    return texts
+
+
+def _size(_context: click.Context, _option: click.Parameter, text: str | None) -> int | None:
+    from swarmpull.units import parse_size
+
+    with _bad_parameter():
+        return None if text is None else parse_size(text.removesuffix("/s"))
+
+
+def _duration(_context: click.Context, _option: click.Parameter, text: str) -> float:
+    from swarmpull.units import parse_duration
+
+    with _bad_parameter():
+        return parse_duration(text)
+
+
+def _rate(_context: click.Context, _option: click.Parameter, text: str | None) -> float | None:
+    from swarmpull.units import parse_rate
+
+    with _bad_parameter():
+        return None if text is None else parse_rate(text)
+
+
 # --- push and pull --------------------------------------------------------------------------------
 
 _registry_option = click.option(
     "--registry",
     metavar="URL",
+    callback=_registry,
     help=f"Registry of an agent or origin.  [default: {_DEFAULT_REGISTRY}]",
 )
 _user_option = click.option(
@@ -320,14 +412,14 @@ _quiet_option = click.option("-q", "--quiet", is_flag=True, help="Show no progre
 
 @cli.command()
 @click.argument("source", type=click.Path(exists=True, path_type=Path))
-@click.argument("image", required=False)
+@click.argument("image", required=False, callback=_image)
 @_registry_option
 @_user_option
 @_password_option
 @_quiet_option
 def push(
     source: Path,
-    image: str | None,
+    image: ImageName | None,
     registry: str | None,
     quiet: bool,
     user: str | None,
@@ -345,9 +437,8 @@ def push(
     if image is None:
         work = partial(_push_file, source)
     else:
-        name = _image_name(image)
-        registry = _registry_of(name, registry)
-        work = partial(_push_image, source, name)
+        registry = _registry_of(image, registry)
+        work = partial(_push_image, source, image)
     click.echo(_transfer(work, registry, login, quiet=quiet))
 
 
@@ -374,7 +465,7 @@ async def _push_image(
 
 
 @cli.command()
-@click.argument("name", metavar="DIGEST|IMAGE")
+@click.argument("name", metavar="DIGEST|IMAGE", callback=_digest_or_image)
 @click.option(
     "-o",
     "output",
@@ -387,7 +478,7 @@ async def _push_image(
 @_password_option
 @_quiet_option
 def pull(
-    name: str,
+    name: Digest | ImageName,
     output: str,
     registry: str | None,
     quiet: bool,
@@ -398,23 +489,24 @@ def pull(
 
     Everything is verified; a blob appears under its name only when it is complete.
     """
+    from swarmpull.digest import Digest
+
     login = _login(user, password_file)
-    if name.startswith(("sha256:", "sha512:")):
+    if isinstance(name, Digest):
         _transfer(partial(_pull_blob, name, output), registry, login, quiet=quiet)
         return
     if output == "-":
         raise click.UsageError("An image is written to a directory: name one with -o.")
-    image = _image_name(name)
-    registry = _registry_of(image, registry)
-    work = partial(_pull_image, image, Path(output))
+    registry = _registry_of(name, registry)
+    work = partial(_pull_image, name, Path(output))
     click.echo(_transfer(work, registry, login, quiet=quiet))
 
 
-async def _pull_blob(text: str, output: str, client: RegistryClient, progress: ProgressOf) -> None:
-    from swarmpull.digest import Digest
+async def _pull_blob(
+    digest: Digest, output: str, client: RegistryClient, progress: ProgressOf
+) -> None:
     from swarmpull.registry.client import file_at, standard_output
 
-    digest = Digest.parse(text)
     target = standard_output(digest) if output == "-" else file_at(Path(output), digest)
     with target as sink:
         await client.get_blob(f"/blobs/{digest}", sink, progress=progress("pulling"))
@@ -426,12 +518,6 @@ async def _pull_image(
     from swarmpull.registry.layouts import pull_image
 
     return str((await pull_image(client, image, directory, progress)).digest)
-
-
-def _image_name(text: str) -> ImageName:
-    from swarmpull.registry.layouts import ImageName
-
-    return ImageName.parse(text)
 
 
 def _registry_of(image: ImageName, registry: str | None) -> str | None:
@@ -503,7 +589,7 @@ def _progress_bars(*, quiet: bool) -> Iterator[ProgressOf]:
 
 
 @cli.command()
-@click.argument("addresses", nargs=-1, metavar="[HOST:PORT]...")
+@click.argument("addresses", nargs=-1, metavar="[HOST:PORT]...", callback=_admin_addresses)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(addresses: tuple[str, ...], as_json: bool) -> int:
     """Show roles by their admin listeners: readiness, torrents, bytes by source.
@@ -553,15 +639,6 @@ def _print_statuses(answers: Sequence[AdminAnswer]) -> None:
 # --- rates ----------------------------------------------------------------------------------------
 
 
-def _rate(_context: click.Context, _option: click.Parameter, text: str | None) -> float | None:
-    from swarmpull.units import parse_rate
-
-    try:
-        return None if text is None else parse_rate(text)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
-
-
 @cli.command()
 @click.option("--upload", callback=_rate, metavar="RATE", help="Send no faster than that to peers.")
 @click.option("--download", callback=_rate, metavar="RATE", help="Take no faster than that.")
@@ -570,6 +647,7 @@ def _rate(_context: click.Context, _option: click.Parameter, text: str | None) -
     "addresses",
     multiple=True,
     metavar="URL",
+    callback=_admin_addresses,
     help="Admin listener of an agent or origin; may be repeated.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -649,16 +727,15 @@ def store_ls(directory: Path, as_json: bool) -> None:
 
 
 @store.command("rm")
-@click.argument("name", metavar="DIGEST")
+@click.argument("digest", metavar="DIGEST", callback=_digest)
 @_store_option
 @_json_option
-def store_rm(name: str, directory: Path, as_json: bool) -> None:
+def store_rm(digest: Digest, directory: Path, as_json: bool) -> None:
     """Remove a blob and what there is of a download of it; not while a process has the directory."""
-    from swarmpull.digest import Digest
     from swarmpull.storage import stored_document, stored_table
     from swarmpull.store.offline import delete, find_store
 
-    removed = delete(find_store(directory), Digest.parse(name))
+    removed = delete(find_store(directory), digest)
     if as_json:
         click.echo(json.dumps([stored_document(stored) for stored in removed], indent=2))
     else:
@@ -670,9 +747,8 @@ def store_rm(name: str, directory: Path, as_json: bool) -> None:
 @click.option(
     "--role",
     type=click.Choice(["agent", "origin"]),
-    default="agent",
-    show_default=True,
-    help="Whose limits: the keys under agent.store or origin.store.",
+    help="Whose limits, the keys under agent.store or origin.store; must be whose directory it is.  "
+    "[default: as the directory says]",
 )
 @click.option("--dry-run", is_flag=True, help="Only print what would be removed.")
 @click.option(
@@ -686,7 +762,7 @@ def store_rm(name: str, directory: Path, as_json: bool) -> None:
 @_json_option
 def store_gc(
     directory: Path,
-    role: str,
+    role: str | None,
     dry_run: bool,
     file: Path | None,
     overrides: tuple[str, ...],
@@ -699,10 +775,15 @@ def store_gc(
     loaded = _load((), file, None, None, overrides)
     from swarmpull.roles.role_store import limits_of
     from swarmpull.storage import removal_document, removal_table
-    from swarmpull.store.offline import collect, find_store, plan_removals
+    from swarmpull.store.offline import collect, find_store, plan_removals, role_of
 
     root = find_store(directory)
-    limits = limits_of(role, root, getattr(loaded.config, role).store)
+    owner = role_of(root)
+    if role not in (None, owner):
+        raise click.UsageError(
+            f"{root} is the data directory of an {owner}, not of an {role}: leave out --role."
+        )
+    limits = limits_of(owner, root, getattr(loaded.config, owner).store)
     removals = plan_removals(root, limits) if dry_run else collect(root, limits)
     if as_json:
         click.echo(json.dumps([removal_document(removal) for removal in removals], indent=2))
@@ -810,24 +891,6 @@ def certs_issue(
 
 
 # --- simulate -------------------------------------------------------------------------------------
-
-
-def _size(_context: click.Context, _option: click.Parameter, text: str | None) -> int | None:
-    from swarmpull.units import parse_size
-
-    try:
-        return None if text is None else parse_size(text.removesuffix("/s"))
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
-
-
-def _duration(_context: click.Context, _option: click.Parameter, text: str) -> float:
-    from swarmpull.units import parse_duration
-
-    try:
-        return parse_duration(text)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
 
 
 @cli.command()

@@ -193,8 +193,11 @@ def _upstream_url(_: object, attribute: attrs.Attribute[Any], value: str) -> Non
             f"'{attribute.name}' must be registry+https://host or registry+http://host, {example}, "
             "without credentials, path or query"
         )
-    if not (_HOST.fullmatch(match[1]) or _HOST_PORT.fullmatch(match[1])):
-        raise ValueError(f"'{attribute.name}' must name a host, {example}: {value!r}")
+    if not _HOST.fullmatch(match[1]):
+        try:
+            Address.parse(match[1])
+        except ValueError as exc:
+            raise ValueError(f"'{attribute.name}' must name a host, {example}: {value!r}") from exc
 
 
 def _pattern(_: object, attribute: attrs.Attribute[Any], value: str) -> None:

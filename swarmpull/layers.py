@@ -39,7 +39,7 @@ from swarmpull.config import (
     Secret,
     Size,
 )
-from swarmpull.errors import ConfigError, Problem
+from swarmpull.errors import ConfigError, Problem, StartupError
 from swarmpull.units import (
     CAPACITY_FORMS,
     DURATION_FORMS,
@@ -706,6 +706,33 @@ def _check_upstreams(layers: _Layers, config: Config) -> None:
             layers.complain(f"{key}.username", layers.where(f"{key}.username"), message)
 
 
+# Which URLs a role opens when it starts.
+_BACKENDS: Final[dict[str, tuple[str, ...]]] = {
+    "origin": ("origin.backend", "origin.namespaces"),
+    "index": ("index.backend",),
+}
+
+
+def _check_backends(
+    layers: _Layers, roles: frozenset[str], check: Callable[[str], None] | None
+) -> None:
+    """The URLs of the backends that the roles open; of all, when no role is named."""
+    if check is None:
+        return
+    sections = tuple(
+        section
+        for role, sections in _BACKENDS.items()
+        if not roles or role in roles
+        for section in sections
+    )
+    for key, value in layers.values.items():
+        if key.startswith(sections) and key.endswith(".url"):
+            try:
+                check(value.value)
+            except StartupError as error:
+                layers.complain(key, value.where, str(error))
+
+
 # --- several agents, and listeners that collide ---------------------------------------------------
 
 
@@ -812,11 +839,16 @@ def _build(layers: _Layers, instance: Any, prefix: str = "") -> Any:  # noqa: AN
 
 
 def load(
-    sources: Sources, *, roles: frozenset[str] = frozenset(), agents: int | None = None
+    sources: Sources,
+    *,
+    roles: frozenset[str] = frozenset(),
+    agents: int | None = None,
+    check_backend: Callable[[str], None] | None = None,
 ) -> Loaded:
     """Merge the layers for a process that runs ``roles``; ``agents`` is the value of --agents.
 
     All four roles together are the single-node mode, in which they find one another.
+    ``check_backend`` raises StartupError for a URL that cannot be one of a backend: the backends know.
 
     Raises:
         ConfigError: with every problem of every layer.
@@ -839,6 +871,7 @@ def load(
     _check_watermarks(layers, config)
     _check_upstreams(layers, config)
     _check_tls(layers, config)
+    _check_backends(layers, roles, check_backend)
     if layers.problems:
         raise ConfigError(tuple(layers.problems))
     return Loaded(config, agent_settings, {key: layers.where(key) for key in toml_values(config)})

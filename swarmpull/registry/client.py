@@ -368,11 +368,15 @@ async def open_client(
         yield RegistryClient(http, retries or Retries())
 
 
+def server_url(text: str) -> str:
+    """The base URL of a server that is given as URL or as ``host:port``; ValueError for anything else."""
+    return check_server_url(text if "://" in text else f"http://{text}")
+
+
 def registry_url(text: str) -> str:
     """The base URL of a registry that is given as URL or as ``host:port``."""
-    url = text if "://" in text else f"http://{text}"
     try:
-        return check_server_url(url)
+        return server_url(text)
     except ValueError as exc:
         reason = f"is not the URL of a registry, such as http://127.0.0.1:5000: {exc}"
         raise UnexpectedAnswer(text, reason) from exc

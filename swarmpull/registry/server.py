@@ -14,7 +14,7 @@ import hypercorn.trio.run
 import structlog
 import trio
 from hypercorn.config import Config, Sockets
-from hypercorn.events import Closed, RawData
+from hypercorn.events import Closed, Event, RawData
 from hypercorn.trio.tcp_server import TCPServer
 
 from swarmpull.errors import TlsError
@@ -74,11 +74,13 @@ class _Config(Config):
     def __init__(
         self,
         sockets: list[socket.socket],
+        drain: trio.Event,
         grace: float,
         limits: HttpLimits,
         https: WatchedFiles[ssl.SSLContext] | None,
     ) -> None:
         self.listening = sockets
+        self.drain = drain
         self.https = https
         self.complaints = Complaints()
         self.connections: set[AnyStream] = set()
@@ -90,8 +92,12 @@ class _Config(Config):
         self.graceful_timeout = grace
         self.h11_max_incomplete_size = limits.head_bytes
         self.keep_alive_timeout = limits.keep_alive_timeout
-        self.keep_alive_max_requests = 1 << 62
         self.max_requests = None
+
+    @property
+    def keep_alive_max_requests(self) -> int:  # type: ignore[override]
+        # hypercorn asks before each head of a response, and then says "Connection: close".
+        return 0 if self.drain.is_set() else 1 << 62
 
     def create_sockets(self) -> Sockets:
         return Sockets([], self.listening, [])
@@ -106,6 +112,7 @@ class _Connection(TCPServer):
     _client_ended = False
 
     async def run(self) -> None:
+        self._reading = trio.CancelScope()
         connections = self.config.connections
         if len(connections) >= self.config.connections_max:
             log.warning("connection_refused", reason="busy", connections_max=len(connections))
@@ -132,14 +139,31 @@ class _Connection(TCPServer):
             connections -= {plain, self.stream}
             await trio.aclose_forcefully(self.stream)
 
+    async def protocol_send(self, event: Event) -> None:
+        # hypercorn tells the application that its client is gone before it closes the connection, or waits
+        # for the next request, and does so in the application's task.  One that watches for its client is
+        # cancelled by that: the connection would stay open, with nobody to close it when it is idle.
+        if isinstance(event, RawData):
+            await super().protocol_send(event)
+        elif isinstance(event, Closed):
+            with trio.CancelScope(shield=True):
+                await self._close()
+            # It may wait for the end of this response, to read the request that is behind it.
+            self._reading.cancel()
+            await self.protocol.handle(event)
+        else:
+            with trio.CancelScope(shield=True):
+                await super().protocol_send(event)
+
     async def _read_data(self) -> None:
-        data = b"-"
-        while data:
-            try:
-                data = bytes(await self.stream.receive_some(RECEIVE_BYTES))
-            except (trio.ClosedResourceError, trio.BrokenResourceError, TlsError):
-                break
-            await self.protocol.handle(RawData(data))
+        with self._reading:
+            data = b"-"
+            while data:
+                try:
+                    data = bytes(await self.stream.receive_some(RECEIVE_BYTES))
+                except (trio.ClosedResourceError, trio.BrokenResourceError, TlsError):
+                    break
+                await self.protocol.handle(RawData(data))
         self._client_ended = True
         await self.protocol.handle(Closed())
         await self.idle_task.stop()
@@ -207,7 +231,8 @@ async def serve_http(
         app: what answers; it takes part in the lifespan protocol.
         host: address or name to listen on.
         port: 0 for any that is free.
-        drain: once set, no connection is accepted, idle ones are closed, requests under way may end.
+        drain: once set, no connection is accepted, idle ones are closed, the others after the response that
+            is under way.
         grace: the seconds that they have for it; then they are cut.
         limits: bounds of this listener.
         https: the certificate, where this is to be HTTPS; each connection begins with the one of that moment.
@@ -222,11 +247,11 @@ async def serve_http(
         # Accepted connections inherit it.
         timeout = round(limits.stalled_timeout * 1000)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout)
-    config = _Config(sockets, grace, limits, https)
+    config = _Config(sockets, drain, grace, limits, https)
     started = _Started(sockets[0].getsockname()[:2], task_status)
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_cut_when_late, config, drain)
+            nursery.start_soon(_cut_when_late, config)
             # Without a trigger of its own hypercorn would swallow KeyboardInterrupt.
             await hypercorn.trio.serve(
                 app,  # type: ignore[arg-type]  # its types name each message
@@ -252,13 +277,13 @@ class _Started:
         self.task_status.started(self.address)
 
 
-async def _cut_when_late(config: _Config, drain: trio.Event) -> None:
+async def _cut_when_late(config: _Config) -> None:
     """Cut the connections that are left when their time is over, or when this is cancelled.
 
     hypercorn shields its sends from cancellation: a client that does not read would hold up the end.
     """
     try:
-        await drain.wait()
+        await config.drain.wait()
         await trio.sleep(config.graceful_timeout)
     finally:
         _cut(config.connections)

@@ -25,7 +25,7 @@ from swarmpull.store.holds import Pin
 from swarmpull.store.ledger import UPLOADS, Ledger
 from swarmpull.store.partials import PartialFiles, list_partials
 from swarmpull.store.uploads import DATA_SUFFIX
-from swarmpull.store.write_back_queue import queued_digests
+from swarmpull.store.write_back_queue import belongs_to_origin, queued_digests
 from swarmpull.swarm import bitfield
 from swarmpull.swarm.metainfo import piece_length_for
 
@@ -90,6 +90,11 @@ def find_store(directory: Path) -> Path:
         )
     names = ", ".join(str(path) for path in below)
     raise StartupError(f"{directory} holds several data directories", f"name one of {names}")
+
+
+def role_of(root: Path) -> str:
+    """Whose store it is: ``origin`` or ``agent``."""
+    return "origin" if belongs_to_origin(root) else "agent"
 
 
 def list_store(root: Path) -> list[Stored]:

@@ -151,6 +151,11 @@ async def open_write_back_queue(
             await trio.to_thread.run_sync(database.close, limiter=thread)
 
 
+def belongs_to_origin(directory: Path) -> bool:
+    """Whether an origin has ever had its queue in a data directory."""
+    return any((directory / name).exists() for name in (MARK_NAME, FILE_NAME))
+
+
 def queued_digests(directory: Path) -> frozenset[Digest]:
     """What is queued in a data directory, whether a process has it open or not; blocking.
 

@@ -23,6 +23,15 @@ def no_environment(monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+MALFORMED = [
+    ("sha256:12", "'sha256:12' is not a digest: expected"),
+    ("App", "'App' is not an image: expected NAME"),
+    ("app:", "'app:' is not an image: expected NAME"),
+    ("app@sha256:1", "'sha256:1' is not a digest"),
+    ("host:port/app", "host:port: is not the URL of a registry"),
+]
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "lines"),
     [
@@ -35,11 +44,30 @@ def no_environment(monkeypatch, tmp_path) -> None:
         (["pull", "app"], 2, ["Missing option '-o'.*"]),
         (["pull", "app", "-o", "-"], 2, ["An image is written to a directory: .*"]),
         (["pull", "a:1/b", "-o", "x", "--registry", "c:2"], 2, ["a:1 is part of the name: .*"]),
-        (["pull", "sha256:12", "-o", "x"], 1, ["'sha256:12' is not a digest: expected .*"]),
-        (["pull", "App", "-o", "x"], 1, ["'App' is not an image: expected NAME.*"]),
-        (["pull", "app:", "-o", "x"], 1, ["'app:' is not an image: expected NAME.*"]),
-        (["pull", "app@sha256:1", "-o", "x"], 1, ["'sha256:1' is not a digest: .*"]),
-        (["pull", "a", "-o", "x", "--registry", "ftp://h"], 1, ["ftp://h: is not the URL of .*"]),
+        *(
+            (["pull", name, "-o", "x"], 2, [f"Invalid value for 'DIGEST\\|IMAGE': {problem}.*"])
+            for name, problem in MALFORMED
+        ),
+        *(
+            (["push", ".", name], 2, [rf"Invalid value for '\[IMAGE\]': {problem}.*"])
+            for name, problem in MALFORMED
+            if name != "sha256:12"
+        ),
+        *(
+            (
+                [*command, "--registry", "ftp://h"],
+                2,
+                ["Invalid value for '--registry': ftp://h: is not the URL of .*"],
+            )
+            for command in (["pull", "a", "-o", "x"], ["push", ".", "a"])
+        ),
+        (["status", "a:1", "b:x"], 2, [r"Invalid value for '\[HOST:PORT\]...': b:x: is not an .*"]),
+        (["rates", "--admin", "b:x"], 2, ["Invalid value for '--admin': b:x: is not an address.*"]),
+        (
+            ["store", "rm", "sha256:12", "--data-dir", "."],
+            2,
+            ["Invalid value for 'DIGEST': 'sha256:12' is not a digest: expected .*"],
+        ),
         (["push", ".", "app:v1"], 1, [r"\.: is not an OCI image layout: .*"]),
         (["rates", "--upload", "fast"], 2, ["Invalid value for '--upload': must be a rate .*"]),
         (["rates", "--download", "0"], 2, ["Invalid value for '--download': must be .* above 0.*"]),
@@ -66,6 +94,59 @@ def test_a_mistake_is_one_line_per_problem(capsys, arguments, status, lines) -> 
     assert len(said) == len(lines)
     for line, pattern in zip(said, lines, strict=True):
         assert re.fullmatch(f"swarmpull: {pattern}", line), line
+
+
+BACKENDS = """\
+[origin.backend]
+url = "s3://b/p?endpoint=http://h:1"
+[[origin.namespaces]]
+pattern = "team/*"
+url = "s3://bucket?part_size=1MiB"
+[[origin.namespaces]]
+pattern = "other/*"
+url = "s3://bucket?endpoint=127.0.0.1:1"
+[[origin.namespaces]]
+pattern = "**"
+url = "s3://bucket/x?secret_key=topsecret"
+[[upstreams]]
+name = "docker.io"
+url = "registry+https://host:99999"
+[index.backend]
+url = "gopher://x"
+"""
+OF_ORIGIN = [
+    r"origin\.backend\.url: 'b' is not the name of a bucket: .*\(wrong.toml:2\)",
+    r"origin\.namespaces\.0\.url: option 'part_size' .*from 5MiB to 1GiB.*\(wrong.toml:5\)",
+    r"origin\.namespaces\.2\.url: the S3 backend has no option 'secret_key': .*\(wrong.toml:11\)",
+]
+OF_INDEX = [
+    r"index\.backend\.url: no backend for URLs of scheme 'gopher': .*\(wrong.toml:16\)",
+]
+OF_ALL = [r"upstreams\.0\.url: must name a host, .*\(wrong.toml:14\)"]
+
+
+@pytest.mark.parametrize(
+    ("command", "lines"),
+    [
+        (["config", "check"], [*OF_ALL, *OF_ORIGIN, *OF_INDEX]),
+        (["config", "check", "--role", "index"], [*OF_ALL, *OF_INDEX]),
+        (["run", "--role", "all"], [*OF_ALL, *OF_ORIGIN, *OF_INDEX]),
+        # An agent's host may well lack the package that the scheme of an origin's backend needs.
+        (["run", "--role", "tracker", "-o", "cluster.origins=a:1"], OF_ALL),
+    ],
+)
+def test_urls_that_no_backend_can_be_opened_with_are_named_all_at_once(
+    capsys, tmp_path, command, lines
+) -> None:
+    (tmp_path / "wrong.toml").write_text(BACKENDS)
+
+    assert main([*command, "--config", "wrong.toml"]) == 78
+
+    said = capsys.readouterr().err.splitlines()
+    assert "topsecret" not in "".join(said)
+    assert len(said) == len(lines), said
+    for pattern in lines:
+        assert any(re.fullmatch(f"swarmpull: {pattern}", line) for line in said), (pattern, said)
 
 
 def test_without_a_command_the_help_is_shown(capsys) -> None:

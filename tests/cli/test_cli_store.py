@@ -141,7 +141,7 @@ def test_gc_does_what_the_limits_say_and_a_dry_run_only_says_it(run, root) -> No
     dry = run("gc", "--dry-run", "--json", *limits).document
     assert [(each["digest"], each["reason"]) for each in dry] == [(str(BLOB), "ttl")]
     assert blob_path(root).exists()
-    assert run("gc", "--role", "origin").out == "Nothing is to be removed.\n"
+    assert run("gc", "-o", "origin.store.ttl=1h").out == "Nothing is to be removed.\n"
 
     assert "ttl" in run("gc", *limits).out
     (left,) = run("ls", "--json").document
@@ -163,7 +163,7 @@ def queued(root) -> None:
 def test_gc_and_rm_keep_what_the_backend_does_not_have_yet(run, root, queued) -> None:
     age(root, 7200)
 
-    assert run("gc", "-o", "agent.store.ttl=1h").out == "Nothing is to be removed.\n"
+    assert run("gc", "-o", "origin.store.ttl=1h").out == "Nothing is to be removed.\n"
     outcome = run("rm", BLOB)
 
     assert outcome.status == 1
@@ -171,11 +171,32 @@ def test_gc_and_rm_keep_what_the_backend_does_not_have_yet(run, root, queued) ->
     assert blob_path(root).exists()
 
 
+def test_gc_takes_the_limits_of_the_role_whose_directory_it_is(run, root) -> None:
+    async def be_an_origins() -> None:
+        async with open_write_back_queue(root, "origin", lambda: ()):
+            pass
+
+    age(root, 7200)
+    agents, origins = ("-o", "agent.store.ttl=1h"), ("-o", "origin.store.ttl=1h")
+    for role, others, own, wrong in (
+        ("agent", origins, agents, "origin"),
+        ("origin", agents, origins, "agent"),
+    ):
+        assert run("gc", "--dry-run", *others).out == "Nothing is to be removed.\n"
+        assert len(run("gc", "--dry-run", "--json", *own).document) == 1
+        assert len(run("gc", "--dry-run", "--json", *own, "--role", role).document) == 1
+        outcome = run("gc", "--role", wrong, *own)
+        assert outcome.status == 2
+        assert f"is the data directory of an {role}, not of an {wrong}" in outcome.err
+        assert blob_path(root).exists()
+        trio.run(be_an_origins)
+
+
 def test_gc_touches_nothing_when_it_cannot_read_the_queue(run, root) -> None:
     age(root, 7200)
     (root / "write-back.sqlite").write_bytes(b"not a database" * 100)
 
-    for command in (("gc", "-o", "agent.store.ttl=1h"), ("rm", BLOB)):
+    for command in (("gc", "-o", "origin.store.ttl=1h"), ("rm", BLOB)):
         outcome = run(*command)
         assert outcome.status == 1
         assert "is damaged" in outcome.err
@@ -188,7 +209,7 @@ def test_nothing_is_removed_from_an_origins_directory_without_a_queue(run, root,
         path.unlink()
     spoil(blob_path(root), 10)
 
-    limit = ("-o", "agent.store.ttl=1h")
+    limit = ("-o", "origin.store.ttl=1h")
     for command in (
         ("gc", *limit),
         ("gc", "--dry-run", *limit),

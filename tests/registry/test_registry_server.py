@@ -10,7 +10,7 @@ import json
 import random
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,18 @@ import trio.testing
 from swarmpull.digest import Digest
 from swarmpull.errors import StartupError
 from swarmpull.registry.app import create_registry_app
-from swarmpull.registry.asgi import AsgiApp, Message, Receive, Scope, Send, answer_lifespan
+from swarmpull.registry.asgi import (
+    AsgiApp,
+    Message,
+    Receive,
+    Request,
+    Response,
+    Scope,
+    Send,
+    answer_lifespan,
+    send_response,
+    until_disconnect,
+)
 from swarmpull.registry.server import RECEIVE_BYTES, HttpLimits, serve_http
 from swarmpull.store.uploads import Upload
 
@@ -122,6 +133,84 @@ async def test_a_request_under_way_ends_within_the_grace() -> None:
             nursery.start_soon(end)
             reply = await connection.request("GET", "/")
         assert (reply.status, reply.body) == (200, b"ok")
+
+
+async def answer_while_watching(scope: Scope, receive: Receive, send: Send) -> None:
+    """As blobs are answered: whoever sends watches whether the client is still there."""
+    if scope["type"] == "lifespan":
+        await answer_lifespan(receive, send)
+        return
+    request = Request(scope, receive)
+    await request.discard(1)
+    response = Response(200, body=b"ok")
+    await until_disconnect(request, partial(send_response, request, send, response))
+
+
+# What is seen in a test may depend on the order in which two tasks happen to run.
+OFTEN = 20
+# More than any test takes: what waits for it hangs.
+LONG = 600.0
+
+
+async def test_idle_connections_do_not_hold_up_the_end() -> None:
+    drain = trio.Event()
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery, AsyncExitStack() as stack:
+            serve = partial(serve_http, answer_while_watching, "127.0.0.1", 0)
+            address = await nursery.start(partial(serve, drain=drain, grace=LONG))
+            idle = [await stack.enter_async_context(connect(*address)) for _ in range(OFTEN)]
+            for connection in idle:
+                assert (await connection.request("GET", "/")).status == 200
+            drain.set()
+            for connection in idle:
+                assert await connection.stream.receive_some() == b""
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["before the head", "after the head"])
+@pytest.mark.parametrize(
+    "behind", [b"", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"], ids=["", "pipelined"]
+)
+async def test_the_connection_of_a_request_under_way_ends_with_its_response(
+    begun: bool, behind: bytes
+) -> None:
+    drain, go_on = trio.Event(), trio.Event()
+    arrived = 0
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await answer_lifespan(receive, send)
+            return
+
+        async def respond() -> None:
+            nonlocal arrived
+            arrived += 1
+            if not begun:
+                await go_on.wait()
+            headers = [(b"content-length", b"2")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await go_on.wait()
+            await send({"type": "http.response.body", "body": b"ok"})
+
+        await until_disconnect(Request(scope, receive), respond)
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery, AsyncExitStack() as stack:
+            serve = partial(serve_http, slow, "127.0.0.1", 0)
+            address = await nursery.start(partial(serve, drain=drain, grace=LONG))
+            busy = [await stack.enter_async_context(connect(*address)) for _ in range(OFTEN)]
+            for connection in busy:
+                await connection.stream.send_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + behind)
+            while arrived < OFTEN:
+                await trio.lowlevel.checkpoint()
+            drain.set()
+            go_on.set()
+            for connection in busy:
+                received = b""
+                while chunk := await connection.stream.receive_some():
+                    received += chunk
+                assert received.count(b"HTTP/1.1 200") == 1
+                assert received.endswith(b"\r\n\r\nok")
+                assert (b"connection: close" in received) is not begun
 
 
 async def start_endless(connection: Connection, target: str = "/") -> None:
@@ -256,6 +345,15 @@ async def test_a_connection_without_a_request_is_closed_after_the_keep_alive_tim
         await silent.stream.send_all(b"GET / HTT")
         with trio.fail_after(30):
             assert await silent.stream.receive_some() == b""
+
+
+async def test_a_connection_is_closed_after_the_keep_alive_timeout_since_its_last_request() -> None:
+    async with serving(answer_while_watching, keep_alive_timeout=0.1) as address:
+        for _ in range(OFTEN):
+            async with connect(*address) as idle:
+                assert (await idle.request("GET", "/")).status == 200
+                with trio.fail_after(30):
+                    assert await idle.stream.receive_some() == b""
 
 
 async def test_a_connection_takes_more_than_a_thousand_requests() -> None:

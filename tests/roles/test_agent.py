@@ -6,6 +6,7 @@ import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import attrs
 import pytest
 import trio
 from trio.testing import MockClock
@@ -254,6 +255,8 @@ async def test_a_restarted_agent_seeds_what_it_has(cluster: Cluster) -> None:
 
 
 async def test_a_request_under_way_ends_while_the_agent_drains(cluster: Cluster) -> None:
+    # Nothing may wait for its end.
+    cluster.config = attrs.evolve(cluster.config, drain_timeout=600.0)
     await cluster.push_image("origin", REPOSITORY, CONFIG, LAYER)
     await cluster.start_agent()
     url = f"http://{cluster.roles['agent'].address('registry')}{blob_path(LAYER)}"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from swarmpull.errors import BackendUnavailable, ObjectNotFound, StartupError
-from swarmpull.store import backends
+from swarmpull.store import backend_urls, backends
 from swarmpull.store.backends import DirectoryBackend, open_backend
 from swarmpull.store.backends.directory import MARKER
 
@@ -187,7 +187,7 @@ async def test_other_schemes_come_from_installed_packages(monkeypatch) -> None:
     point = EntryPoint("fake", f"{__name__}:fake_backend", backends.ENTRY_POINT_GROUP)
     monkeypatch.setattr(EntryPoint, "load", lambda self: fake_backend)
     monkeypatch.setattr(
-        backends, "entry_points", lambda group: [point] if group == point.group else []
+        backend_urls, "entry_points", lambda group: [point] if group == point.group else []
     )
 
     backend = await open_backend("fake://somewhere")

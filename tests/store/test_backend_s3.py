@@ -21,7 +21,7 @@ import trio.testing
 from swarmpull.errors import BackendUnavailable, ObjectNotFound, StartupError
 from swarmpull.store.backends import S3Backend, open_backend, s3
 from swarmpull.store.backends.s3_client import multipart_etag
-from swarmpull.store.backends.s3_location import parse_location
+from swarmpull.store.s3_location import parse_location
 
 from .s3_proxy import Fault, FaultyProxy
 from .s3_server import ACCESS_KEY, BUCKET, S3Server, credentials

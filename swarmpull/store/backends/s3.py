@@ -36,8 +36,8 @@ from swarmpull.store.backends.base import (
     check_range,
 )
 from swarmpull.store.backends.s3_client import Body, Page, S3Client, S3Failure, multipart_etag
-from swarmpull.store.backends.s3_location import S3Location, parse_location
 from swarmpull.store.durable import read_exactly
+from swarmpull.store.s3_location import S3Location, parse_location
 
 T = TypeVar("T")
 

@@ -42,7 +42,7 @@ from urllib3.exceptions import SSLError as TLSError
 from urllib3.response import BaseHTTPResponse, HTTPResponse
 from urllib3.util import Timeout
 
-from swarmpull.store.backends.s3_location import S3Location
+from swarmpull.store.s3_location import S3Location
 
 T = TypeVar("T")
 
