@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
-from typing import Self
+from typing import Final, Self
 
 import attrs
+import trio
 
 from swarmpull.digest import Digest
 from swarmpull.errors import BackendUnavailable, BlobNotFound, ObjectNotFound, SwarmpullError
-from swarmpull.store.backends.base import Backend, blob_key
+from swarmpull.store.backends.base import Backend, ObjectStat, blob_key
 from swarmpull.store.backends.namespaces import Namespaces
+
+# How long our own backend may take to say whether it has a blob, in seconds.  It tries again by itself, for
+# minutes when it gets no answer at all; a client waits, and other origins may have the blob queued.
+STAT_PATIENCE: Final = 8.0
 
 
 @attrs.frozen
@@ -39,6 +44,18 @@ class BlobPlace:
     @property
     def key(self) -> str:
         return blob_key(self.digest)
+
+    async def stat(self) -> ObjectStat:
+        """What the backend says of the blob; an upstream has its own patience.
+
+        Raises:
+            ObjectNotFound: it does not have it.
+            BackendUnavailable: it cannot say, or not in good time.
+        """
+        with trio.move_on_after(float("inf") if self.is_foreign else STAT_PATIENCE):
+            return await self.backend.stat(self.key)
+        reason = f"no answer for {STAT_PATIENCE:g} s"
+        raise BackendUnavailable(self.name, self.key, reason)
 
     def __str__(self) -> str:
         return f"{self.digest} of {self.name}"

@@ -230,7 +230,7 @@ class ColdBlobs:
         digest = place.digest
         log.warning("blob_from_backend_instead", digest=str(digest))
         try:
-            found = await place.backend.stat(place.key)
+            found = await place.stat()
         except SwarmpullError as error:
             # What is only queued has more than one holder: another one becomes a peer of this download.
             if not await self._fetched_elsewhere(place):
@@ -273,7 +273,7 @@ class ColdBlobs:
         if place in self.quarantine and await self._fetched_elsewhere(place):
             return None
         try:
-            found = await place.backend.stat(place.key)
+            found = await place.stat()
         except (ObjectNotFound, BackendUnavailable) as error:
             if await self._fetched_elsewhere(place, absent=isinstance(error, ObjectNotFound)):
                 return None

@@ -86,7 +86,7 @@ class OriginContent:
             return download.metainfo.length
         place = self._place(digest, namespace)
         try:
-            return (await place.backend.stat(place.key)).length
+            return (await place.stat()).length
         except (ObjectNotFound, BackendUnavailable) as error:
             length = await self.cold.length_elsewhere(place)
             if length is not None:
@@ -209,6 +209,6 @@ class OriginContent:
         if place in self.cold.quarantine:
             return False
         try:
-            return (await place.backend.stat(place.key)).length == length
+            return (await place.stat()).length == length
         except ObjectNotFound:
             return False

@@ -21,6 +21,8 @@ CONNECT: Final = PATIENCE / 3
 # From a start until all roles are ready, the queues are empty, and nothing is left over.
 READY: Final = PATIENCE * 3
 QUIET: Final = PATIENCE * 4
+# Until hosts that were given up for dead are asked again.
+SETTLING: Final = PATIENCE / 6
 # A pull or push is repeated for this long after the last fault is over, each time after a pause.
 RETRIED: Final = PATIENCE * 3
 RETRY_PAUSE: Final = PATIENCE / 60

@@ -8,7 +8,7 @@ from typing import Final
 
 import attrs
 
-from .limits import FAIL_FAST
+from .limits import FAIL_FAST, SETTLING
 from .scenario import Window
 
 PUSH: Final = "push"
@@ -154,6 +154,28 @@ def is_excused(
         and (not each.polite or attempt.outcome in {OK, REFUSED})
         for each in disturbances
     ) or any(attempt.started <= each.end and each.start <= attempt.ended for each in windows)
+
+
+def stretched(record: Record, windows: Iterable[Window]) -> list[Window]:
+    """Windows that last until all were ready after the steps within them, and a moment longer.
+
+    How long it takes to start six processes is up to the machine, and others learn of it some seconds later.
+    """
+    return [
+        attrs.evolve(
+            window,
+            end=max(
+                window.end,
+                *(
+                    record.ready[number] + SETTLING
+                    for number, (at, _) in enumerate(record.steps)
+                    if number in record.ready and window.start <= at <= window.end
+                ),
+                0.0,
+            ),
+        )
+        for window in windows
+    ]
 
 
 def count(record: Record, kind: str, windows: Sequence[Window]) -> Counts:

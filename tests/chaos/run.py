@@ -17,7 +17,17 @@ from .faults import Faults
 from .limits import OVERTIME, POLL
 from .load import Clients
 from .network import open_hosts
-from .records import PULL, PUSH, Counts, Record, Recovery, count, recoveries, violations
+from .records import (
+    PULL,
+    PUSH,
+    Counts,
+    Record,
+    Recovery,
+    count,
+    recoveries,
+    stretched,
+    violations,
+)
 from .scenario import Scenario
 from .tls import Certificates
 
@@ -136,6 +146,7 @@ async def _play(cluster: Cluster, scenario: Scenario, options: Options) -> Resul
     await cluster.stop()
     record.violations += [f"{image} was acknowledged and is lost" for image in lost]
     record.violations += [*endings(cluster), *orphans(cluster)]
+    excused = stretched(record, scenario.excused)
     return Result(
         scenario=scenario.name,
         title=scenario.title,
@@ -143,12 +154,12 @@ async def _play(cluster: Cluster, scenario: Scenario, options: Options) -> Resul
         tls=options.tls,
         seed=options.seed,
         seconds=clients.now(),
-        pushes=count(record, PUSH, scenario.excused),
-        pulls=count(record, PULL, scenario.excused),
+        pushes=count(record, PUSH, excused),
+        pulls=count(record, PULL, excused),
         lost=len(lost),
         cold_reads=len(record.pushed),
         health=health,
         backend=backend,
         recoveries=recoveries(record),
-        violations=violations(record, scenario.excused),
+        violations=violations(record, excused),
     )

@@ -65,7 +65,7 @@ def processes_of(directory: Path) -> list[int]:
     [
         ("quick-kill", ["--loopback"]),
         pytest.param("quick-partition", [], marks=needs_namespaces),
-        ("quick-roll", ["--loopback"]),
+        ("quick-roll", ["--loopback", "--tls"]),
     ],
 )
 def test_nothing_is_lost_and_nothing_left_over(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .limits import FAIL_FAST
+from .limits import FAIL_FAST, SETTLING
 from .records import (
     PULL,
     PUSH,
@@ -12,6 +12,7 @@ from .records import (
     Record,
     count,
     recoveries,
+    stretched,
     violations,
 )
 from .scenario import Window
@@ -71,6 +72,17 @@ def test_while_nobody_can_answer_requests_may_fail_but_fast() -> None:
     assert violations(Record(attempts=[quick]), window) == []
     (line,) = violations(Record(attempts=[slow]), window)
     assert f"waited {FAIL_FAST + 1:.1f} s before it failed" in line
+
+
+def test_the_excuse_lasts_until_those_are_ready_that_were_started_within_it() -> None:
+    windows = [Window(15.0, 45.0)]
+    steps = [(15.0, "kill origins"), (20.0, "start origins"), (50.0, "kill agent-1")]
+
+    quick = Record(steps=steps, ready={0: 25.0, 1: 25.0, 2: 99.0})
+    assert stretched(quick, windows) == windows
+    slow = Record(steps=steps, ready={0: 52.0, 1: 52.0, 2: 99.0})
+    assert stretched(slow, windows) == [Window(15.0, 52.0 + SETTLING)]
+    assert stretched(Record(), windows) == windows
 
 
 def test_a_frozen_host_cannot_fail_fast() -> None:

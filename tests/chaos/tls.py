@@ -33,9 +33,7 @@ class Certificates:
 
     def settings(self, role: str, name: str, address: str) -> dict[str, str]:
         """The keys that make a process use a certificate of its own, which is issued here."""
-        _checked(
-            "issue", "--directory", str(self.directory), "--role", role, "--host", address, name
-        )
+        _checked("issue", name, "--dir", str(self.directory), "--role", role, "--ip", address)
         files = {"ca": "ca.crt", "cert": f"{name}.crt", "key": f"{name}.key"}
         return {f"tls.{key}": str(self.directory / file) for key, file in files.items()}
 
