@@ -257,17 +257,20 @@ async def test_hosts_whose_tracker_goes_away_announce_to_its_successor_at_once(
         contents = [make_content(10, seed=n) for n in range(20)]
         for each in contents:
             await node.host.download(each.digest, "", finder(cluster.tracker, each))
-        told = cluster.tracker._announced
-        at_first = {digest for digest, tracker in told.items() if tracker == first}
-        assert 0 < len(at_first) < len(contents)
+
+        def told() -> list[str]:
+            places = [cluster.tracker._announced.place(each.digest) for each in contents]
+            return [place.tracker for place in places if place is not None]
+
+        assert set(told()) == {first, second}
+        assert len(told()) == len(contents)
 
         if end == "drains":
             drain.set()
         else:
             life.cancel()
         with trio.fail_after(30):
-            await until(lambda: set(told.values()) == {second})
-        assert {each.digest for each in contents} == set(told)
+            await until(lambda: told() == [second] * len(contents))
 
 
 async def test_what_is_no_longer_announced_is_forgotten(content: Content) -> None:
