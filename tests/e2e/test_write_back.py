@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,6 +29,8 @@ from .program import Program, options
 from .waiting import wait_until
 
 MIB: Final = 1 << 20
+# Only ends what hangs.
+PUSHES_SECONDS_MAX: Final = 120.0
 SMALL_DISK_BYTES: Final = 24 * MIB
 # Nobody listens there: generic blobs need no index and no tracker.
 NOBODY: Final = "127.0.0.1:9"
@@ -253,6 +256,16 @@ class Pusher:
                 self.stop.wait(0.05)
 
 
+def wait_for_pushes(pushers: list[Pusher], rng: random.Random, count: int) -> None:
+    """Return at a random instant after ``count`` more pushes were acknowledged."""
+    wanted = sum(len(pusher.acknowledged) for pusher in pushers) + count
+    end = time.monotonic() + PUSHES_SECONDS_MAX
+    while sum(len(pusher.acknowledged) for pusher in pushers) < wanted:
+        assert time.monotonic() < end, f"fewer than {count} pushes in {PUSHES_SECONDS_MAX} s"
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0.0, 0.3))
+
+
 @pytest.mark.slow
 def test_kill_9_at_any_instant_loses_nothing_that_was_acknowledged(
     place: Place, s3: S3Server, relay: Relay
@@ -271,7 +284,8 @@ def test_kill_9_at_any_instant_loses_nothing_that_was_acknowledged(
                 relay.cut()
             elif kill % 4 == 0:
                 relay.refusing = False
-            threading.Event().wait(rng.uniform(0.05, 1.0))
+            # Some die before they have acknowledged anything.
+            wait_for_pushes(pushers, rng, 6 if kill % 2 else 0)
             origin.kill()
             origin.start()
     finally:
@@ -302,7 +316,7 @@ def test_the_loss_of_the_accepting_origin_at_any_instant_loses_nothing(
         thread.start()
     try:
         for _ in range(3):
-            threading.Event().wait(rng.uniform(0.5, 1.5))
+            wait_for_pushes(pushers, rng, 7)
             first.kill()
             shutil.rmtree(first.data)
             first.start()
