@@ -40,7 +40,9 @@ def weed_command(
     keys: tuple[str, str],
     address: str = "127.0.0.1",
 ) -> list[str]:
-    """What starts a server that keeps everything in ``directory``, but for three sockets in ``/tmp``.
+    """What starts a server that keeps everything in ``directory``, but for its sockets.
+
+    Those are in ``/tmp`` whatever it is told: see `remove_sockets`.
 
     Args:
         ports: `WEED_PORTS` of them; S3 is at the first.
@@ -78,6 +80,29 @@ def weed_command(
     ]
 
 
+def remove_sockets(ports: Sequence[int]) -> None:
+    """Remove what a server leaves that has ended: SeaweedFS makes them outside of its directory."""
+    for port in ports:
+        for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+            path.unlink(missing_ok=True)
+
+
+class _S3Server(Server):
+    """A server that leaves nothing outside of its directory."""
+
+    def __init__(self, command: Sequence[str], directory: Path, ports: Sequence[int]) -> None:
+        super().__init__("seaweedfs", command, directory)
+        self._ports = ports
+
+    def stop(self) -> None:
+        super().stop()
+        remove_sockets(self._ports)
+
+    def kill(self) -> None:
+        super().kill()
+        remove_sockets(self._ports)
+
+
 def start_s3(
     weed: str, directory: Path, ports: Iterator[int], address: str = "127.0.0.1"
 ) -> tuple[Server, int]:
@@ -90,7 +115,7 @@ def start_s3(
     """
     own = [next(ports) for _ in range(WEED_PORTS)]
     command = weed_command(weed, directory, own, (ACCESS_KEY, SECRET_KEY), address)
-    server = Server("seaweedfs", command, directory)
+    server = _S3Server(command, directory, own)
     client = client_of(own[0], address)
     try:
         server.wait_until(lambda: _serves(client), "it has a bucket and room in it")

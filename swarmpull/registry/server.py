@@ -148,9 +148,9 @@ class _Connection(TCPServer):
         elif isinstance(event, Closed):
             with trio.CancelScope(shield=True):
                 await self._close()
-            # It may wait for the end of this response, to read the request that is behind it.
-            self._reading.cancel()
             await self.protocol.handle(event)
+            # The reader may wait for the end of this response, to go on with the request that is behind it.
+            self._reading.cancel()
         else:
             with trio.CancelScope(shield=True):
                 await super().protocol_send(event)

@@ -192,6 +192,33 @@ def test_a_push_while_s3_is_down_survives_kill_9_and_arrives_when_s3_is_back(
     origin.program.wait_until_ready()
 
 
+def test_an_origin_starts_without_s3_says_why_it_is_not_ready_and_becomes_so(
+    place: Place, s3: S3Server, relay: Relay
+) -> None:
+    (origin,) = place.origins(relay.port)
+    content = web.random_bytes(MIB, "unreachable")
+    relay.cut()
+
+    origin.start()
+    pid = origin.program.pid
+    answer = web.request(origin.program.admin[0], "GET", "/readiness")
+    assert answer.status == 503
+    assert f"s3://{BUCKET}" in answer.text
+    assert str(relay.port) in answer.text
+    assert "cannot be reached yet" in origin.program.log.read_text()
+    # It is of use all the same: what is pushed waits, and what only S3 could have is not said to be missing.
+    assert origin.put(content).status == 201
+    assert origin.get(content).body == content
+    assert origin.get(b"who knows").status == 503
+
+    relay.refusing = False
+    origin.program.wait_until_ready()
+    origin.wait_until_written()
+    assert object_of(s3, place, content) == content
+    assert origin.get(b"who knows").status == 404
+    assert origin.program.pid == pid
+
+
 @pytest.mark.slow
 def test_an_origin_whose_acceptor_and_its_disk_are_gone_has_the_blob_and_writes_it(
     place: Place, s3: S3Server, relay: Relay

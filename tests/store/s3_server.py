@@ -17,7 +17,7 @@ import urllib3
 from minio import Minio
 from minio.error import MinioException
 
-from benchmarks.s3 import WEED_PORTS, find_weed, weed_command
+from benchmarks.s3 import WEED_PORTS, find_weed, remove_sockets, weed_command
 from tests.ports import free_ports
 
 ACCESS_KEY: Final = "swarmpull-test"
@@ -172,10 +172,3 @@ def it_serves(admin: Minio) -> bool:
     except (MinioException, urllib3.exceptions.HTTPError, OSError):
         return False
     return True
-
-
-def remove_sockets(ports: Sequence[int]) -> None:
-    """SeaweedFS makes them outside of its directory, wherever TMPDIR is."""
-    for port in ports:
-        for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
-            path.unlink()
