@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -12,15 +13,20 @@ import attrs
 import pytest
 import structlog
 import trio
+import trio.testing
 
 from swarmpull.digest import Digest
 from swarmpull.errors import CertificateError, RpcFailed, RpcUnavailable
 from swarmpull.watched_files import WatchedFiles
 from swarmpull.wire import access, api
+from swarmpull.wire.codec import encode
+from swarmpull.wire.listen import parse_address
 from swarmpull.wire.rpc import Method, RpcContext, RpcService, open_rpc_pool, serve_rpc
+from swarmpull.wire.rpc_messages import RpcHello, RpcRequest, pack
 from swarmpull.wire.tls import Tls, TlsFiles, load_contexts
 
 from .hosts import ALL, Authority, tls_of, unchecked
+from .key_update import half_key_update
 
 BLOB = api.BlobRequest(Digest.of(b"x"))
 HELD = api.HeldRequest(Digest.of(b"x"))
@@ -33,12 +39,14 @@ class Origin:
 
     callers: list[object] = attrs.Factory(list)
     release: trio.Event = attrs.Factory(trio.Event)
+    urged: bool = False
 
     async def stat(self, _: api.BlobRequest, context: RpcContext) -> api.BlobStatReply:
         self.callers.append(context.caller)
         return api.BlobStatReply(1)
 
     async def urge(self, _: api.UrgeRequest, __: RpcContext) -> api.Empty:
+        self.urged = True
         await self.release.wait()
         return api.Empty()
 
@@ -238,6 +246,31 @@ async def test_noise_on_a_tls_port_leaves_the_others_alone(
                 while await stream.receive_some():
                     pass
         assert (await pool.call(address, api.STAT_BLOB, BLOB, timeout=20.0)).length == 1
+
+
+async def test_a_caller_that_stops_inside_a_key_update_ends_its_own_connection_only(
+    agent: TlsFiles, origin: TlsFiles, tmp_path: Path
+) -> None:
+    strange, served = tls_of(agent), Origin()
+    strange._files.current.client.keylog_filename = str(tmp_path / "secrets")
+    async with serving(tls_of(origin), served) as address:
+        host, port = parse_address(address)
+        secured, _ = await strange.connect(await trio.open_tcp_stream(host, port))
+        async with secured:
+            await secured.send_all(pack(RpcHello(1)))
+            await secured.receive_some()
+            urge = encode(api.UrgeRequest(Digest.of(b"x"), (1,)))
+            await secured.send_all(pack(RpcRequest(1, 20_000, api.URGE.name, urge)))
+            half = half_key_update(tmp_path / "secrets", 2)
+            assert socket.socket.send(secured.socket, half) == len(half)
+            # The server has read it, and waits for the other half, when it is to answer.
+            await until(lambda: served.urged)
+            await trio.testing.wait_all_tasks_blocked(0.1)
+            served.release.set()
+            with suppress(trio.BrokenResourceError):
+                assert await secured.receive_some() == b""
+        async with open_rpc_pool(tls=tls_of(agent)) as pool:
+            assert (await pool.call(address, api.STAT_BLOB, BLOB, timeout=20.0)).length == 1
 
 
 async def test_new_connections_use_new_files_and_old_ones_go_on(
