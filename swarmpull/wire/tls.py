@@ -145,7 +145,8 @@ def load_certificate(context: ssl.SSLContext, cert: tuple[str, str], key: tuple[
 
 def _read(name: str, path: str) -> str:
     try:
-        with open(path, encoding="ascii", errors="replace") as file:
+        # Comments may be in any language; what they become has to be ASCII, which is all that `ssl` takes.
+        with open(path, encoding="ascii", errors="backslashreplace") as file:
             return file.read()
     except OSError as error:
         raise CertificateError(f"{path} cannot be read: {error.strerror}", name) from error
@@ -162,7 +163,16 @@ def _own_certificate(server: ssl.SSLContext, client: ssl.SSLContext) -> dict[str
         for end in ends:
             with contextlib.suppress(ssl.SSLWantReadError):
                 end.do_handshake()
-    return dict(ends[1].getpeercert() or {})
+    return _shown_by(ends[1])
+
+
+def _shown_by(connection: ssl.SSLSocket | ssl.SSLObject) -> dict[str, object]:
+    """The certificate of the other side.  Raises TlsError."""
+    try:
+        return dict(connection.getpeercert() or {})
+    except UnicodeDecodeError as error:
+        # Authorities sign what they are given.
+        raise TlsError("has names that are no text: issue another") from error
 
 
 def identity_of(certificate: dict[str, object] | None) -> Identity:
@@ -173,6 +183,13 @@ def identity_of(certificate: dict[str, object] | None) -> Identity:
         return Identity.from_uris(value for kind, value in names if kind == "URI")
     except ValueError as error:
         raise TlsError(f"{error}: issue one with swarmpull certs issue --role") from error
+
+
+def _identity_there(stream: TlsStream) -> Identity:
+    try:
+        return identity_of(_shown_by(stream.socket))
+    except TlsError as error:
+        raise TlsError(f"the certificate of the other side {error.reason}") from error
 
 
 # --- a connection ---------------------------------------------------------------------------------
@@ -399,7 +416,7 @@ class Tls:
         secured = TlsStream(take_socket(stream, context, server_side=server_side))
         try:
             await secured.shake_hands()
-            return secured, identity_of(dict(secured.socket.getpeercert() or {}))
+            return secured, _identity_there(secured)
         except TlsError:
             await secured.linger()
             raise

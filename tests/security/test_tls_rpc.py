@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -206,6 +207,26 @@ async def test_a_mistake_ends_with_one_line_on_both_sides(mistakes, mistake: str
     assert "\n" not in here[0] + there[0]
 
 
+@pytest.mark.parametrize("names", ["are no text", "are for HTTPS"])
+async def test_a_certificate_that_no_role_would_start_with_is_turned_away(
+    prod: Authority, agent: TlsFiles, origin: TlsFiles, names: str
+) -> None:
+    if names == "are no text":
+        files, says = prod.issue_unreadable("odd", "agent"), "has names that are no text"
+    else:
+        files, says = prod.issue("shop", dns=["example.com"]), "names no role of a cluster"
+    with structlog.testing.capture_logs() as logs:
+        async with serving(tls_of(origin)) as address:
+            async with open_rpc_pool(tls=unchecked(files, "prod", "odd", "agent")) as pool:
+                with pytest.raises(RpcUnavailable):
+                    await pool.call(address, api.STAT_BLOB, BLOB, timeout=20.0)
+            async with open_rpc_pool(tls=tls_of(agent)) as pool:
+                assert (await pool.call(address, api.STAT_BLOB, BLOB, timeout=20.0)).length == 1
+
+    [reason] = [entry["reason"] for entry in logs if entry["log_level"] == "warning"]
+    assert f"the certificate of the other side {says}" in reason
+
+
 async def test_a_server_of_another_role_is_not_called(prod: Authority, agent: TlsFiles) -> None:
     index = tls_of(prod.issue("index", "index", force=True))
     with structlog.testing.capture_logs() as logs:
@@ -335,6 +356,7 @@ async def until(condition: Callable[[], bool]) -> None:
     ("spoil", "says"),
     [
         (lambda f: attrs.evolve(f, ca="/nowhere/ca.crt"), "tls.ca: /nowhere/ca.crt cannot be read"),
+        (lambda f: attrs.evolve(f, ca=sys.executable), "tls.ca: .* holds no certificate in PEM"),
         (lambda f: attrs.evolve(f, ca=f.key), "tls.ca: .* holds no certificate in PEM"),
         (lambda f: attrs.evolve(f, key=f.cert), "tls.cert: .* are not a certificate and its key"),
         (
@@ -350,6 +372,12 @@ def test_files_that_cannot_be_used_are_named_with_their_key(
         load_contexts(spoil(agent))
 
 
+def test_comments_between_certificates_are_in_any_language(agent: TlsFiles, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle.crt"
+    bundle.write_text(f"# Főtanúsítvány\n{Path(agent.ca).read_text()}")
+    load_contexts(attrs.evolve(agent, ca=str(bundle)))
+
+
 def test_a_certificate_that_others_would_refuse_is_of_no_use(
     prod: Authority, other: Authority, agent: TlsFiles
 ) -> None:
@@ -359,3 +387,5 @@ def test_a_certificate_that_others_would_refuse_is_of_no_use(
         load_contexts(prod.issue_expired("late", "agent"))
     with pytest.raises(CertificateError, match="names no role of a cluster"):
         load_contexts(prod.issue("web", dns=["web.example.com"]))
+    with pytest.raises(CertificateError, match=r"noise\.crt has names that are no text"):
+        load_contexts(prod.issue_unreadable("noise", "agent"))
