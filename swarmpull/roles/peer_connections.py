@@ -41,7 +41,7 @@ from swarmpull.wire import peer
 from swarmpull.wire.access import refuse_peer
 from swarmpull.wire.listen import format_address, remote_host, serve_connections, set_keepalive
 from swarmpull.wire.streams import PeerStream
-from swarmpull.wire.tls import AnyStream, Entrance, Tls, TlsStream
+from swarmpull.wire.tls import AnyStream, Entrance, Tls
 
 log = structlog.get_logger()
 
@@ -468,13 +468,8 @@ def _reason_for(error: ProtocolError) -> ByeReason:
 
 
 async def _refuse_busy(entrance: Entrance, stream: trio.SocketStream) -> None:
-    admitted = await entrance.admit(stream)
-    if admitted is None:
-        return
     bye = Bye(ByeReason.BUSY, "this host has as many peers as it takes")
-    await PeerStream(admitted[0]).send(bye)
-    if isinstance(admitted[0], TlsStream):
-        await admitted[0].linger()
+    await entrance.dismiss(stream, peer.pack(bye))
 
 
 async def _say_untrusted(stream: trio.abc.SendStream, reason: str) -> None:

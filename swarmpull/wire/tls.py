@@ -343,14 +343,17 @@ class TlsStream(trio.abc.Stream):
         Closing with unread bytes resets the connection, and the other side may lose our last words.  What it
         still sends is thrown away as it comes.
         """
-        with (
-            trio.move_on_after(LINGER),
-            contextlib.suppress(OSError, trio.BrokenResourceError, trio.ClosedResourceError),
-        ):
-            await self.send_eof()
-            while await self._receive_raw():
-                pass
-        await trio.aclose_forcefully(self)
+        try:
+            with (
+                trio.move_on_after(LINGER),
+                contextlib.suppress(OSError, trio.BrokenResourceError, trio.ClosedResourceError),
+            ):
+                await self.send_eof()
+                while await self._receive_raw():
+                    # Whoever sends faster than we read must not have the event loop for itself.
+                    await trio.lowlevel.checkpoint()
+        finally:
+            await trio.aclose_forcefully(self)
 
     async def _receive_raw(self) -> bytes:
         while True:
@@ -497,6 +500,20 @@ class Entrance:
             log.info("handshake_broke_off", remote=remote, reason=str(error), **self._about)
         return None
 
+    async def dismiss(self, stream: trio.SocketStream, words: bytes) -> None:
+        """Tell somebody who may come in that there is no room; a plain ``stream`` stays open."""
+        admitted = await self.admit(stream)
+        if admitted is None:
+            return
+        if not isinstance(admitted[0], TlsStream):
+            await stream.send_all(words)
+            return
+        try:
+            await admitted[0].send_all(words)
+            await admitted[0].linger()
+        finally:
+            await trio.aclose_forcefully(admitted[0])
+
     def complain(self, remote: str, reason: str) -> None:
         """Leave a line about a host, unless it has one already."""
         self._complaints.warn(remote, reason, **self._about)
@@ -513,18 +530,20 @@ class Entrance:
         return secured, caller
 
     async def _turn_away(self, stream: AnyStream, reason: str) -> None:
-        with (
-            trio.move_on_after(LINGER),
-            contextlib.suppress(OSError, trio.BrokenResourceError, trio.ClosedResourceError),
-        ):
-            await self._tell(stream, reason)
-            if isinstance(stream, TlsStream):
-                await stream.linger()
-            else:
-                await stream.send_eof()
-                while await stream.receive_some(_RECEIVE_BYTES):
-                    pass
-        await trio.aclose_forcefully(stream)
+        try:
+            with (
+                trio.move_on_after(LINGER),
+                contextlib.suppress(OSError, trio.BrokenResourceError, trio.ClosedResourceError),
+            ):
+                await self._tell(stream, reason)
+                if isinstance(stream, TlsStream):
+                    await stream.linger()
+                else:
+                    await stream.send_eof()
+                    while await stream.receive_some(_RECEIVE_BYTES):
+                        pass
+        finally:
+            await trio.aclose_forcefully(stream)
         raise TlsError(reason)
 
 
