@@ -117,6 +117,8 @@ def load_server_context(cert: tuple[str, str], key: tuple[str, str]) -> ssl.SSLC
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # Of TLS 1.2: clients could have us sign for ever.  OpenSSL 3 forbids it by itself, 1.1.1 does not.
+    context.options |= ssl.OP_NO_RENEGOTIATION
     context.set_alpn_protocols(["http/1.1"])
     load_certificate(context, cert, key)
     return context

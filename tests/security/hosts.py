@@ -64,7 +64,7 @@ class Authority:
 class Fixed:
     """Contexts that no file changes any more."""
 
-    current: Contexts
+    current: Contexts | ssl.SSLContext
 
 
 def tls_of(files: TlsFiles) -> Tls:

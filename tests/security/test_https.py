@@ -7,7 +7,8 @@ import random
 import ssl
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import attrs
@@ -22,10 +23,13 @@ from swarmpull.digest import Digest
 from swarmpull.errors import CertificateError
 from swarmpull.registry import htpasswd
 from swarmpull.registry.htpasswd import Passwords, load_htpasswd, parse_basic
+from swarmpull.registry.server import HttpLimits, serve_http
 from swarmpull.watched_files import WatchedFiles
+from swarmpull.wire.tls import load_server_context
+from tests.registry.test_registry_server import answer_ok
 from tests.roles.roles import ANY, Cluster, cluster_under
 
-from .hosts import Authority
+from .hosts import Authority, Fixed
 
 NAME, PASSWORD = "alice", "pass:word ü"
 
@@ -106,6 +110,27 @@ async def test_plain_http_on_an_https_port_is_told_so(tmp_path: Path, authority:
 
     reasons = [entry["reason"] for entry in logs if entry["event"] == "connection_not_trusted"]
     assert reasons == ["plain HTTP on a port for HTTPS: use https:// there"]
+
+
+async def test_a_connection_by_https_counts_once(authority: Authority) -> None:
+    files = authority.issue("counted", ips=["127.0.0.1"])
+    context = load_server_context(("tls_cert", files.cert), ("tls_key", files.key))
+    assert context.options & ssl.OP_NO_RENEGOTIATION
+    serve = partial(serve_http, drain=trio.Event(), grace=0.0, limits=HttpLimits(connections=2))
+    trusted = ssl.create_default_context(cafile=files.ca)
+    async with trio.open_nursery() as nursery, AsyncExitStack() as clients:
+        host, port = await nursery.start(
+            partial(serve, answer_ok, "127.0.0.1", 0, https=Fixed(context))
+        )
+        first, second, third = [
+            await clients.enter_async_context(httpx.AsyncClient(verify=trusted)) for _ in range(3)
+        ]
+        url = f"https://{host}:{port}/"
+        assert (await first.get(url)).status_code == 200
+        assert (await second.get(url)).status_code == 200
+        with pytest.raises(httpx.TransportError):
+            await third.get(url)
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_new_certificate_meets_new_connections_only(
