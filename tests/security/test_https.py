@@ -278,6 +278,21 @@ async def test_what_was_right_is_not_checked_again(
     assert PASSWORD.encode() not in b"".join(known._right)
 
 
+async def test_an_unknown_name_costs_as_much_as_the_passwords_of_the_file(
+    passwords: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[bytes] = []
+    monkeypatch.setattr(htpasswd, "_matches", lambda _, hashed: checked.append(hashed) or True)
+    known = Passwords(WatchedFiles((str(passwords),), lambda: load_htpasswd(str(passwords), "k")))
+
+    assert await known.accept(NAME, b"x")
+    for _ in range(2):
+        # Not even what bcrypt takes for right.
+        assert not await known.accept("nobody", b"x")
+
+    assert [hashed[:7] for hashed in checked] == [b"$2b$04$"] * 3
+
+
 def test_hashes_of_other_makers_and_long_passwords(tmp_path: Path) -> None:
     file = tmp_path / "htpasswd"
     long = "p" * 100
