@@ -25,6 +25,7 @@ import trio
 from swarmpull.errors import CertificateError, TlsError
 from swarmpull.identity import Identity
 from swarmpull.watched_files import WatchedFiles
+from swarmpull.wire.frames import NOT_BOTH
 
 log = structlog.get_logger()
 
@@ -41,8 +42,6 @@ RECORD_BYTES_MAX: Final = 16384 + 256 + 5
 _RECORD_PAYLOAD: Final = 16384
 _RECEIVE_BYTES: Final = 64 * 1024
 _HANDSHAKE_RECORD: Final = b"\x16"
-
-NOT_BOTH: Final = "only one side speaks TLS: set tls.ca, tls.cert and tls.key on both"
 
 
 # --- contexts -------------------------------------------------------------------------------------
@@ -205,7 +204,8 @@ class TlsStream(trio.abc.Stream):
 
     Methods raise trio.BrokenResourceError when the connection is lost, trio.ClosedResourceError after
     `aclose`, and `TlsError` when the other side says while we receive that it does not trust us: in TLS 1.3 a
-    client hears of that only then.
+    client hears of that only then.  A connection that ends without close_notify has ended all the same: every
+    protocol here says by itself how long a message is, so one that was cut off is noticed.
 
     Attributes:
         socket: below; its address and its options are those of the connection.
