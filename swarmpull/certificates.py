@@ -88,17 +88,20 @@ def issue(
         roles: what it may be; none for a certificate that only HTTPS listeners can use.
         dns: names under which clients reach HTTPS listeners that use the certificate.
         ips: addresses likewise.
-        days: for which it counts.
+        days: for which it counts, unless its authority ends before.
         force: replace the files if they are there.
 
     Raises:
-        CertificateError: there is no authority, a name is none, the files are there already.
+        CertificateError: there is no authority, or it has expired; a name is none; the files are there.
         OSError: they cannot be written.
     """
     _checked(check_name, name)
     if name == "ca":
         raise CertificateError("ca is the name of the authority itself: choose another")
     authority = _authority_of(directory)
+    authority_ends = authority.certificate.not_valid_after_utc
+    if authority_ends <= _now():
+        raise CertificateError(f"the authority expired on {authority_ends:%F}: make another one")
     uris = Identity(authority.cluster, name, frozenset(roles)).uris()
     names = [
         *map(x509.UniformResourceIdentifier, uris),
@@ -109,7 +112,8 @@ def issue(
         raise CertificateError("a certificate needs --role, or --dns or --ip for HTTPS listeners")
     key = ec.generate_private_key(ec.SECP256R1())
     builder = (
-        _begun(_named(name), authority.certificate.subject, key.public_key(), days)
+        # What outlived its authority would end with it, and its own date would warn nobody.
+        _begun(_named(name), authority.certificate.subject, key.public_key(), days, authority_ends)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(signs_certificates=False), critical=True)
         # Every role is called and calls: whoever dials is the client.
@@ -129,7 +133,11 @@ def issue(
 
 
 def _begun(
-    subject: x509.Name, issuer: x509.Name, public_key: ec.EllipticCurvePublicKey, days: int
+    subject: x509.Name,
+    issuer: x509.Name,
+    public_key: ec.EllipticCurvePublicKey,
+    days: int,
+    end_max: dt.datetime | None = None,
 ) -> x509.CertificateBuilder:
     if days < 1:
         raise CertificateError(f"a certificate counts for at least one day: {days}")
@@ -145,7 +153,7 @@ def _begun(
         .public_key(public_key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - BACKDATED)
-        .not_valid_after(end)
+        .not_valid_after(end if end_max is None else min(end, end_max))
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
     )
 

@@ -30,6 +30,7 @@ class WatchedFiles(Generic[T]):
     """A value that is made from files, and made anew when one of them changes.
 
     Files that cannot be used keep the value that there is, and leave one line in the log for each change.
+    They are tried again at each look: what makes them usable may be no change of theirs, but a new owner.
 
     Attributes:
         current: the value, from the last files that could be used.
@@ -45,6 +46,8 @@ class WatchedFiles(Generic[T]):
         self._load = load
         # Taken before the files are read: a change in between is seen as one.
         self._stamp = self._last_look = self._look()
+        # As they were when the log said that they cannot be used.
+        self._refused: _Stamp | None = None
         self.current = load()
 
     @classmethod
@@ -64,12 +67,14 @@ class WatchedFiles(Generic[T]):
         self._last_look = stamp
         if stamp == self._stamp or stamp != before:
             return
-        self._stamp = stamp
         try:
             self.current = self._load()
         except CertificateError as error:
-            log.warning("files_not_reloaded", reason=str(error), remedy="the former ones stay")
+            if stamp != self._refused:
+                self._refused = stamp
+                log.warning("files_not_reloaded", reason=str(error), remedy="the former ones stay")
         else:
+            self._stamp = stamp
             log.info("files_reloaded", files=self._paths)
 
     def _look(self) -> _Stamp:

@@ -1,8 +1,8 @@
 """Passwords for a registry, from a file as ``htpasswd -B`` writes it: the only module that knows bcrypt.
 
-A check costs a tenth of a second of a core on purpose, and a push has hundreds of requests: what was right
-once is remembered under a keyed hash, which says nothing about the password to whoever sees it without the
-key, and is forgotten with the process or when its line of the file changes.
+A check costs a tenth of a second of a core on purpose, if the file is made so, and a push has hundreds of
+requests: what was right once is remembered under a keyed hash, which says nothing about the password to
+whoever sees it without the key, and is forgotten with the process or when its line of the file changes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from typing import Final
 
@@ -36,8 +36,6 @@ REMEMBERED_MAX: Final = 1024
 # bcrypt looks at no more of a password; htpasswd cuts it, and so do we.
 PASSWORD_BYTES_MAX: Final = 72
 _BCRYPT: Final = re.compile(rb"\$2[aby]\$(0[4-9]|[12][0-9]|3[01])\$[./A-Za-z0-9]{53}")
-# Of no password: an unknown name takes as long as a wrong password, so nobody can ask which names there are.
-_NOBODY: Final = b"$2b$10$" + b"." * 53
 _WRITING: Final = ("POST", "PUT", "PATCH", "DELETE")
 _CHALLENGE: Final = (
     ("WWW-Authenticate", 'Basic realm="swarmpull", charset="UTF-8"'),
@@ -90,7 +88,8 @@ class Passwords:
         Raises:
             RegistryError: too many are being checked.
         """
-        hashed = self._files.current.get(name, _NOBODY)
+        users = self._files.current
+        hashed = users.get(name) or _of_nobody(users)
         seen = self._seen(name, password, hashed)
         if seen in self._right:
             self._right.move_to_end(seen)
@@ -105,7 +104,7 @@ class Passwords:
         right = await trio.to_thread.run_sync(
             _matches, password, hashed, limiter=self._checks, abandon_on_cancel=True
         )
-        if right and hashed is not _NOBODY:
+        if right and name in users:
             self._right[seen] = None
             if len(self._right) > REMEMBERED_MAX:
                 self._right.popitem(last=False)
@@ -117,6 +116,15 @@ class Passwords:
         parts = (name.encode(), password, hashed)
         message = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
         return hmac.digest(self._key, message, hashlib.sha256)
+
+
+def _of_nobody(users: Users) -> bytes:
+    """A hash of no password, of the strength that is the most usual among ``users``.
+
+    An unknown name takes as long as a wrong password, so that nobody can ask which names there are.
+    """
+    [(strength, _)] = Counter(hashed[4:6] for hashed in users.values()).most_common(1)
+    return b"$2b$" + strength + b"$" + b"." * 53
 
 
 def _matches(password: bytes, hashed: bytes) -> bool:

@@ -125,6 +125,7 @@ class _Connection(TCPServer):
             remote = remote_host(plain)
             if self.config.https is not None:
                 self.stream = await _secured(plain, self.config.https.current)
+                connections.remove(plain)
                 connections.add(self.stream)
             await super().run()
         except TlsError as error:

@@ -26,6 +26,7 @@ from swarmpull.errors import (
     SwarmpullError,
     TlsError,
 )
+from swarmpull.identity import Identity
 from swarmpull.roles.buffers import PieceBuffers
 from swarmpull.roles.peer_link import CONNECTION_ERRORS, PeerLink
 from swarmpull.roles.rates import Rates
@@ -38,10 +39,10 @@ from swarmpull.swarm.metainfo import BlobShape
 from swarmpull.swarm.peers import PeerContact
 from swarmpull.swarm.scheduler import Scheduler, contact_of
 from swarmpull.wire import peer
-from swarmpull.wire.access import refuse_peer
+from swarmpull.wire.access import refuse_kind, refuse_peer
 from swarmpull.wire.listen import format_address, remote_host, serve_connections, set_keepalive
 from swarmpull.wire.streams import PeerStream
-from swarmpull.wire.tls import AnyStream, Entrance, Tls, TlsStream
+from swarmpull.wire.tls import AnyStream, Entrance, Tls
 
 log = structlog.get_logger()
 
@@ -209,7 +210,7 @@ class PeerConnections:
             admitted = await self._entrance.admit(stream)
             if admitted is None:
                 return
-            peer_stream = PeerStream(admitted[0])
+            peer_stream, caller = PeerStream(admitted[0]), admitted[1]
         except (OSError, trio.ClosedResourceError) as error:
             _log_end(False, direction="accepted", reason=str(error))
             return
@@ -218,6 +219,7 @@ class PeerConnections:
                 hello = await peer_stream.receive_hello()
             if isinstance(hello, Bye):
                 return
+            _check_kind(caller, hello)
             shape = await self._host.shape_for(hello)
             if shape is None:
                 await peer_stream.leave(Bye(ByeReason.UNKNOWN_TORRENT))
@@ -225,11 +227,13 @@ class PeerConnections:
             await self._carry(peer_stream, hello, contact_of(hello, host), None, shape)
 
     async def _dial(self, digest: Digest, contact: PeerContact) -> None:
-        stream = await self._connect(digest, contact)
-        if stream is None or not await self._call(stream, digest, contact):
+        reached = await self._connect(digest, contact)
+        if reached is None or not await self._call(*reached, digest, contact):
             self._host.dispatch(ev.DialFailed(digest, contact.peer_id))
 
-    async def _call(self, stream: PeerStream, digest: Digest, contact: PeerContact) -> bool:
+    async def _call(
+        self, stream: PeerStream, other: Identity | None, digest: Digest, contact: PeerContact
+    ) -> bool:
         """Use a connection that we dialled; False when it did not come to the other side's Hello."""
         greeted = False
         about = {"direction": "dialled", "digest": str(digest), "peer": _name(contact)}
@@ -246,6 +250,7 @@ class PeerConnections:
             if isinstance(hello, Bye):
                 _log_bye(hello, digest, contact, said="by the peer")
                 return False
+            _check_kind(other, hello)
             if hello.digest != digest:
                 raise ProtocolError("another torrent than the one that was dialled")
             if hello.peer_id != contact.peer_id:
@@ -257,8 +262,10 @@ class PeerConnections:
             await self._carry(stream, hello, contact, announced, torrent.shape)
         return greeted
 
-    async def _connect(self, digest: Digest, contact: PeerContact) -> PeerStream | None:
-        """A connection to a peer; None when there is none to be had."""
+    async def _connect(
+        self, digest: Digest, contact: PeerContact
+    ) -> tuple[PeerStream, Identity | None] | None:
+        """A connection to a peer, and who is there if that is known; None when there is none to be had."""
         try:
             with trio.fail_after(HANDSHAKE_TIMEOUT):
                 return await self._open(contact)
@@ -274,16 +281,17 @@ class PeerConnections:
         _log_end(False, reason=reason, **about)
         return None
 
-    async def _open(self, contact: PeerContact) -> PeerStream:
+    async def _open(self, contact: PeerContact) -> tuple[PeerStream, Identity | None]:
         plain = await trio.open_tcp_stream(contact.host, contact.port)
         stream: AnyStream = plain
+        other: Identity | None = None
         try:
             set_keepalive(plain, dead_after=DEAD_AFTER)
             if self._tls is not None:
                 stream, other = await self._tls.connect(plain)
                 if refusal := self._tls.refuse(other) or refuse_peer(other):
                     raise TlsError(refusal)
-            return PeerStream(stream)
+            return PeerStream(stream), other
         except BaseException:
             await trio.aclose_forcefully(stream)
             raise
@@ -463,18 +471,18 @@ def _log_bye(bye: Bye, digest: Digest, contact: PeerContact, *, said: str) -> No
     _log_end(offence, ended=said, digest=str(digest), peer=_name(contact), reason=reason)
 
 
+def _check_kind(other: Identity | None, hello: Hello) -> None:
+    if other is not None and (refusal := refuse_kind(other, hello.kind.value)):
+        raise TlsError(refusal)
+
+
 def _reason_for(error: ProtocolError) -> ByeReason:
     return ByeReason.UNTRUSTED if isinstance(error, TlsError) else ByeReason.PROTOCOL_ERROR
 
 
 async def _refuse_busy(entrance: Entrance, stream: trio.SocketStream) -> None:
-    admitted = await entrance.admit(stream)
-    if admitted is None:
-        return
     bye = Bye(ByeReason.BUSY, "this host has as many peers as it takes")
-    await PeerStream(admitted[0]).send(bye)
-    if isinstance(admitted[0], TlsStream):
-        await admitted[0].linger()
+    await entrance.dismiss(stream, peer.pack(bye))
 
 
 async def _say_untrusted(stream: trio.abc.SendStream, reason: str) -> None:

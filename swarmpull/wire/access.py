@@ -85,3 +85,13 @@ def refuse_peer(peer: Identity) -> str:
     if peer.roles & PEERS:
         return ""
     return f"the certificate of {peer} is of no agent or origin: issue one with that --role"
+
+
+def refuse_kind(peer: Identity, kind: str) -> str:
+    """Why a peer is not of the kind that its HELLO says; empty when it is."""
+    if kind in peer.roles:
+        return ""
+    return (
+        f"the certificate of {peer} does not allow it to be an {kind} among peers: "
+        f"issue one with --role {kind}"
+    )

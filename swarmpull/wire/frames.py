@@ -16,6 +16,9 @@ from swarmpull.errors import ProtocolError, TlsError
 
 _HEADER: Final = struct.Struct("!IB")
 HEADER_BYTES: Final = _HEADER.size
+NOT_BOTH: Final = (
+    "only one side speaks TLS: set tls.ca, tls.cert and tls.key on both, and tls.peer alike"
+)
 
 
 @attrs.frozen
@@ -56,7 +59,7 @@ def oversized(body_length: int, limit: int) -> ProtocolError:
     """The error for a frame above its limit; names its first bytes, which often tell who is calling."""
     opening = (body_length + 1).to_bytes(4, "big")
     if opening.startswith(_TLS_OPENINGS):
-        return TlsError("only one side speaks TLS: set tls.ca, tls.cert and tls.key on both")
+        return TlsError(NOT_BOTH)
     return ProtocolError(
         f"a frame with a body of {body_length} bytes, the limit is {limit} (length bytes {opening!r})"
     )

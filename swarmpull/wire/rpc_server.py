@@ -44,7 +44,7 @@ from swarmpull.wire.rpc_messages import (
     pack,
     timeout_from_ms,
 )
-from swarmpull.wire.tls import AnyStream, Entrance, Tls, TlsStream
+from swarmpull.wire.tls import AnyStream, Entrance, Tls
 
 log = structlog.get_logger()
 
@@ -184,11 +184,7 @@ async def serve_rpc(
 
 
 async def _refuse(entrance: Entrance, stream: trio.SocketStream) -> None:
-    admitted = await entrance.admit(stream)
-    if admitted is not None:
-        await admitted[0].send_all(pack(RpcBye(RpcByeReason.BUSY, "too many connections")))
-        if isinstance(admitted[0], TlsStream):
-            await admitted[0].linger()
+    await entrance.dismiss(stream, pack(RpcBye(RpcByeReason.BUSY, "too many connections")))
 
 
 async def _say_untrusted(stream: trio.abc.SendStream, reason: str) -> None:

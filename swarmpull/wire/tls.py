@@ -25,6 +25,7 @@ import trio
 from swarmpull.errors import CertificateError, TlsError
 from swarmpull.identity import Identity
 from swarmpull.watched_files import WatchedFiles
+from swarmpull.wire.frames import NOT_BOTH
 
 log = structlog.get_logger()
 
@@ -41,8 +42,6 @@ RECORD_BYTES_MAX: Final = 16384 + 256 + 5
 _RECORD_PAYLOAD: Final = 16384
 _RECEIVE_BYTES: Final = 64 * 1024
 _HANDSHAKE_RECORD: Final = b"\x16"
-
-NOT_BOTH: Final = "only one side speaks TLS: set tls.ca, tls.cert and tls.key on both"
 
 
 # --- contexts -------------------------------------------------------------------------------------
@@ -117,6 +116,8 @@ def load_server_context(cert: tuple[str, str], key: tuple[str, str]) -> ssl.SSLC
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # Of TLS 1.2: clients could have us sign for ever.  OpenSSL 3 forbids it by itself, 1.1.1 does not.
+    context.options |= ssl.OP_NO_RENEGOTIATION
     context.set_alpn_protocols(["http/1.1"])
     load_certificate(context, cert, key)
     return context
@@ -145,7 +146,8 @@ def load_certificate(context: ssl.SSLContext, cert: tuple[str, str], key: tuple[
 
 def _read(name: str, path: str) -> str:
     try:
-        with open(path, encoding="ascii", errors="replace") as file:
+        # Comments may be in any language; what they become has to be ASCII, which is all that `ssl` takes.
+        with open(path, encoding="ascii", errors="backslashreplace") as file:
             return file.read()
     except OSError as error:
         raise CertificateError(f"{path} cannot be read: {error.strerror}", name) from error
@@ -162,7 +164,16 @@ def _own_certificate(server: ssl.SSLContext, client: ssl.SSLContext) -> dict[str
         for end in ends:
             with contextlib.suppress(ssl.SSLWantReadError):
                 end.do_handshake()
-    return dict(ends[1].getpeercert() or {})
+    return _shown_by(ends[1])
+
+
+def _shown_by(connection: ssl.SSLSocket | ssl.SSLObject) -> dict[str, object]:
+    """The certificate of the other side.  Raises TlsError."""
+    try:
+        return dict(connection.getpeercert() or {})
+    except UnicodeDecodeError as error:
+        # Authorities sign what they are given.
+        raise TlsError("has names that are no text: issue another") from error
 
 
 def identity_of(certificate: dict[str, object] | None) -> Identity:
@@ -173,6 +184,13 @@ def identity_of(certificate: dict[str, object] | None) -> Identity:
         return Identity.from_uris(value for kind, value in names if kind == "URI")
     except ValueError as error:
         raise TlsError(f"{error}: issue one with swarmpull certs issue --role") from error
+
+
+def _identity_there(stream: TlsStream) -> Identity:
+    try:
+        return identity_of(_shown_by(stream.socket))
+    except TlsError as error:
+        raise TlsError(f"the certificate of the other side {error.reason}") from error
 
 
 # --- a connection ---------------------------------------------------------------------------------
@@ -186,7 +204,8 @@ class TlsStream(trio.abc.Stream):
 
     Methods raise trio.BrokenResourceError when the connection is lost, trio.ClosedResourceError after
     `aclose`, and `TlsError` when the other side says while we receive that it does not trust us: in TLS 1.3 a
-    client hears of that only then.
+    client hears of that only then.  A connection that ends without close_notify has ended all the same: every
+    protocol here says by itself how long a message is, so one that was cut off is noticed.
 
     Attributes:
         socket: below; its address and its options are those of the connection.
@@ -218,8 +237,10 @@ class TlsStream(trio.abc.Stream):
                 return self.socket.send(view)
             except ssl.SSLWantWriteError:
                 await trio.lowlevel.wait_writable(self.descriptor())
-            except ssl.SSLWantReadError:
-                await trio.lowlevel.wait_readable(self.descriptor())
+            except ssl.SSLWantReadError as error:
+                # Not to be waited for: somebody receives, and nobody who means well ends a record there.
+                reason = "the other side stopped inside a message of TLS itself"
+                raise trio.BrokenResourceError(reason) from error
             except (OSError, ValueError) as error:
                 raise trio.BrokenResourceError(_reason(error)) from error
 
@@ -324,14 +345,17 @@ class TlsStream(trio.abc.Stream):
         Closing with unread bytes resets the connection, and the other side may lose our last words.  What it
         still sends is thrown away as it comes.
         """
-        with (
-            trio.move_on_after(LINGER),
-            contextlib.suppress(OSError, trio.BrokenResourceError, trio.ClosedResourceError),
-        ):
-            await self.send_eof()
-            while await self._receive_raw():
-                pass
-        await trio.aclose_forcefully(self)
+        try:
+            with (
+                trio.move_on_after(LINGER),
+                contextlib.suppress(OSError, trio.BrokenResourceError, trio.ClosedResourceError),
+            ):
+                await self.send_eof()
+                while await self._receive_raw():
+                    # Whoever sends faster than we read must not have the event loop for itself.
+                    await trio.lowlevel.checkpoint()
+        finally:
+            await trio.aclose_forcefully(self)
 
     async def _receive_raw(self) -> bytes:
         while True:
@@ -397,7 +421,7 @@ class Tls:
         secured = TlsStream(take_socket(stream, context, server_side=server_side))
         try:
             await secured.shake_hands()
-            return secured, identity_of(dict(secured.socket.getpeercert() or {}))
+            return secured, _identity_there(secured)
         except TlsError:
             await secured.linger()
             raise
@@ -478,6 +502,20 @@ class Entrance:
             log.info("handshake_broke_off", remote=remote, reason=str(error), **self._about)
         return None
 
+    async def dismiss(self, stream: trio.SocketStream, words: bytes) -> None:
+        """Tell somebody who may come in that there is no room; a plain ``stream`` stays open."""
+        admitted = await self.admit(stream)
+        if admitted is None:
+            return
+        if not isinstance(admitted[0], TlsStream):
+            await stream.send_all(words)
+            return
+        try:
+            await admitted[0].send_all(words)
+            await admitted[0].linger()
+        finally:
+            await trio.aclose_forcefully(admitted[0])
+
     def complain(self, remote: str, reason: str) -> None:
         """Leave a line about a host, unless it has one already."""
         self._complaints.warn(remote, reason, **self._about)
@@ -494,18 +532,20 @@ class Entrance:
         return secured, caller
 
     async def _turn_away(self, stream: AnyStream, reason: str) -> None:
-        with (
-            trio.move_on_after(LINGER),
-            contextlib.suppress(OSError, trio.BrokenResourceError, trio.ClosedResourceError),
-        ):
-            await self._tell(stream, reason)
-            if isinstance(stream, TlsStream):
-                await stream.linger()
-            else:
-                await stream.send_eof()
-                while await stream.receive_some(_RECEIVE_BYTES):
-                    pass
-        await trio.aclose_forcefully(stream)
+        try:
+            with (
+                trio.move_on_after(LINGER),
+                contextlib.suppress(OSError, trio.BrokenResourceError, trio.ClosedResourceError),
+            ):
+                await self._tell(stream, reason)
+                if isinstance(stream, TlsStream):
+                    await stream.linger()
+                else:
+                    await stream.send_eof()
+                    while await stream.receive_some(_RECEIVE_BYTES):
+                        pass
+        finally:
+            await trio.aclose_forcefully(stream)
         raise TlsError(reason)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
+from swarmpull import certificates
 from swarmpull.cli import main
 
 
@@ -51,6 +52,18 @@ def test_a_certificate_says_cluster_role_and_name_and_is_signed(authority: Path,
     # Raises unless the key fits.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(authority / "host-1.crt", authority / "host-1.key")
+
+
+def test_a_certificate_ends_with_its_authority_at_the_latest(tmp_path: Path, capsys) -> None:
+    assert run("init", "--dir", tmp_path, "--days", "30") == 0
+    assert run("issue", "--dir", tmp_path, "--role", "agent", "--days", "31", "host-1") == 0
+    ends = certificate(tmp_path / "ca.crt").not_valid_after_utc
+    assert certificate(tmp_path / "host-1.crt").not_valid_after_utc == ends
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certificates, "_now", lambda: ends + dt.timedelta(days=1))
+        assert run("issue", "--dir", tmp_path, "--role", "agent", "host-2") == 1
+    assert f"the authority expired on {ends:%Y-%m-%d}" in capsys.readouterr().err
 
 
 def test_all_are_the_four_roles(authority: Path) -> None:

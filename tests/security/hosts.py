@@ -8,6 +8,8 @@ from pathlib import Path
 
 import attrs
 import pytest
+from cryptography import x509
+from cryptography.x509.oid import ExtensionOID
 
 from swarmpull import certificates
 from swarmpull.config import TlsConfig
@@ -40,12 +42,29 @@ class Authority:
             patch.setattr(certificates, "_now", lambda: long_ago)
             return self.issue(name, *roles, days=10)
 
+    def issue_unreadable(self, name: str, role: str) -> TlsFiles:
+        """With one more name, a URI that is not UTF-8: authorities sign what they are given."""
+        uri = f"swarmpull://{self.cluster}/{role}/{name}".encode()
+        names = b"".join(bytes([0x86, len(each)]) + each for each in (uri, b"x:\xff\xfe"))
+        alternative = x509.UnrecognizedExtension(
+            ExtensionOID.SUBJECT_ALTERNATIVE_NAME, bytes([0x30, len(names)]) + names
+        )
+        add = x509.CertificateBuilder.add_extension
+
+        def add_unreadable(builder: object, extension: object, *, critical: bool) -> object:
+            is_names = isinstance(extension, x509.SubjectAlternativeName)
+            return add(builder, alternative if is_names else extension, critical=critical)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(x509.CertificateBuilder, "add_extension", add_unreadable)
+            return self.issue(name, role)
+
 
 @attrs.frozen
 class Fixed:
     """Contexts that no file changes any more."""
 
-    current: Contexts
+    current: Contexts | ssl.SSLContext
 
 
 def tls_of(files: TlsFiles) -> Tls:

@@ -7,7 +7,8 @@ import random
 import ssl
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import attrs
@@ -22,10 +23,13 @@ from swarmpull.digest import Digest
 from swarmpull.errors import CertificateError
 from swarmpull.registry import htpasswd
 from swarmpull.registry.htpasswd import Passwords, load_htpasswd, parse_basic
+from swarmpull.registry.server import HttpLimits, serve_http
 from swarmpull.watched_files import WatchedFiles
+from swarmpull.wire.tls import load_server_context
+from tests.registry.test_registry_server import answer_ok
 from tests.roles.roles import ANY, Cluster, cluster_under
 
-from .hosts import Authority
+from .hosts import Authority, Fixed
 
 NAME, PASSWORD = "alice", "pass:word ü"
 
@@ -106,6 +110,27 @@ async def test_plain_http_on_an_https_port_is_told_so(tmp_path: Path, authority:
 
     reasons = [entry["reason"] for entry in logs if entry["event"] == "connection_not_trusted"]
     assert reasons == ["plain HTTP on a port for HTTPS: use https:// there"]
+
+
+async def test_a_connection_by_https_counts_once(authority: Authority) -> None:
+    files = authority.issue("counted", ips=["127.0.0.1"])
+    context = load_server_context(("tls_cert", files.cert), ("tls_key", files.key))
+    assert context.options & ssl.OP_NO_RENEGOTIATION
+    serve = partial(serve_http, drain=trio.Event(), grace=0.0, limits=HttpLimits(connections=2))
+    trusted = ssl.create_default_context(cafile=files.ca)
+    async with trio.open_nursery() as nursery, AsyncExitStack() as clients:
+        host, port = await nursery.start(
+            partial(serve, answer_ok, "127.0.0.1", 0, https=Fixed(context))
+        )
+        first, second, third = [
+            await clients.enter_async_context(httpx.AsyncClient(verify=trusted)) for _ in range(3)
+        ]
+        url = f"https://{host}:{port}/"
+        assert (await first.get(url)).status_code == 200
+        assert (await second.get(url)).status_code == 200
+        with pytest.raises(httpx.TransportError):
+            await third.get(url)
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_new_certificate_meets_new_connections_only(
@@ -251,6 +276,21 @@ async def test_what_was_right_is_not_checked_again(
     # Wrong ones cost the same each time, and an unknown name as much as a known one.
     assert len(checked) == 5
     assert PASSWORD.encode() not in b"".join(known._right)
+
+
+async def test_an_unknown_name_costs_as_much_as_the_passwords_of_the_file(
+    passwords: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[bytes] = []
+    monkeypatch.setattr(htpasswd, "_matches", lambda _, hashed: checked.append(hashed) or True)
+    known = Passwords(WatchedFiles((str(passwords),), lambda: load_htpasswd(str(passwords), "k")))
+
+    assert await known.accept(NAME, b"x")
+    for _ in range(2):
+        # Not even what bcrypt takes for right.
+        assert not await known.accept("nobody", b"x")
+
+    assert [hashed[:7] for hashed in checked] == [b"$2b$04$"] * 3
 
 
 def test_hashes_of_other_makers_and_long_passwords(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import trio
 
 from swarmpull.digest import Digest
 from swarmpull.errors import RpcFailed, RpcUnavailable, StartupError
-from swarmpull.swarm.messages import Have, PieceChunk
+from swarmpull.swarm.messages import ByeReason, Have, Hello, PieceChunk
 from swarmpull.swarm.peers import PeerKind
 from swarmpull.wire import api
 from swarmpull.wire.rpc import open_rpc_pool
@@ -210,6 +210,28 @@ async def test_an_agent_cannot_pose_as_an_origin(tmp_path: Path, prod: Authority
             await pool.call(tracker, api.ANNOUNCE, request, timeout=20.0)
             with pytest.raises(RpcFailed, match="must not announce itself as origin"):
                 await pool.call(tracker, api.ANNOUNCE, posing, timeout=20.0)
+
+
+async def test_an_agent_cannot_pose_as_an_origin_among_peers(
+    tmp_path: Path, prod: Authority
+) -> None:
+    content = random.randbytes(1 << 20)
+    digest = Digest.of(content)
+    tls = tls_of(prod.issue("poser", "agent"))
+    async with secured_cluster(tmp_path / "cluster", prod) as cluster:
+        await cluster.request("PUT", "origin", f"/blobs/{digest}", content=content)
+        answers = []
+        for kind in (PeerKind.AGENT, PeerKind.ORIGIN):
+            address = endpoint(cluster.roles["origin"].address("peer"))
+            stream = PeerStream((await tls.connect(await trio.open_tcp_stream(*address)))[0])
+            await stream.send(Hello(digest, "", "a" * 32, kind, 1, 1, b"\0"))
+            answers.append(await stream.receive_hello())
+            await stream.aclose()
+
+    greeting, refusal = answers
+    assert isinstance(greeting, Hello)
+    assert refusal.reason is ByeReason.UNTRUSTED
+    assert "agent poser of cluster prod does not allow it to be an origin" in refusal.text
 
 
 def endpoint(address: str) -> tuple[str, int]:

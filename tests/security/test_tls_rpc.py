@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
+import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -12,15 +14,20 @@ import attrs
 import pytest
 import structlog
 import trio
+import trio.testing
 
 from swarmpull.digest import Digest
 from swarmpull.errors import CertificateError, RpcFailed, RpcUnavailable
 from swarmpull.watched_files import WatchedFiles
 from swarmpull.wire import access, api
+from swarmpull.wire.codec import encode
+from swarmpull.wire.listen import parse_address
 from swarmpull.wire.rpc import Method, RpcContext, RpcService, open_rpc_pool, serve_rpc
+from swarmpull.wire.rpc_messages import RpcHello, RpcRequest, pack
 from swarmpull.wire.tls import Tls, TlsFiles, load_contexts
 
 from .hosts import ALL, Authority, tls_of, unchecked
+from .key_update import half_key_update
 
 BLOB = api.BlobRequest(Digest.of(b"x"))
 HELD = api.HeldRequest(Digest.of(b"x"))
@@ -33,12 +40,14 @@ class Origin:
 
     callers: list[object] = attrs.Factory(list)
     release: trio.Event = attrs.Factory(trio.Event)
+    urged: bool = False
 
     async def stat(self, _: api.BlobRequest, context: RpcContext) -> api.BlobStatReply:
         self.callers.append(context.caller)
         return api.BlobStatReply(1)
 
     async def urge(self, _: api.UrgeRequest, __: RpcContext) -> api.Empty:
+        self.urged = True
         await self.release.wait()
         return api.Empty()
 
@@ -198,6 +207,26 @@ async def test_a_mistake_ends_with_one_line_on_both_sides(mistakes, mistake: str
     assert "\n" not in here[0] + there[0]
 
 
+@pytest.mark.parametrize("names", ["are no text", "are for HTTPS"])
+async def test_a_certificate_that_no_role_would_start_with_is_turned_away(
+    prod: Authority, agent: TlsFiles, origin: TlsFiles, names: str
+) -> None:
+    if names == "are no text":
+        files, says = prod.issue_unreadable("odd", "agent"), "has names that are no text"
+    else:
+        files, says = prod.issue("shop", dns=["example.com"]), "names no role of a cluster"
+    with structlog.testing.capture_logs() as logs:
+        async with serving(tls_of(origin)) as address:
+            async with open_rpc_pool(tls=unchecked(files, "prod", "odd", "agent")) as pool:
+                with pytest.raises(RpcUnavailable):
+                    await pool.call(address, api.STAT_BLOB, BLOB, timeout=20.0)
+            async with open_rpc_pool(tls=tls_of(agent)) as pool:
+                assert (await pool.call(address, api.STAT_BLOB, BLOB, timeout=20.0)).length == 1
+
+    [reason] = [entry["reason"] for entry in logs if entry["log_level"] == "warning"]
+    assert f"the certificate of the other side {says}" in reason
+
+
 async def test_a_server_of_another_role_is_not_called(prod: Authority, agent: TlsFiles) -> None:
     index = tls_of(prod.issue("index", "index", force=True))
     with structlog.testing.capture_logs() as logs:
@@ -238,6 +267,31 @@ async def test_noise_on_a_tls_port_leaves_the_others_alone(
                 while await stream.receive_some():
                     pass
         assert (await pool.call(address, api.STAT_BLOB, BLOB, timeout=20.0)).length == 1
+
+
+async def test_a_caller_that_stops_inside_a_key_update_ends_its_own_connection_only(
+    agent: TlsFiles, origin: TlsFiles, tmp_path: Path
+) -> None:
+    strange, served = tls_of(agent), Origin()
+    strange._files.current.client.keylog_filename = str(tmp_path / "secrets")
+    async with serving(tls_of(origin), served) as address:
+        host, port = parse_address(address)
+        secured, _ = await strange.connect(await trio.open_tcp_stream(host, port))
+        async with secured:
+            await secured.send_all(pack(RpcHello(1)))
+            await secured.receive_some()
+            urge = encode(api.UrgeRequest(Digest.of(b"x"), (1,)))
+            await secured.send_all(pack(RpcRequest(1, 20_000, api.URGE.name, urge)))
+            half = half_key_update(tmp_path / "secrets", 2)
+            assert socket.socket.send(secured.socket, half) == len(half)
+            # The server has read it, and waits for the other half, when it is to answer.
+            await until(lambda: served.urged)
+            await trio.testing.wait_all_tasks_blocked(0.1)
+            served.release.set()
+            with suppress(trio.BrokenResourceError):
+                assert await secured.receive_some() == b""
+        async with open_rpc_pool(tls=tls_of(agent)) as pool:
+            assert (await pool.call(address, api.STAT_BLOB, BLOB, timeout=20.0)).length == 1
 
 
 async def test_new_connections_use_new_files_and_old_ones_go_on(
@@ -302,6 +356,7 @@ async def until(condition: Callable[[], bool]) -> None:
     ("spoil", "says"),
     [
         (lambda f: attrs.evolve(f, ca="/nowhere/ca.crt"), "tls.ca: /nowhere/ca.crt cannot be read"),
+        (lambda f: attrs.evolve(f, ca=sys.executable), "tls.ca: .* holds no certificate in PEM"),
         (lambda f: attrs.evolve(f, ca=f.key), "tls.ca: .* holds no certificate in PEM"),
         (lambda f: attrs.evolve(f, key=f.cert), "tls.cert: .* are not a certificate and its key"),
         (
@@ -317,6 +372,12 @@ def test_files_that_cannot_be_used_are_named_with_their_key(
         load_contexts(spoil(agent))
 
 
+def test_comments_between_certificates_are_in_any_language(agent: TlsFiles, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle.crt"
+    bundle.write_text(f"# Főtanúsítvány\n{Path(agent.ca).read_text()}")
+    load_contexts(attrs.evolve(agent, ca=str(bundle)))
+
+
 def test_a_certificate_that_others_would_refuse_is_of_no_use(
     prod: Authority, other: Authority, agent: TlsFiles
 ) -> None:
@@ -326,3 +387,5 @@ def test_a_certificate_that_others_would_refuse_is_of_no_use(
         load_contexts(prod.issue_expired("late", "agent"))
     with pytest.raises(CertificateError, match="names no role of a cluster"):
         load_contexts(prod.issue("web", dns=["web.example.com"]))
+    with pytest.raises(CertificateError, match=r"noise\.crt has names that are no text"):
+        load_contexts(prod.issue_unreadable("noise", "agent"))
