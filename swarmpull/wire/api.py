@@ -26,7 +26,8 @@ class Empty:
 
 # Answered by every role, from memory.  Any answer says that the process is alive, also that the method is
 # unknown.
-PING: Final = Method("ping", Empty, Empty)
+# A probe that waited behind slow calls would take a member for dead that is only slow.
+PING: Final = Method("ping", Empty, Empty, at_once=True)
 
 
 # --- metainfo that grows ------------------------------------------------------------------------

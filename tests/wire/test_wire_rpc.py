@@ -741,6 +741,24 @@ async def test_a_client_keeps_to_the_number_of_requests_that_the_server_takes(ha
     assert handlers.peak == 3
 
 
+async def test_what_is_answered_at_once_does_not_wait_behind_calls_that_hang(handlers):
+    """A probe, say, which is to tell a slow member from a dead one."""
+    quick = attrs.evolve(KNOWN, at_once=True)
+    async with (
+        serving(handlers, limits={"requests_max": 2}) as address,
+        open_rpc_pool() as pool,
+        trio.open_nursery() as nursery,
+    ):
+        for number in range(4):
+            nursery.start_soon(partial(call, pool, address, WAIT, str(number), timeout=60.0))
+        await handlers.until(lambda: len(handlers.waiting) == 2)
+        reply = await pool.call(address, quick, Data(b"x"), timeout=30.0)
+        assert reply.data == b"x" * 1000
+        assert len(handlers.waiting) == 2
+        handlers.release.set()
+    assert handlers.peak == 2
+
+
 async def test_a_server_stops_reading_at_its_limit_of_requests(handlers):
     async with (
         serving(handlers, limits={"requests_max": 2}) as address,
