@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 from collections.abc import Awaitable, Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import trio
 from swarmpull.config import OriginBackendConfig
 from swarmpull.digest import Digest
 from swarmpull.roles import repair
-from swarmpull.store.write_back_queue import queued_digests
+from swarmpull.store.write_back_queue import FILE_NAME, queued_digests
 from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN
 from swarmpull.swarm.peers import PeerContact, PeerKind
 from swarmpull.wire.api import REPLICATE_BLOB, ReplicateRequest
@@ -92,6 +94,21 @@ async def test_a_member_that_lost_its_disk_gets_its_copies_again(tmp_path: Path)
             for name in ("origin-1", "origin-3")
         ]
         assert made == [len(CONTENTS), 0], "one repairs, the one that is to write"
+
+
+async def test_a_member_that_has_a_blob_without_an_entry_gets_the_entry(tmp_path: Path) -> None:
+    """As when somebody read the blob there: it might be evicted, and would never be written."""
+    async with ring_of(tmp_path, 3) as ring:
+        ring.break_backend()
+        await push(ring, "origin-1", CONTENTS)
+        await ring.kill("origin-2")
+        with closing(sqlite3.connect(tmp_path / "origin-2" / FILE_NAME)) as queue:
+            queue.execute("delete from blobs")
+            queue.commit()
+
+        await start_again(ring, "origin-2")
+
+        await until(lambda: is_queued(ring, "origin-2", CONTENTS))
 
 
 async def test_the_acceptor_that_lost_its_disk_gets_back_what_it_had_accepted(
