@@ -269,7 +269,7 @@ class BlobStore:
                 raise BlobNotFound(str(digest), self.name) from None
             length = os.fstat(descriptor).st_size
         hold = self.hold(digest, Pin.READING)
-        check = PieceCheck(partial(self._tree.load_metainfo, digest, length))
+        check = PieceCheck(partial(self._tree.read_sidecar, digest), length)
         file = OpenFile(descriptor)
         return BlobHandle(digest, length, file, self._disk, hold, check, self.janitor.condemn)
 
@@ -363,7 +363,7 @@ class BlobStore:
         This is no use of the blob: whoever offers the whole store to peers asks for all.
 
         Raises:
-            BlobNotFound: not here.
+            BlobNotFound: not here; or found to be damaged, and removed.
             StoreUnavailable: the disk failed.
         """
         with self._open(digest) as handle:
@@ -376,9 +376,17 @@ class BlobStore:
             known = await self._disk.run(self._tree.load_metainfo, digest, handle.length)
             if known is not None:
                 return known
+            await self._check_digest(digest, handle)
             metainfo = await compute_metainfo(self._disk, handle.fileno(), digest, handle.length)
             await self._disk.run(self._tree.save_metainfo, metainfo)
             return metainfo
+
+    async def _check_digest(self, digest: Digest, handle: BlobHandle) -> None:
+        """Piece hashes of a file that was damaged would make it look right to everybody from then on."""
+        actual = await compute_digest(self._disk, handle.fileno(), digest.algorithm, handle.length)
+        if actual != digest:
+            await self.janitor.condemn(digest, handle.fileno())
+            raise BlobNotFound(str(digest), self.name)
 
     async def save_metainfo(self, metainfo: Metainfo) -> None:
         """Keep the metainfo of a blob that is here.

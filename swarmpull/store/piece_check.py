@@ -20,9 +20,13 @@ class PieceCheck:
     begins inside a piece the rest of that piece is taken as it is.
     """
 
-    def __init__(self, load: Callable[[], Metainfo | None]) -> None:
-        """``load`` gets the metainfo, which is asked for once; without it nothing is compared."""
+    def __init__(self, load: Callable[[], Metainfo | None], length: int) -> None:
+        """``load`` gets the metainfo, which is asked for once; without it nothing is compared.
+
+        ``length`` is that of the file, in bytes.
+        """
         self._load = load
+        self._length = length
         self._metainfo: Metainfo | None = None
         self._is_loaded = False
         self._hasher = new_piece_hasher()
@@ -30,11 +34,16 @@ class PieceCheck:
         self._next = -1
 
     def agrees(self, offset: int, data: Data) -> bool:
-        """Take what was read at ``offset``; False when a piece that ends in it is not what it was."""
+        """Take what was read at ``offset``; False when a piece that ends in it is not what it was.
+
+        So too when the file has another length than the blob: its end would pass for that of the blob.
+        """
         if not self._is_loaded:
             self._metainfo, self._is_loaded = self._load(), True
         if self._metainfo is None:
             return True
+        if self._metainfo.length != self._length:
+            return False
         metainfo, view = self._metainfo, memoryview(data)
         while view:
             index, start = divmod(offset, metainfo.piece_length)
