@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from swarmpull.store.durable import Data
-from swarmpull.store.hashing import new_piece_hasher
+from swarmpull.store.durable import Data, drop_cached
+from swarmpull.store.hashing import hash_stored_piece, new_piece_hasher
 from swarmpull.swarm.metainfo import Metainfo
 
 
@@ -61,3 +61,21 @@ class PieceCheck:
             if is_whole and self._hasher.digest() != metainfo.piece_hash(index):
                 return False
         return True
+
+    def is_damaged(self, descriptor: int, offset: int, size: int) -> bool:
+        """Whether a piece in a range that did not agree is wrong on the disk, too, and not only in memory.
+
+        Raises OSError when it cannot be read.
+        """
+        metainfo = self._metainfo
+        if metainfo is None or metainfo.length != self._length:
+            return True
+        drop_cached(descriptor)
+        for index in range(offset // metainfo.piece_length, metainfo.piece_count):
+            start = metainfo.piece_offset(index)
+            if start >= offset + size:
+                break
+            stop = start + metainfo.piece_size(index)
+            if hash_stored_piece(descriptor, start, stop) != metainfo.piece_hash(index):
+                return True
+        return False

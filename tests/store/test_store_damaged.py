@@ -10,8 +10,11 @@ import pytest
 import structlog
 import trio
 
+from swarmpull.digest import Digest
 from swarmpull.errors import BlobNotFound, DigestMismatch, StoreUnavailable
+from swarmpull.store import blobs
 from swarmpull.store.blobs import BlobStore
+from swarmpull.store.durable import read_exactly
 from swarmpull.store.piece_check import PieceCheck
 from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN as PIECE
 
@@ -111,6 +114,37 @@ async def test_examining_a_damaged_blob_removes_it(store: BlobStore, blob) -> No
         await store.verify(blob.digest)
     assert forgotten == [blob.digest]
     assert not store.has(blob.digest)
+
+
+async def test_memory_that_fails_does_not_cost_the_blob(
+    store: BlobStore, blob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be all that there is of it."""
+    await put(store, blob)
+    with monkeypatch.context() as failing:
+
+        def misread(descriptor: int, offset: int, size: int) -> bytes:
+            data = bytearray(read_exactly(descriptor, offset, size))
+            data[0] ^= 0x10
+            return bytes(data)
+
+        failing.setattr(blobs, "read_exactly", misread)
+        with (
+            structlog.testing.capture_logs() as logs,
+            store.open(blob.digest) as handle,
+            pytest.raises(StoreUnavailable, match="was misread, though its file is right"),
+        ):
+            await handle.read_at(0, blob.metainfo.piece_length)
+        assert [entry["event"] for entry in logs] == ["blob_misread"]
+
+        digests = [Digest.of(b"something else"), blob.digest]
+
+        async def misread_first(*_: object) -> Digest:
+            return digests.pop(0)
+
+        failing.setattr(blobs, "compute_digest", misread_first)
+        await store.verify(blob.digest)
+    assert await read_in_steps(store, blob) == blob.data
 
 
 async def test_what_begins_inside_a_piece_is_checked_from_the_next_one_on(
