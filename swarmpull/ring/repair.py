@@ -14,10 +14,11 @@ import attrs
 
 K = TypeVar("K")
 
-# What a member says of a blob that it does not have queued: not on its disk; or on its disk, as after it was
-# written to the backend.
+# What a member says of a blob that it does not have queued: not on its disk; on its disk, as after somebody
+# read it there, so that it may be evicted and nobody would write it; or it has written it to the backend.
 ABSENT: Final = -1
 NOT_QUEUED: Final = -2
+WRITTEN: Final = -3
 
 
 @attrs.frozen
@@ -58,7 +59,8 @@ def missing_copies(
     Args:
         blobs: what it has queued.
         order: the members by preference for a digest, whatever their health.
-        answers: what each member that answered says of each blob: its rank there, ABSENT or NOT_QUEUED.
+        answers: what each member that answered says of each blob: its rank there, ABSENT, NOT_QUEUED or
+            WRITTEN.
         own: the addresses of this origin.
         gone: members that do not answer for so long that others take their place.
         copies: how many origins are to have each blob.
@@ -79,8 +81,8 @@ def _copies_of(
     copies: int,
 ) -> Iterable[Copy[K]]:
     said = {each: answers[each][blob.key] for each in members if blob.key in answers.get(each, ())}
-    if NOT_QUEUED in said.values():
-        # It was written: this origin will find that, too, before long.
+    if WRITTEN in said.values():
+        # This origin will find that, too, before long.
         return
     places = {member: place for place, member in enumerate(members)}
     here = min((places[each] for each in own if each in places), default=len(members))
@@ -89,5 +91,5 @@ def _copies_of(
         return
     owners = [each for each in members if each not in gone or each in own][:copies]
     for member in owners:
-        if member not in own and said.get(member) == ABSENT:
+        if member not in own and said.get(member) in (ABSENT, NOT_QUEUED):
             yield Copy(blob.key, member, places[member] + 1)

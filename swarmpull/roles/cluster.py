@@ -118,7 +118,12 @@ class TrackerClient:
             timeout = METAINFO_TIMEOUT if request.want_metainfo else ANNOUNCE_TIMEOUT
         if request.state is AnnounceState.STOPPED:
             self._forget(request.digest)
-        elsewhere = request.digest in self._elsewhere and not request.want_metainfo
+        # Only who looks for peers: a seeder would be missed where it belongs until its next announce.
+        elsewhere = (
+            request.digest in self._elsewhere
+            and request.state is AnnounceState.LEECHING
+            and not request.want_metainfo
+        )
         address, reply = await self._announce_to(self._order(request, elsewhere), request, timeout)
         if request.state is AnnounceState.STOPPED:
             return reply

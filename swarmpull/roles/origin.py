@@ -19,7 +19,7 @@ from swarmpull.registry.manifests import Manifest, parse_manifest, under_digest
 from swarmpull.registry.names import UpstreamNames, is_repository
 from swarmpull.registry.service import BlobReader, StoredManifest
 from swarmpull.ring.membership import Membership
-from swarmpull.ring.repair import ABSENT, NOT_QUEUED
+from swarmpull.ring.repair import ABSENT, NOT_QUEUED, WRITTEN
 from swarmpull.roles.addresses import RoleAddresses
 from swarmpull.roles.backend_watch import BackendWatch
 from swarmpull.roles.cluster import IndexClient
@@ -317,10 +317,13 @@ class OriginCalls:
         return api.QueuedReply(tuple(self._rank(each) for each in blobs))
 
     def _rank(self, blob: api.BlobOfRepository) -> int:
-        if not self._content.store.has(blob.digest):
-            return ABSENT
-        rank = self._write_back.rank((blob.digest, blob.namespace))
-        return NOT_QUEUED if rank is None else rank
+        key = (blob.digest, blob.namespace)
+        is_here, rank = self._content.store.has(blob.digest), self._write_back.rank(key)
+        if rank is not None and is_here:
+            return rank
+        if rank is None and self._write_back.has_written(key):
+            return WRITTEN
+        return NOT_QUEUED if is_here else ABSENT
 
     def _contact(self, context: RpcContext) -> PeerContact:
         """Where this origin seeds, as its caller can dial it."""

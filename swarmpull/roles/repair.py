@@ -28,8 +28,8 @@ from swarmpull.telemetry import Metrics
 
 log = structlog.get_logger()
 
-# Seconds between two rounds, and the share of the time that asking and deciding may take: for 50,000 blobs it
-# is a second or two.
+# Seconds between two rounds, and the share of the time that answers and decisions may take: for 50,000 blobs
+# it is a second or two.
 INTERVAL: Final = 15.0
 SHARE: Final = 0.05
 # A member that answers nothing for so many seconds is replaced.  A restart is over sooner, and copies of all
@@ -84,8 +84,8 @@ class Repair:
             return
         while True:
             self._wake = trio.Event()
-            asked_for = await self._round()
-            pause = max(INTERVAL * random.uniform(0.8, 1.2), asked_for / SHARE)
+            work = await self._round()
+            pause = max(INTERVAL * random.uniform(0.8, 1.2), work / SHARE)
             with trio.move_on_after(pause):
                 await self._wake.wait()
 
@@ -97,32 +97,39 @@ class Repair:
     # --- one round ----------------------------------------------------------------------------
 
     async def _round(self) -> float:
-        """Have what is missing copied; returns the seconds that it took to find out."""
+        """Have what is missing copied; returns the seconds of work that it was to find out."""
         queued = self._write_back.settled()
         # One that has come since the last round may be on its way to others.
         blobs = [blob for blob in queued if blob.key in self._seen]
         self._seen = {blob.key for blob in queued}
-        begun_at = trio.current_time()
-        found = await self._missing(blobs) if blobs else []
-        took = trio.current_time() - begun_at
+        found, work = await self._missing(blobs) if blobs else ([], 0.0)
         lengths = {blob.key: blob.length for blob in blobs}
         self._left = {copy: lengths[copy.key] for copy in found}
         if found:
             log.info("repair_begun", copies=len(found), bytes=sum(self._left.values()))
             await self._make(found)
-        return took
+        return work
 
-    async def _missing(self, blobs: Sequence[QueuedBlob]) -> Sequence[Copy[Key]]:
+    async def _missing(self, blobs: Sequence[QueuedBlob]) -> tuple[Sequence[Copy[Key]], float]:
+        """The copies to be made, and how long the answers and the decision took.
+
+        To wait for one that does not answer is no work, and no reason to look more seldom: it is gone before
+        long.
+        """
         answers: dict[str, dict[Key, int]] = {}
+        seconds: dict[str, float] = {}
 
         async def ask(member: str) -> None:
             said: dict[Key, int] = {}
+            begun_at = trio.current_time()
             try:
                 for start in range(0, len(keys), BATCH):
                     said |= await self._replication.ranks(member, keys[start : start + BATCH])
             except SwarmpullError as error:
                 # What it did not say is not known to be missing.
                 log.info("repair_not_asked", origin=member, reason=str(error))
+            else:
+                seconds[member] = trio.current_time() - begun_at
             answers[member] = said
 
         keys = [blob.key for blob in blobs]
@@ -135,8 +142,9 @@ class Repair:
                     nursery.start_soon(ask, member)
         gone = {each for each in unhealthy if self._members.unhealthy_for(each) >= GONE_AFTER}
         queued = [Queued(blob.key, str(blob.digest), blob.rank) for blob in blobs]
+        begun_at = trio.current_time()
         # In a thread: for 50,000 blobs it takes seconds.
-        return await trio.to_thread.run_sync(
+        found = await trio.to_thread.run_sync(
             partial(
                 missing_copies,
                 queued,
@@ -147,6 +155,7 @@ class Repair:
                 copies=self._copies,
             )
         )
+        return found, max(seconds.values(), default=0.0) + trio.current_time() - begun_at
 
     # --- copies -------------------------------------------------------------------------------
 

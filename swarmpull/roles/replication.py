@@ -213,16 +213,21 @@ class Replication:
         """
         blobs = tuple(api.BlobOfRepository(digest, namespace) for digest, namespace in keys)
         request = api.QueuedRequest(self._host.contact.peer_id, blobs)
-        try:
-            with self._members.calling(address):
+        with self._members.calling(address, patience=0.0):
+            try:
                 reply = await self._pool.call(address, api.QUEUED, request, timeout=QUEUED_PATIENCE)
-        except RpcUnavailable as error:
-            self._members.record_failure(address, error.reason)
-            raise
-        if reply.itself:
-            self._own[address] = trio.current_time()
-            return {}
-        return dict(zip(keys, reply.ranks, strict=False))
+            except RpcUnavailable as error:
+                self._members.record_failure(address, error.reason)
+                raise
+            except SwarmpullError:
+                self._members.record_success(address)
+                raise
+            self._members.record_success(address)
+            if reply.itself:
+                self._own[address] = trio.current_time()
+                return {}
+            return dict(zip(keys, reply.ranks, strict=False))
+        raise RpcUnavailable(address, api.QUEUED.name, "answers nothing any more")
 
     def own(self) -> frozenset[str]:
         """The members that turned out to be this process."""

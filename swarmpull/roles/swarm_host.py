@@ -642,19 +642,22 @@ class SwarmHost:
         for settled in [d for d, until in self._suspicion_until.items() if until <= now]:
             del self._suspicion_until[settled]
         if len(self._suspicion_until) < SUSPICIONS_MAX:
-            self._suspicion_until[digest] = now + SUSPICION_INTERVAL
+            # However long it waits for its turn: once is enough.
+            self._suspicion_until[digest] = math.inf
             self._nursery.start_soon(self._examine, digest)
 
     async def _examine(self, digest: Digest) -> None:
         """Read a blob again; a damaged one is removed and forgotten, so that it is fetched anew."""
-        async with self._examining:
-            try:
+        try:
+            async with self._examining:
                 await self._store.verify(digest)
-            except DigestMismatch:
-                return  # the store has said so
-            except (BlobNotFound, StoreUnavailable) as error:
-                log.info("blob_not_examined", digest=str(digest), reason=str(error))
-                return
+        except DigestMismatch:
+            return  # the store has said so
+        except (BlobNotFound, StoreUnavailable) as error:
+            log.info("blob_not_examined", digest=str(digest), reason=str(error))
+            return
+        finally:
+            self._suspicion_until[digest] = trio.current_time() + SUSPICION_INTERVAL
         log.warning("blob_wrongly_accused", digest=str(digest))
 
     def connection_ended(self) -> None:

@@ -49,6 +49,9 @@ UPLOADS_MAX: Final = 4
 # What a queue that is made anew finds on the disk does not count: it would refuse all pushes until a backend
 # has been asked for every blob.
 QUEUED_MAX: Final = 50_000
+# Blobs that are remembered as written, so that replicas which look later need not have them copied again; as
+# many as may wait at all, some 300 bytes each.
+WRITTEN_MAX: Final = QUEUED_MAX
 # Seconds until a blob is looked at again whose repository has no backend any more.  It needs another
 # configuration, and with that a restart, which tries everything at once.
 REFUSED_DELAY: Final = 3600.0
@@ -103,6 +106,8 @@ class WriteBack:
         # In the order in which they were accepted.
         self._queued: dict[Key, _Queued] = {}
         self._spreading: Counter[Key] = Counter()
+        # What has left the queue, the latest at the end.
+        self._written_keys: dict[Key, None] = {}
         self._bytes = 0
         # Of these, the ones that were found on the disk.
         self._found = 0
@@ -155,6 +160,10 @@ class WriteBack:
         """The rank of a blob in the queue; None when it is not in it."""
         queued = self._queued.get(key)
         return queued.blob.rank if queued else None
+
+    def has_written(self, key: Key) -> bool:
+        """Whether a blob has left the queue of late, because the backend has it."""
+        return key in self._written_keys
 
     def settled(self) -> list[QueuedBlob]:
         """What is in the queue and not just being replicated, in the order in which it was accepted."""
@@ -294,6 +303,7 @@ class WriteBack:
     async def _written(self, queued: _Queued, lane: _Lane) -> None:
         key = queued.blob.key
         del self._queued[key]
+        self._remember_written(key)
         self._bytes -= queued.blob.length
         self._found -= queued.blob.is_found
         # Even if the file cannot be changed: a full disk is mended by evicting what is in the backend.
@@ -306,6 +316,12 @@ class WriteBack:
         except (StoreFull, StoreUnavailable) as error:
             # At the next start it is looked for in the backend, found, and removed then.
             log.warning("write_back_entry_left", digest=str(key[0]), reason=str(error))
+
+    def _remember_written(self, key: Key) -> None:
+        self._written_keys.pop(key, None)
+        self._written_keys[key] = None
+        if len(self._written_keys) > WRITTEN_MAX:
+            del self._written_keys[next(iter(self._written_keys))]
 
     async def _failed(self, queued: _Queued, lane: _Lane, error: SwarmpullError) -> None:
         self._metrics.failures.inc()

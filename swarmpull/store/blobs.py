@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+import structlog
 import trio
 
 from swarmpull.digest import Digest
@@ -37,7 +38,7 @@ from swarmpull.errors import (
 )
 from swarmpull.store.content import BlobStat, ContentTree
 from swarmpull.store.disk import Disk, OpenFile
-from swarmpull.store.durable import Data, make_directory, read_exactly
+from swarmpull.store.durable import Data, drop_cached, make_directory, read_exactly
 from swarmpull.store.eviction import Kind, Limits
 from swarmpull.store.holds import Hold, Holds, Pin
 from swarmpull.store.janitor import Janitor
@@ -58,6 +59,8 @@ from swarmpull.swarm.metainfo import BlobShape, Metainfo
 from swarmpull.telemetry import Metrics
 
 __all__ = ["BlobHandle", "BlobStat", "BlobStore", "BlobWriter", "open_store"]
+
+log = structlog.get_logger()
 
 ALGORITHMS: Final = ("sha256", "sha512")
 
@@ -113,7 +116,8 @@ class BlobHandle:
         """``size`` bytes from ``offset``, fewer only where the blob ends; ``early``: all is verified here.
 
         Pieces that are read from beginning to end, by one call after the other, are compared with their
-        hashes (`PieceCheck`).  The blob is removed when one is damaged, so that it is fetched again.
+        hashes (`PieceCheck`).  The blob is removed when one is damaged on the disk, too, so that it is
+        fetched again.
 
         Raises:
             ValueError: ``offset`` is not inside the blob, or the handle is closed.
@@ -126,9 +130,14 @@ class BlobHandle:
             data, is_right = await self._disk.run(self._read, descriptor, offset, size)
             if is_right:
                 return data
-            await self._condemn(self.digest, descriptor)
-        reason = f"{self.digest} was damaged on the disk, and removed: ask for it again"
-        raise StoreUnavailable(self._disk.name, reason)
+            # It may be all that there is of the blob: memory that failed is not to cost it.
+            if await self._disk.run(self._check.is_damaged, descriptor, offset, size):
+                await self._condemn(self.digest, descriptor)
+                what = "was damaged on the disk, and removed"
+            else:
+                log.warning("blob_misread", store=self._disk.name, digest=str(self.digest))
+                what = "was misread, though its file is right"
+        raise StoreUnavailable(self._disk.name, f"{self.digest} {what}: ask for it again")
 
     def _read(self, descriptor: int, offset: int, size: int) -> tuple[bytes, bool]:
         data = read_exactly(descriptor, offset, size)
@@ -269,7 +278,7 @@ class BlobStore:
                 raise BlobNotFound(str(digest), self.name) from None
             length = os.fstat(descriptor).st_size
         hold = self.hold(digest, Pin.READING)
-        check = PieceCheck(partial(self._tree.load_metainfo, digest, length))
+        check = PieceCheck(partial(self._tree.read_sidecar, digest), length)
         file = OpenFile(descriptor)
         return BlobHandle(digest, length, file, self._disk, hold, check, self.janitor.condemn)
 
@@ -363,7 +372,7 @@ class BlobStore:
         This is no use of the blob: whoever offers the whole store to peers asks for all.
 
         Raises:
-            BlobNotFound: not here.
+            BlobNotFound: not here; or found to be damaged, and removed.
             StoreUnavailable: the disk failed.
         """
         with self._open(digest) as handle:
@@ -376,9 +385,25 @@ class BlobStore:
             known = await self._disk.run(self._tree.load_metainfo, digest, handle.length)
             if known is not None:
                 return known
+            await self._check_digest(digest, handle)
             metainfo = await compute_metainfo(self._disk, handle.fileno(), digest, handle.length)
             await self._disk.run(self._tree.save_metainfo, metainfo)
             return metainfo
+
+    async def _check_digest(self, digest: Digest, handle: BlobHandle) -> None:
+        """Piece hashes of a file that was damaged would make it look right to everybody from then on."""
+        if await self._read_digest(handle) != digest:
+            await self.janitor.condemn(digest, handle.fileno())
+            raise BlobNotFound(str(digest), self.name)
+
+    async def _read_digest(self, handle: BlobHandle) -> Digest:
+        """What a file hashes to; a wrong one is read again, from the disk, before it is believed."""
+        descriptor, algorithm = handle.fileno(), handle.digest.algorithm
+        actual = await compute_digest(self._disk, descriptor, algorithm, handle.length)
+        if actual == handle.digest:
+            return actual
+        await self._disk.run(drop_cached, descriptor)
+        return await compute_digest(self._disk, descriptor, algorithm, handle.length)
 
     async def save_metainfo(self, metainfo: Metainfo) -> None:
         """Keep the metainfo of a blob that is here.
@@ -404,9 +429,7 @@ class BlobStore:
             StoreUnavailable: the disk failed: nothing is known, and nothing removed.
         """
         with self._open(digest) as handle:
-            actual = await compute_digest(
-                self._disk, handle.fileno(), digest.algorithm, handle.length
-            )
+            actual = await self._read_digest(handle)
             if actual != digest:
                 await self.janitor.condemn(digest, handle.fileno())
         if actual != digest:

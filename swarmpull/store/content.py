@@ -139,14 +139,17 @@ class ContentTree:
             remove(source)
 
     def load_metainfo(self, digest: Digest, length: int) -> Metainfo | None:
-        """Read the sidecar; None when it is missing, damaged, or of another blob."""
+        """Read the sidecar; None when it is missing, damaged, or not of a blob of this length."""
+        metainfo = self.read_sidecar(digest)
+        return metainfo if metainfo is not None and metainfo.length == length else None
+
+    def read_sidecar(self, digest: Digest) -> Metainfo | None:
+        """What the sidecar says, whatever the file has become; None when it is missing or damaged."""
         try:
             metainfo, _ = sidecars.decode(self.sidecar_path(digest).read_bytes())
         except (FileNotFoundError, sidecars.DamagedSidecar):
             return None
-        if metainfo.digest != digest or metainfo.length != length:
-            return None
-        return metainfo
+        return metainfo if metainfo.digest == digest else None
 
     def delete(self, digest: Digest) -> bool:
         """Remove a blob and its sidecar; False when there was no blob.

@@ -88,6 +88,11 @@ def read_exactly(descriptor: int, offset: int, size: int) -> bytes:
     return b"".join(parts)
 
 
+def drop_cached(descriptor: int) -> None:
+    """Have the next read of a file come from the disk, as far as it is there."""
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def end_of_file(offset: int) -> OSError:
     """The error for a file that is shorter than it was when it was stored."""
     return OSError(errno.EIO, f"the file ends at {offset}: it was truncated")

@@ -159,7 +159,8 @@ class Janitor:
 
         Nothing happens when the file has gone meanwhile, or made way for another.
         """
-        with self._disk.translating():
+        # With the books locked, so that no thread puts a right one there between the look and the removal.
+        with self._disk.translating(), self._ledger.lock:
             try:
                 status = os.stat(self._tree.blob_path(digest))
             except FileNotFoundError:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from swarmpull.store.durable import Data
-from swarmpull.store.hashing import new_piece_hasher
+from swarmpull.store.durable import Data, drop_cached
+from swarmpull.store.hashing import hash_stored_piece, new_piece_hasher
 from swarmpull.swarm.metainfo import Metainfo
 
 
@@ -20,9 +20,13 @@ class PieceCheck:
     begins inside a piece the rest of that piece is taken as it is.
     """
 
-    def __init__(self, load: Callable[[], Metainfo | None]) -> None:
-        """``load`` gets the metainfo, which is asked for once; without it nothing is compared."""
+    def __init__(self, load: Callable[[], Metainfo | None], length: int) -> None:
+        """``load`` gets the metainfo, which is asked for once; without it nothing is compared.
+
+        ``length`` is that of the file, in bytes.
+        """
         self._load = load
+        self._length = length
         self._metainfo: Metainfo | None = None
         self._is_loaded = False
         self._hasher = new_piece_hasher()
@@ -30,11 +34,16 @@ class PieceCheck:
         self._next = -1
 
     def agrees(self, offset: int, data: Data) -> bool:
-        """Take what was read at ``offset``; False when a piece that ends in it is not what it was."""
+        """Take what was read at ``offset``; False when a piece that ends in it is not what it was.
+
+        So too when the file has another length than the blob: its end would pass for that of the blob.
+        """
         if not self._is_loaded:
             self._metainfo, self._is_loaded = self._load(), True
         if self._metainfo is None:
             return True
+        if self._metainfo.length != self._length:
+            return False
         metainfo, view = self._metainfo, memoryview(data)
         while view:
             index, start = divmod(offset, metainfo.piece_length)
@@ -52,3 +61,21 @@ class PieceCheck:
             if is_whole and self._hasher.digest() != metainfo.piece_hash(index):
                 return False
         return True
+
+    def is_damaged(self, descriptor: int, offset: int, size: int) -> bool:
+        """Whether a piece in a range that did not agree is wrong on the disk, too, and not only in memory.
+
+        Raises OSError when it cannot be read.
+        """
+        metainfo = self._metainfo
+        if metainfo is None or metainfo.length != self._length:
+            return True
+        drop_cached(descriptor)
+        for index in range(offset // metainfo.piece_length, metainfo.piece_count):
+            start = metainfo.piece_offset(index)
+            if start >= offset + size:
+                break
+            stop = start + metainfo.piece_size(index)
+            if hash_stored_piece(descriptor, start, stop) != metainfo.piece_hash(index):
+                return True
+        return False

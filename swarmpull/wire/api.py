@@ -26,7 +26,8 @@ class Empty:
 
 # Answered by every role, from memory.  Any answer says that the process is alive, also that the method is
 # unknown.
-PING: Final = Method("ping", Empty, Empty)
+# A probe that waited behind slow calls would take a member for dead that is only slow.
+PING: Final = Method("ping", Empty, Empty, at_once=True)
 
 
 # --- metainfo that grows ------------------------------------------------------------------------
@@ -304,7 +305,9 @@ class QueuedRequest:
 
 @attrs.frozen
 class QueuedReply:
-    """For each of the blobs its rank in the queue; -1 when it is not on the disk, -2 when it is not queued.
+    """For each of the blobs its rank in the queue.
+
+    Of what is not queued: -1 when it is not on the disk, -2 when it is, -3 when this origin has written it.
 
     ``itself`` and no ranks when the caller has called itself.
     """

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
+from typing import Any
 
 import attrs
 import structlog
@@ -111,7 +112,7 @@ class RpcPool:
             )
         with trio.move_on_after(timeout):
             connection = await self._connected(address, host, port, method.name)
-            call = await connection.call(method.name, body)
+            call = await connection.call(method, body)
             return _result(address, method, call, connection.reason)
         dialling = self._connections.get(address)
         what = "reply" if dialling is None or dialling.settled.is_set() else "connection"
@@ -215,14 +216,14 @@ class _Connection:
 
     # --- the caller's side -----------------------------------------------------------------
 
-    async def call(self, method: str, body: bytes) -> _Call:
+    async def call(self, method: Method[Any, Any], body: bytes) -> _Call:
         """Send a request and wait; the outcome is None when the connection was lost."""
         call = _Call()
         self._calls.add(call)
         try:
             with call.scope:
-                async with self._slots:
-                    await self._exchange(call, method, body)
+                async with nullcontext() if method.at_once else self._slots:
+                    await self._exchange(call, method.name, body)
         finally:
             self._calls.discard(call)
             if self._retired and not self._calls:

@@ -36,11 +36,17 @@ _FAILURE: Final = struct.Struct("!IBH")
 
 @attrs.frozen
 class Method(Generic[Req, Rep]):
-    """One remote method: its name on the wire and the classes of its bodies."""
+    """One remote method: its name on the wire and the classes of its bodies.
+
+    Attributes:
+        at_once: every server answers it without waiting for anything, so that it is not one of the requests
+            under way, of which a connection takes so many, and is answered while all of those hang.
+    """
 
     name: str
     request: type[Req]
     reply: type[Rep]
+    at_once: bool = False
 
 
 class FrameType(enum.IntEnum):

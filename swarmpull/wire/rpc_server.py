@@ -327,6 +327,9 @@ class _Connection:
                 reply = served.at_once(body, context)
             except SwarmpullError as error:
                 return self._error(request, error)
+            except CONNECTION_ERRORS as error:
+                # Here it would pass for the end of the connection.
+                return partial(_raise, error)
             if reply is not None:
                 return self._reply(request, reply)
         return partial(served.handler, body, context)
@@ -366,6 +369,11 @@ class _Connection:
         if len(attributes) > self._limits.body_bytes_max // 2:
             name, attributes = "", b""
         return pack(RpcError(request.id, name, str(error), attributes))
+
+
+async def _raise(error: Exception) -> object:
+    """The handler of a request that a bug has met already."""
+    raise error
 
 
 def _reason_for(error: ProtocolError) -> RpcByeReason:

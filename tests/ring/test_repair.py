@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarmpull.ring.rendezvous import order
-from swarmpull.ring.repair import ABSENT, NOT_QUEUED, Copy, Queued, missing_copies
+from swarmpull.ring.repair import ABSENT, NOT_QUEUED, WRITTEN, Copy, Queued, missing_copies
 
 RING = ["a", "b", "c", "d"]
 
@@ -55,7 +55,14 @@ def test_of_two_of_the_same_rank_the_first_of_the_ring_repairs():
 
 
 def test_what_was_written_is_left_alone():
-    assert plan({"a": NOT_QUEUED, "c": ABSENT}, own="b", rank=1) == []
+    assert plan({"a": WRITTEN, "c": ABSENT}, own="b", rank=1) == []
+
+
+def test_a_copy_that_nobody_would_write_is_none():
+    """It came there because somebody read it, and may be evicted."""
+    assert plan({"b": NOT_QUEUED, "c": 2}) == [Copy("blob", "b", 2)]
+    # On one that is no owner it says nothing about those that are.
+    assert plan({"b": ABSENT, "c": 2, "d": NOT_QUEUED}) == [Copy("blob", "b", 2)]
 
 
 def test_an_origin_that_is_not_in_its_own_list_repairs_too():
@@ -84,12 +91,13 @@ def test_after_a_round_all_healthy_owners_have_what_anybody_had(members, copies,
     for member in alive:
         held = data.draw(st.lists(st.sampled_from(blobs), unique=True)) if blobs else []
         queues[member] = {blob: data.draw(st.integers(0, 3)) for blob in held}
+    unqueued = data.draw(st.sampled_from([ABSENT, NOT_QUEUED]))
     had = {blob for queue in queues.values() for blob in queue}
 
     made: list[tuple[str, Copy[str]]] = []
     for own in alive:
         answers = {
-            other: {blob: queues[other].get(blob, ABSENT) for blob in blobs}
+            other: {blob: queues[other].get(blob, unqueued) for blob in blobs}
             for other in alive
             if other != own
         }

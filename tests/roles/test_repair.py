@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Awaitable, Callable
+import sqlite3
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trio
 
 from swarmpull.config import OriginBackendConfig
 from swarmpull.digest import Digest
+from swarmpull.errors import RpcUnavailable
+from swarmpull.ring.membership import Membership
 from swarmpull.roles import repair
-from swarmpull.store.write_back_queue import queued_digests
+from swarmpull.roles.repair import Repair
+from swarmpull.store.write_back_queue import FILE_NAME, queued_digests
+from swarmpull.store.write_back_schedule import Key, QueuedBlob
 from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN
 from swarmpull.swarm.peers import PeerContact, PeerKind
+from swarmpull.telemetry import Metrics
 from swarmpull.wire.api import REPLICATE_BLOB, ReplicateRequest
 from tests.ports import free_ports
 
@@ -92,6 +101,21 @@ async def test_a_member_that_lost_its_disk_gets_its_copies_again(tmp_path: Path)
             for name in ("origin-1", "origin-3")
         ]
         assert made == [len(CONTENTS), 0], "one repairs, the one that is to write"
+
+
+async def test_a_member_that_has_a_blob_without_an_entry_gets_the_entry(tmp_path: Path) -> None:
+    """As when somebody read the blob there: it might be evicted, and would never be written."""
+    async with ring_of(tmp_path, 3) as ring:
+        ring.break_backend()
+        await push(ring, "origin-1", CONTENTS)
+        await ring.kill("origin-2")
+        with closing(sqlite3.connect(tmp_path / "origin-2" / FILE_NAME)) as queue:
+            queue.execute("delete from blobs")
+            queue.commit()
+
+        await start_again(ring, "origin-2")
+
+        await until(lambda: is_queued(ring, "origin-2", CONTENTS))
 
 
 async def test_the_acceptor_that_lost_its_disk_gets_back_what_it_had_accepted(
@@ -177,6 +201,44 @@ async def test_what_is_written_leaves_no_repair_behind(tmp_path: Path) -> None:
         assert await ring.cluster.metric("origin-2", "write_back_queue_blobs") == len(CONTENTS)
         await trio.sleep(1)
         assert not any(ring.on_disk("origin-3", content.digest) for content in CONTENTS)
+
+
+async def test_one_that_hangs_does_not_make_the_rounds_rare() -> None:
+    """It would be replaced by the next minutes after it has gone."""
+    healthy, hanging = "127.0.0.1:1", "127.0.0.1:2"
+    asked = trio.lowlevel.ParkingLot()
+    blob = QueuedBlob(CONTENTS[0].digest, 1, "", 0.0)
+
+    class Others:
+        def own(self) -> frozenset[str]:
+            return frozenset()
+
+        async def ranks(self, address: str, keys: Sequence[Key]) -> dict[Key, int]:
+            if address == hanging:
+                await trio.sleep(1.0)
+                raise RpcUnavailable(address, "origin.queued", "no reply")
+            asked.unpark_all()
+            return {}
+
+    class Queue:
+        def settled(self) -> list[QueuedBlob]:
+            return [blob]
+
+    working = Repair(
+        Queue(),  # type: ignore[arg-type]
+        Others(),  # type: ignore[arg-type]
+        None,  # type: ignore[arg-type]
+        Membership([healthy, hanging], name="origin"),
+        Metrics(),
+        SimpleNamespace(replicas=2, repair_rate=math.inf),  # type: ignore[arg-type]
+    )
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(working.run)
+        # Three rounds, each of which ended a second after that; the share of the waiting would be a minute.
+        with trio.fail_after(40):
+            for _ in range(4):
+                await asked.park()
+        nursery.cancel_scope.cancel()
 
 
 # --- scenarios ------------------------------------------------------------------------------------

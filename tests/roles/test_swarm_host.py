@@ -554,6 +554,30 @@ async def test_a_seeder_that_is_accused_without_reason_looks_once_and_seeds_on(
         assert [torrent.digest for torrent in seeder.host.torrents()] == [small.digest]
 
 
+async def test_a_blob_that_waits_to_be_examined_is_not_examined_twice(
+    tmp_path: Path, small: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(swarm_host, "SUSPICION_INTERVAL", 0.0)
+    examined, go_on = [], trio.Event()
+
+    async def verify(digest: Digest) -> None:
+        examined.append(digest)
+        await go_on.wait()
+
+    async with running_node(tmp_path / "seeder") as seeder:
+        await seeder.seed(small)
+        monkeypatch.setattr(seeder.store, "verify", verify)
+        for _ in range(10):
+            seeder.host.accused(small.digest)
+            await trio.lowlevel.checkpoint()
+        go_on.set()
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert examined == [small.digest]
+        # Once that is done it may be again.
+        seeder.host.accused(small.digest)
+        await until(lambda: examined == [small.digest] * 2)
+
+
 async def test_running_out_of_descriptors_ends_a_connection_and_not_the_host(
     tmp_path: Path, content: Content, monkeypatch: pytest.MonkeyPatch
 ) -> None:

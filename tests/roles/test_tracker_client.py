@@ -259,6 +259,18 @@ async def test_one_who_arrives_while_others_have_not_noticed_that_a_tracker_is_b
         assert swarm.trackers.announces[second] <= announces + 1, "it is not young any more"
 
 
+async def test_who_completes_a_blob_says_so_where_it_belongs(autojump_clock) -> None:
+    async with play() as swarm:
+        host = await swarm.host()
+        first, second, _ = host.order
+        swarm.trackers.restart(first)
+        await host.announce()
+        # It would ask the second one for more peers now, were it still looking for some.
+        await host.announce(AnnounceState.COMPLETE)
+
+        assert (swarm.trackers.seeders(first), swarm.trackers.seeders(second)) == (1, 0)
+
+
 async def test_a_watch_goes_to_the_tracker_that_took_the_announce(autojump_clock) -> None:
     async with play() as swarm:
         host = await swarm.host()

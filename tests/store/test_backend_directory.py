@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -86,6 +87,67 @@ async def test_a_file_system_that_is_unmounted_does_not_look_empty_and_swallows_
     mount_point.rmdir()
     (tmp_path / "elsewhere").rename(mount_point)
     assert await backend.get_bytes("a") == b"x"
+
+
+async def test_a_file_system_that_is_unmounted_inside_a_listing_does_not_end_it(
+    tmp_path, monkeypatch
+) -> None:
+    mount_point = tmp_path / "mounted"
+    backend = await open_backend(mount_point.as_uri())
+    for key in ("a/1", "b/1"):
+        await backend.put_bytes(key, b"x")
+    scandir = os.scandir
+
+    def unmount_below(directory):
+        if Path(directory).name == "b.d":
+            mount_point.rename(tmp_path / "elsewhere")
+        return scandir(directory)
+
+    monkeypatch.setattr(os, "scandir", unmount_below)
+    with pytest.raises(BackendUnavailable, match="not mounted"):
+        await backend.list()
+
+
+async def test_a_file_system_that_fails_when_it_is_asked_whether_it_is_mounted_is_unavailable(
+    tmp_path,
+) -> None:
+    backend = await open_backend(tmp_path.as_uri())
+    (tmp_path / MARKER).unlink()
+    # Any error but ENOENT, as of a server of files that is gone.
+    (tmp_path / MARKER).symlink_to("x" * 300)
+
+    for operation in (backend.stat("a"), backend.get_bytes("a"), backend.list()):
+        with pytest.raises(BackendUnavailable, match="name too long"):
+            await operation
+
+
+async def test_the_event_loop_never_waits_for_the_file_system(tmp_path, monkeypatch) -> None:
+    backend = await open_backend(tmp_path.as_uri())
+    (tmp_path / "source").write_bytes(b"x")
+    calls: dict[str, set[int]] = {}
+
+    def watch(name: str) -> None:
+        original = getattr(os, name)
+
+        def call(*args, **options):
+            calls.setdefault(name, set()).add(threading.get_ident())
+            return original(*args, **options)
+
+        monkeypatch.setattr(os, name, call)
+
+    for name in ("stat", "fstat", "open", "unlink", "rename", "fsync", "scandir"):
+        watch(name)
+    await backend.put_bytes("a", b"x")
+    await backend.put_file("b", tmp_path / "source")
+    async with backend.open("b") as chunks:
+        assert b"".join([chunk async for chunk in chunks]) == b"x"
+    with pytest.raises(ObjectNotFound):
+        await backend.stat("missing")
+    assert (await backend.list()).keys == ("a", "b")
+    await backend.delete("a")
+
+    assert calls.keys() >= {"stat", "fstat", "open", "scandir"}
+    assert threading.get_ident() not in set().union(*calls.values())
 
 
 async def test_a_directory_that_must_exist_is_not_begun(tmp_path) -> None:

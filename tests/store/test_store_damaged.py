@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
 import structlog
+import trio
 
+from swarmpull.digest import Digest
 from swarmpull.errors import BlobNotFound, DigestMismatch, StoreUnavailable
+from swarmpull.store import blobs
 from swarmpull.store.blobs import BlobStore
+from swarmpull.store.durable import read_exactly
 from swarmpull.store.piece_check import PieceCheck
 from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN as PIECE
 
@@ -111,6 +116,37 @@ async def test_examining_a_damaged_blob_removes_it(store: BlobStore, blob) -> No
     assert not store.has(blob.digest)
 
 
+async def test_memory_that_fails_does_not_cost_the_blob(
+    store: BlobStore, blob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be all that there is of it."""
+    await put(store, blob)
+    with monkeypatch.context() as failing:
+
+        def misread(descriptor: int, offset: int, size: int) -> bytes:
+            data = bytearray(read_exactly(descriptor, offset, size))
+            data[0] ^= 0x10
+            return bytes(data)
+
+        failing.setattr(blobs, "read_exactly", misread)
+        with (
+            structlog.testing.capture_logs() as logs,
+            store.open(blob.digest) as handle,
+            pytest.raises(StoreUnavailable, match="was misread, though its file is right"),
+        ):
+            await handle.read_at(0, blob.metainfo.piece_length)
+        assert [entry["event"] for entry in logs] == ["blob_misread"]
+
+        digests = [Digest.of(b"something else"), blob.digest]
+
+        async def misread_first(*_: object) -> Digest:
+            return digests.pop(0)
+
+        failing.setattr(blobs, "compute_digest", misread_first)
+        await store.verify(blob.digest)
+    assert await read_in_steps(store, blob) == blob.data
+
+
 async def test_what_begins_inside_a_piece_is_checked_from_the_next_one_on(
     store: BlobStore, blob
 ) -> None:
@@ -129,6 +165,54 @@ async def test_a_blob_without_metainfo_is_read_unchecked(
 ) -> None:
     await put(store, blob)
     store.path(blob.digest).with_name(f"{blob.digest.hex}.metainfo").unlink()
+    assert await read_in_steps(store, blob) == blob.data
+
+
+async def test_a_file_that_was_cut_short_does_not_pass_for_the_blob(store: BlobStore, blob) -> None:
+    await put(store, blob)
+    os.truncate(store.path(blob.digest), 2 * PIECE)
+    assert await read_in_steps(store, blob) == b""
+    assert not store.has(blob.digest)
+
+
+@pytest.mark.parametrize(
+    "harm", [flip, lambda store, blob, at: os.truncate(store.path(blob.digest), at)]
+)
+async def test_no_metainfo_is_made_of_a_damaged_blob(store: BlobStore, blob, harm) -> None:
+    """It would vouch for the damage, to all peers."""
+    await put(store, blob)
+    store.path(blob.digest).with_name(f"{blob.digest.hex}.metainfo").unlink()
+    assert await store.metainfo(blob.digest) == blob.metainfo
+
+    store.path(blob.digest).with_name(f"{blob.digest.hex}.metainfo").unlink()
+    harm(store, blob, PIECE)
+    with pytest.raises(BlobNotFound):
+        await store.metainfo(blob.digest)
+    assert not store.has(blob.digest)
+
+
+async def test_a_blob_that_comes_anew_at_that_moment_does_not_go_with_the_damaged_one(
+    store: BlobStore, blob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await put(store, blob)
+    flip(store, blob, 0)
+    tree = store.janitor._tree
+    source = tree.temporary_path()
+    source.write_bytes(blob.data)
+    install = threading.Thread(target=tree.install, args=(source, blob.metainfo))
+    samestat = os.path.samestat
+
+    def install_after_the_look(*statuses: os.stat_result) -> bool:
+        same = samestat(*statuses)
+        install.start()
+        install.join(0.5)  # it waits for the removal, or has been here before that
+        return same
+
+    monkeypatch.setattr(os.path, "samestat", install_after_the_look)
+    with pytest.raises(DigestMismatch):
+        await store.verify(blob.digest)
+    await trio.to_thread.run_sync(install.join)
+
     assert await read_in_steps(store, blob) == blob.data
 
 
@@ -151,7 +235,7 @@ def test_pieces_are_checked_that_are_read_from_end_to_end(blob, reads, agrees) -
     damaged = bytearray(blob.data)
     damaged[0] ^= 1
     damaged[PIECE] ^= 1
-    check = PieceCheck(lambda: blob.metainfo)
+    check = PieceCheck(lambda: blob.metainfo, len(blob.data))
     found = []
     for start, stop in reads:
         first, last = start * PIECE // 8, min(stop * PIECE // 8, len(damaged))

@@ -287,6 +287,26 @@ async def test_a_bug_in_a_handler_ends_the_server_with_that_exception(handlers, 
     assert raised == [ERRORS[name]]
 
 
+@pytest.mark.parametrize("name", ["bug", "network bug"])
+async def test_a_bug_in_an_answer_at_once_ends_the_server_with_that_exception(handlers, name):
+    def fail(request, context):
+        raise ERRORS[name]
+
+    handlers.known_at_once = fail
+    raised = []
+    try:
+        async with trio.open_nursery() as nursery, open_rpc_pool() as pool:
+            serve = partial(serve_rpc, handlers.service(), "127.0.0.1", 0)
+            host, port = await nursery.start(serve)
+            with pytest.raises(RpcUnavailable, match=r"closed|lost"):
+                await pool.call(f"{host}:{port}", KNOWN, Data(b"x"), timeout=30.0)
+            with trio.fail_after(30):
+                await trio.sleep_forever()
+    except* type(ERRORS[name]) as group:
+        raised.append(first_error(group))
+    assert raised == [ERRORS[name]]
+
+
 async def test_unknown_methods_and_malformed_bodies_fail_the_one_call(handlers):
     async with serving(handlers) as address, open_rpc_pool() as pool:
         with pytest.raises(RpcFailed, match=r"'test\.other' is not a method of this role"):
@@ -739,6 +759,24 @@ async def test_a_client_keeps_to_the_number_of_requests_that_the_server_takes(ha
         assert len(handlers.waiting) == 3
         handlers.release.set()
     assert handlers.peak == 3
+
+
+async def test_what_is_answered_at_once_does_not_wait_behind_calls_that_hang(handlers):
+    """A probe, say, which is to tell a slow member from a dead one."""
+    quick = attrs.evolve(KNOWN, at_once=True)
+    async with (
+        serving(handlers, limits={"requests_max": 2}) as address,
+        open_rpc_pool() as pool,
+        trio.open_nursery() as nursery,
+    ):
+        for number in range(4):
+            nursery.start_soon(partial(call, pool, address, WAIT, str(number), timeout=60.0))
+        await handlers.until(lambda: len(handlers.waiting) == 2)
+        reply = await pool.call(address, quick, Data(b"x"), timeout=30.0)
+        assert reply.data == b"x" * 1000
+        assert len(handlers.waiting) == 2
+        handlers.release.set()
+    assert handlers.peak == 2
 
 
 async def test_a_server_stops_reading_at_its_limit_of_requests(handlers):

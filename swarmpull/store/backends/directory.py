@@ -15,7 +15,7 @@ import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Final, TypeVar, TypeVarTuple
@@ -84,10 +84,9 @@ class DirectoryBackend:
     ) -> AsyncIterator[AsyncIterator[bytes]]:
         """See `Backend.open`."""
         path = self._path(key)
-        descriptor = await self._run(key, os.open, path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor, status = await self._run(key, _open, path)
         file = OpenFile(descriptor)
         try:
-            status = os.fstat(descriptor)
             if version not in ("", _version(status)):
                 raise ObjectReplaced(self.name, key, "the object was replaced while it was read")
             offsets = check_range(key, status.st_size, start, stop)
@@ -137,21 +136,30 @@ class DirectoryBackend:
             return await self._run(key, read_exactly, descriptor, offset, size)
 
     async def _run(self, key: str, function: Callable[[*Ts], T], *args: *Ts) -> T:
-        with self._translating(key):
-            return await trio.to_thread.run_sync(function, *args, limiter=self._limiter)
-
-    @contextmanager
-    def _translating(self, key: str) -> Iterator[None]:
         try:
-            yield
+            return await trio.to_thread.run_sync(
+                self._run_mounted, function, *args, limiter=self._limiter
+            )
         except FileNotFoundError as error:
-            if not (self.root / MARKER).exists():
-                # A file system that is not mounted must not look like one that lost its objects.
-                reason = f"{self.root} has no file {MARKER}: it is gone, or not mounted"
-                raise BackendUnavailable(self.name, key, reason) from error
             raise ObjectNotFound(self.name, key) from error
         except OSError as error:
             raise BackendUnavailable(self.name, key, str(error)) from error
+
+    def _run_mounted(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
+        """In the thread, as everything that a file system that hangs would hold up."""
+        try:
+            return function(*args)
+        except FileNotFoundError:
+            self._check_mounted()
+            raise
+
+    def _check_mounted(self) -> None:
+        """A file system that is not mounted must not look like one that lost its objects."""
+        try:
+            os.stat(self.root / MARKER)
+        except FileNotFoundError as error:
+            reason = f"{self.root} has no file {MARKER}: it is gone, or not mounted"
+            raise OSError(reason) from error
 
     @asynccontextmanager
     async def _replacing(self, key: str) -> AsyncIterator[int]:
@@ -163,7 +171,9 @@ class DirectoryBackend:
             try:
                 yield descriptor
             finally:
-                os.close(descriptor)
+                with trio.CancelScope(shield=True):
+                    # On a network file system this may write, and fail.
+                    await self._run(key, os.close, descriptor)
             await self._run(key, _publish, source, target)
         finally:
             with trio.CancelScope(shield=True):
@@ -203,13 +213,15 @@ class DirectoryBackend:
             return os.open(path, flags, 0o644)
         except FileNotFoundError:
             # Somebody tidied up; but a root that is gone stays gone, and nothing is put into its place.
-            os.stat(self.root / MARKER)
+            self._check_mounted()
             path.parent.mkdir(exist_ok=True)
             return os.open(path, flags, 0o644)
 
     def _list(self, prefix: str, after: str, limit: int) -> tuple[str, ...]:
-        os.stat(self.root / MARKER)
-        return tuple(islice(_walk(self.root, "", prefix, after), limit))
+        keys = tuple(islice(_walk(self.root, "", prefix, after), limit))
+        # Afterwards: what goes while it is walked through looks like the end of a listing.
+        self._check_mounted()
+        return keys
 
 
 class _Chunks:
@@ -277,6 +289,15 @@ def _prepare(root: Path, create: bool) -> bool:
         (root / MARKER).touch()
         sync_directory(root)
     return is_new
+
+
+def _open(path: Path) -> tuple[int, os.stat_result]:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return descriptor, os.fstat(descriptor)
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def _version(status: os.stat_result) -> str:
