@@ -139,21 +139,39 @@ class Http:
         headers: dict[str, str] | None,
         body: bytes | None,
     ) -> AsyncIterator[httpcore.Response]:
+        request = httpcore.Request(
+            method,
+            f"{self._scheme}://{address}{target}",
+            headers=list((headers or {}).items()),
+            content=body,
+            extensions={"timeout": TIMEOUTS},
+        )
         self.waits.begin()
         try:
-            async with self._pool.stream(
-                method,
-                f"{self._scheme}://{address}{target}",
-                headers=list((headers or {}).items()),
-                content=body,
-                extensions={"timeout": TIMEOUTS},
-            ) as response:
-                self.waits.end()
+            response = await self._begin(request)
+            self.waits.end()
+            try:
                 yield response
+            finally:
+                await response.aclose()
         except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError) as error:
             raise RequestFailed(_how(error), f"{method} {target}: {error}") from error
         finally:
             self.waits.end()
+
+    async def _begin(self, request: httpcore.Request) -> httpcore.Response:
+        """Send a request, and return the head of its answer.
+
+        A server may close a kept connection in the moment in which it is used again.  What changes nothing is
+        then sent once more, as Go's net/http does, and so every container runtime.
+        """
+        is_kept = any(connection.is_idle() for connection in self._pool.connections)
+        try:
+            return await self._pool.handle_async_request(request)
+        except (httpcore.RemoteProtocolError, httpcore.ReadError):
+            if not is_kept or request.method not in (b"GET", b"HEAD"):
+                raise
+        return await self._pool.handle_async_request(request)
 
 
 def _how(error: Exception) -> str:

@@ -74,7 +74,7 @@ def assert_no_descriptor_leaked(before: int) -> None:
     patience = time.monotonic() + 30
     while open_descriptors() > before and time.monotonic() < patience:
         time.sleep(0.01)
-    assert open_descriptors() == before, "descriptors leaked"
+    assert open_descriptors() <= before, "descriptors leaked"
 
 
 def reasons(logs: list[dict]) -> list[str]:
