@@ -217,7 +217,7 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, trio.TooSlowError):
         return "the other side was too slow"
     if isinstance(error, trio.BrokenResourceError | trio.ClosedResourceError):
-        cause = error.__cause__ or error.__context__
+        cause = error.__cause__ or error.__context__ or str(error)
         return f"connection lost: {cause}" if cause else "connection lost"
     if isinstance(error, OSError) and error.__cause__ is not None:
         # "all attempts to connect failed" says little; the first attempt says why.

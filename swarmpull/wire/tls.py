@@ -237,12 +237,12 @@ class TlsStream(trio.abc.Stream):
                 return self.socket.send(view)
             except ssl.SSLWantWriteError:
                 await trio.lowlevel.wait_writable(self.descriptor())
-            except ssl.SSLWantReadError as error:
-                # Not to be waited for: somebody receives, and nobody who means well ends a record there.
-                reason = "the other side stopped inside a message of TLS itself"
-                raise trio.BrokenResourceError(reason) from error
+            except ssl.SSLWantReadError:
+                break
             except (OSError, ValueError) as error:
                 raise trio.BrokenResourceError(_reason(error)) from error
+        # Not to be waited for: somebody receives, and nobody who means well ends a record there.
+        raise trio.BrokenResourceError("the other side stopped inside a message of TLS itself")
 
     async def wait_send_all_might_not_block(self) -> None:
         await trio.lowlevel.wait_writable(self.descriptor())

@@ -274,24 +274,27 @@ async def test_a_caller_that_stops_inside_a_key_update_ends_its_own_connection_o
 ) -> None:
     strange, served = tls_of(agent), Origin()
     strange._files.current.client.keylog_filename = str(tmp_path / "secrets")
-    async with serving(tls_of(origin), served) as address:
-        host, port = parse_address(address)
-        secured, _ = await strange.connect(await trio.open_tcp_stream(host, port))
-        async with secured:
-            await secured.send_all(pack(RpcHello(1)))
-            await secured.receive_some()
-            urge = encode(api.UrgeRequest(Digest.of(b"x"), (1,)))
-            await secured.send_all(pack(RpcRequest(1, 20_000, api.URGE.name, urge)))
-            half = half_key_update(tmp_path / "secrets", 2)
-            assert socket.socket.send(secured.socket, half) == len(half)
-            # The server has read it, and waits for the other half, when it is to answer.
-            await until(lambda: served.urged)
-            await trio.testing.wait_all_tasks_blocked(0.1)
-            served.release.set()
-            with suppress(trio.BrokenResourceError):
-                assert await secured.receive_some() == b""
-        async with open_rpc_pool(tls=tls_of(agent)) as pool:
-            assert (await pool.call(address, api.STAT_BLOB, BLOB, timeout=20.0)).length == 1
+    with structlog.testing.capture_logs() as logs:
+        async with serving(tls_of(origin), served) as address:
+            secured, _ = await strange.connect(await trio.open_tcp_stream(*parse_address(address)))
+            async with secured:
+                await secured.send_all(pack(RpcHello(1)))
+                await secured.receive_some()
+                urge = encode(api.UrgeRequest(Digest.of(b"x"), (1,)))
+                await secured.send_all(pack(RpcRequest(1, 20_000, api.URGE.name, urge)))
+                half = half_key_update(tmp_path / "secrets", 2)
+                assert socket.socket.send(secured.socket, half) == len(half)
+                # The server has read it, and waits for the other half, when it is to answer.
+                await until(lambda: served.urged)
+                await trio.testing.wait_all_tasks_blocked(0.1)
+                served.release.set()
+                with suppress(trio.BrokenResourceError):
+                    assert await secured.receive_some() == b""
+            async with open_rpc_pool(tls=tls_of(agent)) as pool:
+                assert (await pool.call(address, api.STAT_BLOB, BLOB, timeout=20.0)).length == 1
+
+    reasons = [entry["reason"] for entry in logs if entry["event"] == "rpc_connection_closed"]
+    assert "connection lost: the other side stopped inside a message of TLS itself" in reasons
 
 
 async def test_new_connections_use_new_files_and_old_ones_go_on(
