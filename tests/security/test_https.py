@@ -304,7 +304,12 @@ def test_hashes_of_other_makers_and_long_passwords(tmp_path: Path) -> None:
     assert htpasswd._matches(long.encode(), users["apache"])
 
 
-@pytest.mark.parametrize("text", ["alice", "alice:", ":x", "alice:plain", "alice:$2y$05$short"])
+TOO_STRONG = f"alice:$2y$18${'.' * 53}"
+
+
+@pytest.mark.parametrize(
+    "text", ["alice", "alice:", ":x", "alice:plain", "alice:$2y$05$short", TOO_STRONG]
+)
 def test_a_line_that_is_none_is_named(tmp_path: Path, text: str) -> None:
     file = tmp_path / "htpasswd"
     file.write_text(f"\n{text}\n")
