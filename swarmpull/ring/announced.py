@@ -29,12 +29,14 @@ class Place:
         better: those that come before it in the ring, and did not.
         complete: whether this host has all of the blob.
         position: where a watch goes on there; None when there is to be none.
+        is_short: whether the next announce is to go to the next tracker, which may know more peers.
     """
 
     tracker: str
     better: tuple[str, ...] = ()
     complete: bool = False
     position: int | None = None
+    is_short: bool = False
 
 
 class Announced:
@@ -59,13 +61,20 @@ class Announced:
         position: int | None,
         *,
         complete: bool,
+        is_short: bool = False,
     ) -> None:
         """A tracker has taken an announce; ``preferred`` is the ring for this blob, whatever its health."""
         before = preferred[: preferred.index(tracker)] if tracker in preferred else ()
         self._places.pop(digest, None)
-        self._places[digest] = Place(tracker, tuple(before), complete, position)
+        self._places[digest] = Place(tracker, tuple(before), complete, position, is_short)
         if len(self._places) > self._limit:
             del self._places[next(iter(self._places))]
+
+    def asked_elsewhere(self, digest: Digest) -> None:
+        """The next tracker has been asked: the next announce goes where the blob is announced."""
+        place = self._places.get(digest)
+        if place is not None:
+            self._places[digest] = attrs.evolve(place, is_short=False)
 
     def forget(self, digest: Digest) -> None:
         """The host does not take part in this swarm any more."""

@@ -82,8 +82,6 @@ class TrackerClient:
         self.on_lost: Callable[[tuple[Digest, ...]], None] | None = None
         self._ring = ring
         self._announced = Announced(ANNOUNCED_MAX)
-        # Blobs of which the next announce goes to the second tracker.
-        self._elsewhere: set[Digest] = set()
         ring.when_lost(self._lost)
         ring.members.when_changed(self._changed)
 
@@ -117,10 +115,12 @@ class TrackerClient:
         if timeout is None:
             timeout = METAINFO_TIMEOUT if request.want_metainfo else ANNOUNCE_TIMEOUT
         if request.state is AnnounceState.STOPPED:
-            self._forget(request.digest)
+            self._announced.forget(request.digest)
+        former = self._announced.place(request.digest)
         # Only who looks for peers: a seeder would be missed where it belongs until its next announce.
         elsewhere = (
-            request.digest in self._elsewhere
+            former is not None
+            and former.is_short
             and request.state is AnnounceState.LEECHING
             and not request.want_metainfo
         )
@@ -171,21 +171,22 @@ class TrackerClient:
         digest = request.digest
         former = self._announced.place(digest)
         preferred = self._ring.members.preference(str(digest))
-        self._elsewhere.discard(digest)
         if elsewhere and former is not None and former.tracker != address:
+            self._announced.asked_elsewhere(digest)
             # It was asked for its peers only: the blob belongs where it is, and is watched there.
             return attrs.evolve(reply, position=former.position)
         complete = request.state is AnnounceState.COMPLETE
-        self._announced.put(digest, address, preferred, reply.position, complete=complete)
         is_young = reply.age is not None and reply.age < YOUNG
-        is_short = len(reply.peers) < PEERS_ENOUGH and not complete
-        if is_young and is_short and len(preferred) > 1:
-            self._elsewhere.add(digest)
+        is_short = len(reply.peers) < PEERS_ENOUGH and not complete and len(preferred) > 1
+        self._announced.put(
+            digest,
+            address,
+            preferred,
+            reply.position,
+            complete=complete,
+            is_short=is_young and is_short,
+        )
         return reply
-
-    def _forget(self, digest: Digest) -> None:
-        self._announced.forget(digest)
-        self._elsewhere.discard(digest)
 
     def _where(self, digest: Digest) -> str | None:
         place = self._announced.place(digest)

@@ -35,6 +35,8 @@ SHARE: Final = 0.05
 # A member that answers nothing for so many seconds is replaced.  A restart is over sooner, and copies of all
 # that waits are dear.
 GONE_AFTER: Final = 30.0
+# For so many seconds copies are made as one round has found them: members fall and rise meanwhile.
+MAKING: Final = 60.0
 # Blobs that one call asks about: 330 kB at most.
 BATCH: Final = 1000
 # Copies that are made at the same time.
@@ -85,7 +87,9 @@ class Repair:
         while True:
             self._wake = trio.Event()
             work = await self._round()
-            pause = max(INTERVAL * random.uniform(0.8, 1.2), work / SHARE)
+            # What was found and not made is found again, with what else is missing now.
+            interval = 0.0 if self._left else INTERVAL * random.uniform(0.8, 1.2)
+            pause = max(interval, work / SHARE)
             with trio.move_on_after(pause):
                 await self._wake.wait()
 
@@ -161,10 +165,13 @@ class Repair:
 
     async def _make(self, found: Sequence[Copy[Key]]) -> None:
         failed: set[str] = set()
+        until = trio.current_time() + MAKING
         async with trio.open_nursery() as nursery:
             for copy in found:
                 await self._at_once.acquire_on_behalf_of(copy)
                 nursery.start_soon(self._make_one, copy, failed)
+                if trio.current_time() >= until:
+                    break
 
     async def _make_one(self, copy: Copy[Key], failed: set[str]) -> None:
         try:

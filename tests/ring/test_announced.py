@@ -74,3 +74,20 @@ def test_a_tracker_that_has_left_the_ring_has_none_before_it():
     announced.put(ONE, "gone", RING, None, complete=False)
 
     assert announced.place(ONE) == Place("gone")
+
+
+def test_who_is_short_of_peers_asks_the_next_tracker_in_turn():
+    announced = Announced(2)
+    announced.put(ONE, "a", RING, 7, complete=False, is_short=True)
+    assert announced.place(ONE) == Place("a", (), position=7, is_short=True)
+
+    announced.asked_elsewhere(ONE)
+    announced.asked_elsewhere(TWO)
+
+    assert announced.place(ONE) == Place("a", (), position=7)
+    assert announced.place(TWO) is None
+    # Nothing is kept of a blob beyond its place.
+    announced.put(ONE, "a", RING, 7, complete=False, is_short=True)
+    for digest in (TWO, THREE):
+        announced.put(digest, "a", RING, 7, complete=False)
+    assert announced.place(ONE) is None

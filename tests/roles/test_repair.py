@@ -10,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
+import attrs
 import pytest
 import trio
 
@@ -17,11 +18,12 @@ from swarmpull.config import OriginBackendConfig
 from swarmpull.digest import Digest
 from swarmpull.errors import RpcUnavailable
 from swarmpull.ring.membership import Membership
+from swarmpull.ring.repair import ABSENT
 from swarmpull.roles import repair
 from swarmpull.roles.repair import Repair
 from swarmpull.store.write_back_queue import FILE_NAME, queued_digests
 from swarmpull.store.write_back_schedule import Key, QueuedBlob
-from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN
+from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN, Metainfo
 from swarmpull.swarm.peers import PeerContact, PeerKind
 from swarmpull.telemetry import Metrics
 from swarmpull.wire.api import REPLICATE_BLOB, ReplicateRequest
@@ -203,42 +205,85 @@ async def test_what_is_written_leaves_no_repair_behind(tmp_path: Path) -> None:
         assert not any(ring.on_disk("origin-3", content.digest) for content in CONTENTS)
 
 
+HEALTHY, HANGING = "127.0.0.1:1", "127.0.0.1:2"
+
+
+@attrs.define
+class Others:
+    """The other origins as a script, and the disk of this one.
+
+    Attributes:
+        events: ``ask`` for each round, and the members that get copies.
+        happened: somebody waits there for the next event.
+    """
+
+    lacking: bool
+    events: list[str] = attrs.Factory(list)
+    happened: trio.lowlevel.ParkingLot = attrs.Factory(trio.lowlevel.ParkingLot)
+
+    def own(self) -> frozenset[str]:
+        return frozenset()
+
+    async def ranks(self, address: str, keys: Sequence[Key]) -> dict[Key, int]:
+        if address == HANGING:
+            await trio.sleep(1.0)
+            raise RpcUnavailable(address, "origin.queued", "no reply")
+        self._note("ask")
+        return dict.fromkeys(keys, ABSENT) if self.lacking else {}
+
+    async def metainfo(self, digest: Digest) -> Metainfo:
+        return next(content.metainfo for content in CONTENTS if content.digest == digest)
+
+    async def copy_to(self, address: str, *_: object) -> str:
+        self._note(address)
+        return ""
+
+    def _note(self, event: str) -> None:
+        self.events.append(event)
+        self.happened.unpark_all()
+
+
+class Queue:
+    """What this origin has queued."""
+
+    def settled(self) -> list[QueuedBlob]:
+        return [QueuedBlob(content.digest, 1, "", 0.0) for content in CONTENTS]
+
+    def rank(self, _: Key) -> int:
+        return 0
+
+
+def repair_with(others: Others, *members: str) -> Repair:
+    settings = SimpleNamespace(replicas=2, repair_rate=math.inf)
+    ring = Membership(members, name="origin")
+    return Repair(Queue(), others, others, ring, Metrics(), settings)  # type: ignore[arg-type]
+
+
 async def test_one_that_hangs_does_not_make_the_rounds_rare() -> None:
     """It would be replaced by the next minutes after it has gone."""
-    healthy, hanging = "127.0.0.1:1", "127.0.0.1:2"
-    asked = trio.lowlevel.ParkingLot()
-    blob = QueuedBlob(CONTENTS[0].digest, 1, "", 0.0)
-
-    class Others:
-        def own(self) -> frozenset[str]:
-            return frozenset()
-
-        async def ranks(self, address: str, keys: Sequence[Key]) -> dict[Key, int]:
-            if address == hanging:
-                await trio.sleep(1.0)
-                raise RpcUnavailable(address, "origin.queued", "no reply")
-            asked.unpark_all()
-            return {}
-
-    class Queue:
-        def settled(self) -> list[QueuedBlob]:
-            return [blob]
-
-    working = Repair(
-        Queue(),  # type: ignore[arg-type]
-        Others(),  # type: ignore[arg-type]
-        None,  # type: ignore[arg-type]
-        Membership([healthy, hanging], name="origin"),
-        Metrics(),
-        SimpleNamespace(replicas=2, repair_rate=math.inf),  # type: ignore[arg-type]
-    )
+    others = Others(lacking=False)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(working.run)
+        nursery.start_soon(repair_with(others, HEALTHY, HANGING).run)
         # Three rounds, each of which ended a second after that; the share of the waiting would be a minute.
         with trio.fail_after(40):
-            for _ in range(4):
-                await asked.park()
+            while len(others.events) < 4:
+                await others.happened.park()
         nursery.cancel_scope.cancel()
+
+
+async def test_a_repair_that_takes_long_asks_again_in_between(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(repair, "MAKING", 0.0)
+    monkeypatch.setattr(repair, "INTERVAL", 0.0)
+    others = Others(lacking=True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(repair_with(others, HEALTHY).run)
+        with trio.fail_after(30):
+            while others.events.count(HEALTHY) < 3:
+                await others.happened.park()
+        nursery.cancel_scope.cancel()
+    assert others.events[:6] == ["ask", HEALTHY] * 3
 
 
 # --- scenarios ------------------------------------------------------------------------------------
