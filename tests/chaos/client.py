@@ -6,7 +6,9 @@ import contextlib
 import hashlib
 import json
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -139,7 +141,8 @@ class Http:
         headers: dict[str, str] | None,
         body: bytes | None,
     ) -> AsyncIterator[httpcore.Response]:
-        request = httpcore.Request(
+        send = partial(
+            self._pool.stream,
             method,
             f"{self._scheme}://{address}{target}",
             headers=list((headers or {}).items()),
@@ -148,18 +151,22 @@ class Http:
         )
         self.waits.begin()
         try:
-            response = await self._begin(request)
-            self.waits.end()
-            try:
+            async with contextlib.AsyncExitStack() as stack:
+                response = await self._begin(stack, send, repeat=method in ("GET", "HEAD"))
+                self.waits.end()
                 yield response
-            finally:
-                await response.aclose()
         except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError) as error:
             raise RequestFailed(_how(error), f"{method} {target}: {error}") from error
         finally:
             self.waits.end()
 
-    async def _begin(self, request: httpcore.Request) -> httpcore.Response:
+    async def _begin(
+        self,
+        stack: contextlib.AsyncExitStack,
+        send: Callable[[], AbstractAsyncContextManager[httpcore.Response]],
+        *,
+        repeat: bool,
+    ) -> httpcore.Response:
         """Send a request, and return the head of its answer.
 
         A server may close a kept connection in the moment in which it is used again.  What changes nothing is
@@ -167,11 +174,11 @@ class Http:
         """
         is_kept = any(connection.is_idle() for connection in self._pool.connections)
         try:
-            return await self._pool.handle_async_request(request)
+            return await stack.enter_async_context(send())
         except (httpcore.RemoteProtocolError, httpcore.ReadError):
-            if not is_kept or request.method not in (b"GET", b"HEAD"):
+            if not (is_kept and repeat):
                 raise
-        return await self._pool.handle_async_request(request)
+        return await stack.enter_async_context(send())
 
 
 def _how(error: Exception) -> str:
