@@ -60,7 +60,8 @@ def test_the_example_cluster_takes_a_push_and_gives_it_out(tmp_path: Path) -> No
         digest = web.push_image(5000, "team/example", "v1", [b"a layer of the example"])
         assert web.pull_image(5001, "team/example", "v1") == digest
     finally:
-        script.send_signal(signal.SIGINT)
+        # Not SIGINT: a shell cannot catch what it was started with as ignored, as all in the background are.
+        script.send_signal(signal.SIGTERM)
         status = script.wait(60.0)
     assert status == 0, log.read_text()
     assert all(is_free(port) for port in PORTS)
