@@ -359,7 +359,10 @@ class PeerTable:
             peer = _Peer(contact, _group_of(contact, complete=complete), complete, expires_at)
         else:
             self._detach(torrent, peer)
-            peer.contact, peer.group = contact, _group_of(contact, complete=complete)
+            # The same contact stays, rather than a new one each time: less for the garbage collector.
+            if contact != peer.contact:
+                peer.contact = contact
+            peer.group = _group_of(contact, complete=complete)
             peer.complete, peer.expires_at = complete, expires_at
         torrent.insert(peer)
         self._sizes[peer.group] += 1
