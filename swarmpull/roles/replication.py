@@ -17,6 +17,7 @@ import trio
 from swarmpull.digest import Digest
 from swarmpull.errors import BlobNotFound, RpcUnavailable, SwarmpullError
 from swarmpull.ring.membership import Membership
+from swarmpull.roles.ring_client import ask_member
 from swarmpull.roles.swarm_host import SwarmHost
 from swarmpull.store.write_back_schedule import Key
 from swarmpull.swarm.metainfo import Metainfo
@@ -213,21 +214,19 @@ class Replication:
         """
         blobs = tuple(api.BlobOfRepository(digest, namespace) for digest, namespace in keys)
         request = api.QueuedRequest(self._host.contact.peer_id, blobs)
-        with self._members.calling(address, patience=0.0):
-            try:
-                reply = await self._pool.call(address, api.QUEUED, request, timeout=QUEUED_PATIENCE)
-            except RpcUnavailable as error:
-                self._members.record_failure(address, error.reason)
-                raise
-            except SwarmpullError:
-                self._members.record_success(address)
-                raise
-            self._members.record_success(address)
-            if reply.itself:
-                self._own[address] = trio.current_time()
-                return {}
-            return dict(zip(keys, reply.ranks, strict=False))
-        raise RpcUnavailable(address, api.QUEUED.name, "answers nothing any more")
+        reply = await ask_member(
+            self._members,
+            self._pool,
+            address,
+            api.QUEUED,
+            request,
+            timeout=QUEUED_PATIENCE,
+            patience=0.0,
+        )
+        if reply.itself:
+            self._own[address] = trio.current_time()
+            return {}
+        return dict(zip(keys, reply.ranks, strict=False))
 
     def own(self) -> frozenset[str]:
         """The members that turned out to be this process."""

@@ -212,20 +212,9 @@ class RingClient:
         timeout: float,
         patience: float,
     ) -> Rep:
-        """Call one member, and let the ring know what came of it."""
-        with self.members.calling(address, patience=patience):
-            try:
-                reply = await self._pool.call(address, method, request, timeout=timeout)
-            except RpcUnavailable as exc:
-                self.members.record_failure(address, exc.reason)
-                raise
-            except SwarmpullError:
-                self.members.record_success(address)
-                raise
-            self.members.record_success(address)
-            return reply
-        # Others have found out, and recorded it.
-        raise _hung(address, method)
+        return await ask_member(
+            self.members, self._pool, address, method, request, timeout=timeout, patience=patience
+        )
 
     def _nobody_answered(self, method: str, failures: dict[str, str]) -> RpcUnavailable:
         where = f"{self.name} ring ({', '.join(failures or self.members.entries)})"
@@ -235,6 +224,37 @@ class RingClient:
             )
         tried = "; ".join(f"{address}: {reason}" for address, reason in failures.items())
         return RpcUnavailable(where, method, f"no member answered: {tried}")
+
+
+async def ask_member(
+    members: Membership,
+    pool: RpcPool,
+    address: str,
+    method: Method[Req, Rep],
+    request: Req,
+    *,
+    timeout: float,
+    patience: float,
+) -> Rep:
+    """Call one member, and let the ring know what came of it.
+
+    Raises:
+        RpcUnavailable: it did not answer within ``timeout`` seconds, or others found out that it hangs.
+        SwarmpullError: the errors of the method.
+    """
+    with members.calling(address, patience=patience):
+        try:
+            reply = await pool.call(address, method, request, timeout=timeout)
+        except RpcUnavailable as exc:
+            members.record_failure(address, exc.reason)
+            raise
+        except SwarmpullError:
+            members.record_success(address)
+            raise
+        members.record_success(address)
+        return reply
+    # Others have found out, and recorded it.
+    raise _hung(address, method)
 
 
 def _hung(address: str, method: Method[Req, Rep]) -> RpcUnavailable:
