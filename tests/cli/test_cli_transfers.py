@@ -16,8 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from swarmpull import cli
-from swarmpull.cli import main
+from swarmpull.cli import main, options
 from swarmpull.digest import Digest
 from swarmpull.errors import DigestMismatch, LengthMismatch
 from swarmpull.registry.client import (
@@ -578,7 +577,7 @@ def test_a_silent_role_is_told_of_although_nobody_named_it(registry, capsys, mon
     answering = int(registry.url.rpartition(":")[2])
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
-        monkeypatch.setattr(cli, "_ADMIN_PORTS", (answering, port))
+        monkeypatch.setattr(options, "ADMIN_PORTS", (answering, port))
         assert main(["status", "--json"]) == 69
     captured = capsys.readouterr()
     assert len(json.loads(captured.out)) == 1
@@ -679,7 +678,7 @@ def test_what_a_role_refuses_is_said(registry, capsys) -> None:
 
 def test_without_addresses_the_usual_ports_are_asked(registry, capsys, monkeypatch) -> None:
     port = int(registry.url.rpartition(":")[2])
-    monkeypatch.setattr("swarmpull.cli._ADMIN_PORTS", range(port, port + 1))
+    monkeypatch.setattr("swarmpull.cli.options.ADMIN_PORTS", range(port, port + 1))
     assert main(["rates", "--upload", "1MB/s"]) == 69
     assert "no agent or origin answers on 127.0.0.1" in capsys.readouterr().err
     registry.documents["/rates"] = json.dumps(RATES).encode()

@@ -1,0 +1,120 @@
+"""``swarmpull status`` and ``swarmpull rates``."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import click
+
+from swarmpull.cli import options
+from swarmpull.cli.options import EXIT_UNAVAILABLE, fail, read_admin_addresses, read_rate
+
+if TYPE_CHECKING:
+    from swarmpull.registry.client import AdminAnswer
+
+
+@click.command()
+@click.argument("addresses", nargs=-1, metavar="[HOST:PORT]...", callback=read_admin_addresses)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(addresses: tuple[str, ...], as_json: bool) -> int:
+    """Show roles by their admin listeners: readiness, torrents, bytes by source.
+
+    Without addresses, all that answer on 127.0.0.1, ports 7500 to 7599.
+    """
+    from swarmpull.registry.client import get_statuses
+    from swarmpull.runtime import run_command
+
+    asked = addresses or tuple(f"127.0.0.1:{port}" for port in options.ADMIN_PORTS)
+    answers = run_command(partial(get_statuses, asked))
+    found = [answer for answer in answers if answer.document is not None]
+    if as_json:
+        documents = [{"address": answer.address, **(answer.document or {})} for answer in found]
+        click.echo(json.dumps(documents, indent=2))
+    elif found:
+        _print_statuses(found)
+    failed = _failed(answers, addresses)
+    if failed:
+        return fail(EXIT_UNAVAILABLE, *(f"{each.address}: {each.failure}" for each in failed))
+    return 0 if found else _nobody_answers("role")
+
+
+def _failed(answers: Sequence[AdminAnswer], addresses: Sequence[str]) -> list[AdminAnswer]:
+    """Those that should have answered: all that were named, else those where somebody is."""
+    return [each for each in answers if each.document is None and (addresses or each.is_silent)]
+
+
+def _nobody_answers(who: str) -> int:
+    ports = f"{options.ADMIN_PORTS[0]} to {options.ADMIN_PORTS[-1]}"
+    nobody = f"no {who} answers on 127.0.0.1, ports {ports}: name its admin listener"
+    return fail(EXIT_UNAVAILABLE, nobody)
+
+
+def _print_statuses(answers: Sequence[AdminAnswer]) -> None:
+    from rich.console import Console
+
+    from swarmpull.status import role_table, torrent_table
+
+    console = Console()
+    console.print(role_table(answers))
+    torrents = torrent_table(answers)
+    if torrents.row_count:
+        console.print(torrents)
+
+
+@click.command()
+@click.option(
+    "--upload", callback=read_rate, metavar="RATE", help="Send no faster than that to peers."
+)
+@click.option("--download", callback=read_rate, metavar="RATE", help="Take no faster than that.")
+@click.option(
+    "--admin",
+    "addresses",
+    multiple=True,
+    metavar="URL",
+    callback=read_admin_addresses,
+    help="Admin listener of an agent or origin; may be repeated.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def rates(
+    upload: float | None, download: float | None, addresses: tuple[str, ...], as_json: bool
+) -> int:
+    """Show or change the rates of agents and origins until they are started again.
+
+    RATE is like 100MB/s, or unlimited. Without --admin, of all that answer on 127.0.0.1, ports 7500 to
+    7599.
+    """
+    from swarmpull.registry.client import get_rates, put_rates
+    from swarmpull.runtime import run_command
+
+    asked = addresses or tuple(f"127.0.0.1:{port}" for port in options.ADMIN_PORTS)
+    answers = run_command(partial(get_rates, asked))
+    found = [answer for answer in answers if answer.document is not None]
+    failed = _failed(answers, addresses)
+    given = {"upload_rate": upload, "download_rate": download}
+    change = {
+        key: None if rate == math.inf else rate for key, rate in given.items() if rate is not None
+    }
+    if change and found:
+        answers = run_command(partial(put_rates, [answer.address for answer in found], change))
+        found = [answer for answer in answers if answer.document is not None]
+        failed += [answer for answer in answers if answer.document is None]
+    _print_rates(found, as_json=as_json)
+    if failed:
+        return fail(EXIT_UNAVAILABLE, *(f"{each.address}: {each.failure}" for each in failed))
+    return 0 if found else _nobody_answers("agent or origin")
+
+
+def _print_rates(answers: Sequence[AdminAnswer], *, as_json: bool) -> None:
+    if as_json:
+        documents = [{"address": each.address, **(each.document or {})} for each in answers]
+        click.echo(json.dumps(documents, indent=2))
+    elif answers:
+        from rich.console import Console
+
+        from swarmpull.status import rate_table
+
+        Console().print(rate_table(answers))
