@@ -581,6 +581,14 @@ class IndexConfig:
         factory=_default_backend,
         metadata=_meaning("Where the index keeps tags and repositories for good."),
     )
+    name: str = attrs.field(
+        default="",
+        metadata=_meaning(
+            "What names this index in the history of tags and in the order of changes; every index of "
+            "every cluster has another one.",
+            default="host name and port of index.rpc.listen",
+        ),
+    )
     data_dir: Path = attrs.field(
         default=Path("swarmpull-data/index"),
         metadata=_meaning(

@@ -5,12 +5,11 @@ readable state: what is pointed to is written before what points to it, and remo
 that was cut off is made whole by making it again.
 
 Any number of processes may share a backend.  Changes to one repository are in sequence within one
-process; between processes the last one to write a tag wins.
+process.  `catalog_tags` has what is done with tags.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -21,7 +20,6 @@ import trio
 
 from swarmpull.digest import Digest
 from swarmpull.errors import (
-    BackendUnavailable,
     BlobNotFound,
     InvalidDigest,
     ManifestInvalid,
@@ -37,7 +35,6 @@ from swarmpull.registry.names import is_tag
 from swarmpull.roles.catalog_objects import (
     ENTRY_BYTES_MAX,
     MARKERS,
-    TAG_BYTES_MAX,
     ManifestEntry,
     annotation_bytes,
     blob_key,
@@ -50,17 +47,23 @@ from swarmpull.roles.catalog_objects import (
     marker_key,
     marker_name,
     pack_entry,
-    pack_tag,
     referrer_key,
     referrers_prefix,
-    tag_key,
     tags_prefix,
     unpack_entry,
-    unpack_tag,
+    unpacked,
     without_annotations,
 )
+from swarmpull.roles.catalog_tags import CatalogTags
+from swarmpull.roles.tag_log import TagLog
 from swarmpull.store.backends.base import Backend
-from swarmpull.wire.api import Descriptor, ListReply, RecordManifestRequest
+from swarmpull.wire.api import (
+    DeleteTagRequest,
+    Descriptor,
+    ListReply,
+    RecordManifestRequest,
+    TagLogReply,
+)
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -78,9 +81,14 @@ class Catalog:
     """Tags, manifests, referrers and blobs of all repositories.
 
     Every method raises BackendUnavailable when the backend fails.
+
+    Attributes:
+        tags: where changes of tags can be watched.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, source: str = "index") -> None:
+        """``source`` names this process in the stamps of changes."""
+        self.tags = CatalogTags(backend, source)
         self._backend = backend
         self._locks: dict[str, _SharedLock] = {}
 
@@ -105,6 +113,20 @@ class Catalog:
         except ObjectNotFound as exc:
             await self._check_exists(repository)
             raise ManifestNotFound(repository, reference) from exc
+
+    async def tag_log(self, repository: str, tag: str) -> TagLogReply:
+        """The last changes of a tag, of one that was deleted too.
+
+        Raises:
+            ManifestNotFound: there never was such a tag.
+            RepositoryNotFound: no such repository.
+        """
+        check_known(repository)
+        log = await self.tags.log(repository, tag) if is_tag(tag) else TagLog()
+        if not log.changes:
+            await self._check_exists(repository)
+            raise ManifestNotFound(repository, shorten(tag))
+        return TagLogReply(log.changes)
 
     async def has_blob(self, repository: str, digest: Digest) -> bool:
         """Whether the blob is part of the repository."""
@@ -165,6 +187,8 @@ class Catalog:
     async def record_manifest(self, request: RecordManifestRequest) -> None:
         """Enter a manifest whose content is durable, and move a tag to it.
 
+        A change of the tag that comes with a stamp counts if that is later than what is there.
+
         Raises:
             ManifestReferencesMissing: the repository lacks what the manifest refers to.
             ManifestInvalid: the tag is outside the grammar, or the entry is too long.
@@ -184,11 +208,11 @@ class Catalog:
                 key = referrer_key(repository, request.subject, digest)
                 await self._backend.put_bytes(key, b"{}")
             if request.tag is not None:
-                await self._backend.put_bytes(
-                    tag_key(repository, request.tag), pack_tag(digest, time.time())
+                await self.tags.put(
+                    repository, request.tag, digest, stamp=request.stamp, by=request.by
                 )
 
-    async def delete_manifest(self, repository: str, digest: Digest) -> None:
+    async def delete_manifest(self, repository: str, digest: Digest, *, by: str = "") -> None:
         """Remove a manifest and every tag that points to it.  Raises ManifestNotFound."""
         check_known(repository)
         async with self._exclusive(repository):
@@ -197,23 +221,35 @@ class Catalog:
             except ObjectNotFound as exc:
                 await self._check_exists(repository)
                 raise ManifestNotFound(repository, str(digest)) from exc
-            await self._delete_tags_of(repository, digest)
+            await self._delete_tags_of(repository, digest, by)
             if entry.subject is not None:
                 await self._delete_if_there(referrer_key(repository, entry.subject, digest))
             # Last: without it nobody could find out what else was to be removed.
             await self._delete_if_there(manifest_key(repository, digest))
 
-    async def delete_tag(self, repository: str, tag: str) -> None:
-        """Remove a tag; the manifest stays.  Raises ManifestNotFound."""
-        check_known(repository)
+    async def delete_tag(self, request: DeleteTagRequest) -> None:
+        """Remove a tag; the manifest stays.
+
+        A deletion that comes with a stamp counts if that is later than what is there; it is remembered also
+        when there is no such tag, since an earlier put may be on its way.
+
+        Raises:
+            ManifestNotFound, RepositoryNotFound: there is no such tag.
+            PushRefused: the name cannot be kept.
+        """
+        repository, tag = request.repository, request.reference
+        if request.stamp is None:
+            check_known(repository)
+        else:
+            check_writable(repository)
         if not is_tag(tag):
             raise ManifestNotFound(repository, shorten(tag))
         async with self._exclusive(repository):
             try:
-                await self._backend.delete(tag_key(repository, tag))
-            except ObjectNotFound as exc:
+                await self.tags.delete(repository, tag, stamp=request.stamp, by=request.by)
+            except ManifestNotFound:
                 await self._check_exists(repository)
-                raise ManifestNotFound(repository, tag) from exc
+                raise
 
     async def link_blob(self, repository: str, digest: Digest) -> None:
         """Make a blob, which is durable already, part of a repository.  Raises PushRefused."""
@@ -245,30 +281,22 @@ class Catalog:
                 raise ManifestNotFound(repository, shorten(reference)) from exc
         if not is_tag(reference):
             raise ManifestNotFound(repository, shorten(reference))
-        return await self._tagged(tag_key(repository, reference))
-
-    async def _tagged(self, key: str) -> Digest:
-        data = await self._backend.get_bytes(key, limit=TAG_BYTES_MAX)
-        return self._unpacked(key, data, unpack_tag)
+        digest = (await self.tags.log(repository, reference)).digest
+        if digest is None:
+            await self._check_exists(repository)
+            raise ManifestNotFound(repository, reference)
+        return digest
 
     async def _entry(self, repository: str, digest: Digest) -> ManifestEntry:
         key = manifest_key(repository, digest)
         data = await self._backend.get_bytes(key, limit=ENTRY_BYTES_MAX)
-        return self._unpacked(key, data, partial(unpack_entry, digest))
+        return unpacked(self._backend, key, data, partial(unpack_entry, digest))
 
     async def _descriptor_or_none(self, name: tuple[str, Digest]) -> Descriptor | None:
         try:
             return (await self._entry(*name)).descriptor
         except ObjectNotFound:
             return None
-
-    def _unpacked(self, key: str, data: bytes, unpack: Callable[[bytes], T]) -> T:
-        """What is in an object of ours.  One that cannot be read is a fault of the backend."""
-        try:
-            return unpack(data)
-        except (ValueError, KeyError, TypeError, InvalidDigest) as exc:
-            reason = f"the object is damaged: {exc!r}"
-            raise BackendUnavailable(self._backend.name, key, reason) from exc
 
     async def _names(self, prefix: str, after: str, limit: int) -> ListReply:
         limit = min(limit, PAGE_MAX)
@@ -285,15 +313,13 @@ class Catalog:
             after = names[-1] if names else after
         return ListReply(tuple(names), more)
 
-    async def _delete_tags_of(self, repository: str, digest: Digest) -> None:
-        async def delete_if_it_points_here(key: str) -> None:
-            try:
-                if await self._tagged(key) == digest:
-                    await self._backend.delete(key)
-            except ObjectNotFound:
-                return  # another process was faster
-
+    async def _delete_tags_of(self, repository: str, digest: Digest, by: str) -> None:
         prefix, after, more = tags_prefix(repository), "", True
+
+        async def delete_if_it_points_here(key: str) -> None:
+            tag = key.removeprefix(prefix)
+            await self.tags.delete_if(repository, tag, digest, by=by)
+
         while more:
             page = await self._backend.list(prefix, after=after, limit=1000)
             await _map(delete_if_it_points_here, page.keys)

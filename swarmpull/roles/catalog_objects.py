@@ -1,7 +1,8 @@
 """The keys of the objects in which the catalog keeps repositories, and what is in them.
 
     catalog/<name, with .~/ for />                   the repository exists
-    repositories/<name>/_tags/<tag>                  which manifest the tag names, and since when
+    repositories/<name>/_tags/<tag>                  the tag is there, for listings
+    repositories/<name>/_changes/<tag>               the last changes of the tag, and so what it is
     repositories/<name>/_manifests/<alg>/<hex>       what is known of a manifest
     repositories/<name>/_referrers/<alg>/<hex>/<alg>/<hex>
                                                      a subject, then a manifest that refers to it
@@ -15,20 +16,28 @@ MinIO would not list that.
 from __future__ import annotations
 
 import json
-from typing import Final
+from collections.abc import Callable
+from typing import Final, TypeVar
 
 import attrs
 
 from swarmpull.digest import Digest
-from swarmpull.errors import ManifestInvalid, PushRefused, RepositoryNotFound
+from swarmpull.errors import (
+    BackendUnavailable,
+    InvalidDigest,
+    ManifestInvalid,
+    PushRefused,
+    RepositoryNotFound,
+)
 from swarmpull.registry.errors import shorten
 from swarmpull.registry.names import is_repository
-from swarmpull.store.backends.base import SEGMENT_BYTES_MAX, check_key
+from swarmpull.store.backends.base import SEGMENT_BYTES_MAX, Backend, check_key
 from swarmpull.wire.api import Descriptor
+
+T = TypeVar("T")
 
 # A manifest has 4 MiB at most, and its annotations are part of it.
 ENTRY_BYTES_MAX: Final = 5 << 20
-TAG_BYTES_MAX: Final = 4096
 MARKERS: Final = "catalog/"
 # What is below the repository ``a`` is not below its marker.  In names ``.`` comes right before ``/``, and no
 # character after ``~``, so these sort as ``/`` does.
@@ -66,6 +75,10 @@ def tags_prefix(repository: str) -> str:
 
 def tag_key(repository: str, tag: str) -> str:
     return tags_prefix(repository) + tag
+
+
+def changes_key(repository: str, tag: str) -> str:
+    return f"repositories/{repository}/_changes/{tag}"
 
 
 def manifest_key(repository: str, digest: Digest) -> str:
@@ -117,14 +130,13 @@ def check_writable(repository: str) -> None:
 # --- values -----------------------------------------------------------------------------------
 
 
-def pack_tag(digest: Digest, changed_at: float) -> bytes:
-    """``changed_at`` is in seconds since the epoch; for people, nothing is decided by it."""
-    return json.dumps({"digest": str(digest), "changed_at": changed_at}).encode()
-
-
-def unpack_tag(data: bytes) -> Digest:
-    """Raises ValueError, KeyError, TypeError or InvalidDigest for what `pack_tag` did not make."""
-    return Digest.parse(json.loads(data)["digest"])
+def unpacked(backend: Backend, key: str, data: bytes, unpack: Callable[[bytes], T]) -> T:
+    """What is in an object of ours.  One that cannot be read is a fault of the backend."""
+    try:
+        return unpack(data)
+    except (ValueError, KeyError, TypeError, InvalidDigest) as exc:
+        reason = f"the object is damaged: {exc!r}"
+        raise BackendUnavailable(backend.name, key, reason) from exc
 
 
 def pack_entry(entry: ManifestEntry) -> bytes:

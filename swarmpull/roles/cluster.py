@@ -377,6 +377,11 @@ class IndexClient:
         request = api.ReferenceRequest(repository, reference)
         return await self._read(repository, api.RESOLVE, request)
 
+    async def tag_log(self, repository: str, tag: str) -> api.TagLogReply:
+        """The last changes of a tag.  Raises ManifestNotFound, RepositoryNotFound."""
+        request = api.ReferenceRequest(repository, tag)
+        return await self._read(repository, api.TAG_LOG, request)
+
     async def check_references(
         self,
         repository: str,
@@ -399,7 +404,7 @@ class IndexClient:
 
     async def delete_tag(self, repository: str, tag: str) -> None:
         """Raises ManifestNotFound."""
-        request = api.ReferenceRequest(repository, tag)
+        request = api.DeleteTagRequest(repository, tag)
         await self._write(repository, api.DELETE_TAG, request)
 
     async def link_blob(self, repository: str, digest: Digest) -> None:

@@ -6,6 +6,7 @@ another one.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -57,6 +58,7 @@ class Index:
         """Every ``index.*`` method."""
         service = RpcService()
         self._register(service, api.RESOLVE, self._resolve)
+        self._register(service, api.TAG_LOG, self._tag_log)
         self._register(service, api.CHECK_REFERENCES, self._check_references)
         self._register(service, api.RECORD_MANIFEST, self._record_manifest)
         self._register(service, api.DELETE_MANIFEST, self._delete_manifest)
@@ -73,15 +75,15 @@ class Index:
         self,
         service: RpcService,
         method: Method[Req, Rep],
-        answer: Callable[[Req], Awaitable[Rep]],
+        answer: Callable[[Req, RpcContext], Awaitable[Rep]],
     ) -> None:
         name = method.name.removeprefix("index.")
 
-        async def handle(request: Req, _: RpcContext) -> Rep:
+        async def handle(request: Req, context: RpcContext) -> Rep:
             result = "cancelled"
             started_at = trio.current_time()
             try:
-                reply = await answer(request)
+                reply = await answer(request, context)
                 result = "ok"
             except SwarmpullError as exc:
                 result = type(exc).__name__
@@ -95,14 +97,20 @@ class Index:
 
         service.register(method, handle)
 
-    async def _resolve(self, request: api.ReferenceRequest) -> api.Descriptor:
+    async def _resolve(self, request: api.ReferenceRequest, _: RpcContext) -> api.Descriptor:
         return await self._catalog.resolve(request.repository, request.reference)
 
-    async def _check_references(self, request: api.CheckReferencesRequest) -> Empty:
+    async def _check_references(self, request: api.CheckReferencesRequest, _: RpcContext) -> Empty:
         await self._catalog.check_references(request.repository, request.blobs, request.manifests)
         return Empty()
 
-    async def _record_manifest(self, request: api.RecordManifestRequest) -> Empty:
+    async def _tag_log(self, request: api.ReferenceRequest, _: RpcContext) -> api.TagLogReply:
+        return await self._catalog.tag_log(request.repository, request.reference)
+
+    async def _record_manifest(
+        self, request: api.RecordManifestRequest, context: RpcContext
+    ) -> Empty:
+        request = attrs.evolve(request, by=request.by or _name_of(context))
         await self._catalog.record_manifest(request)
         log.info(
             "manifest_recorded",
@@ -112,37 +120,47 @@ class Index:
         )
         return Empty()
 
-    async def _delete_manifest(self, request: api.DigestInRepository) -> Empty:
-        await self._catalog.delete_manifest(request.repository, request.digest)
+    async def _delete_manifest(self, request: api.DigestInRepository, context: RpcContext) -> Empty:
+        by = _name_of(context)
+        await self._catalog.delete_manifest(request.repository, request.digest, by=by)
         log.info("manifest_deleted", repository=request.repository, digest=str(request.digest))
         return Empty()
 
-    async def _delete_tag(self, request: api.ReferenceRequest) -> Empty:
-        await self._catalog.delete_tag(request.repository, request.reference)
+    async def _delete_tag(self, request: api.DeleteTagRequest, context: RpcContext) -> Empty:
+        request = attrs.evolve(request, by=request.by or _name_of(context))
+        await self._catalog.delete_tag(request)
         log.info("tag_deleted", repository=request.repository, tag=request.reference)
         return Empty()
 
-    async def _link_blob(self, request: api.DigestInRepository) -> Empty:
+    async def _link_blob(self, request: api.DigestInRepository, _: RpcContext) -> Empty:
         await self._catalog.link_blob(request.repository, request.digest)
         return Empty()
 
-    async def _unlink_blob(self, request: api.DigestInRepository) -> Empty:
+    async def _unlink_blob(self, request: api.DigestInRepository, _: RpcContext) -> Empty:
         await self._catalog.unlink_blob(request.repository, request.digest)
         log.info("blob_unlinked", repository=request.repository, digest=str(request.digest))
         return Empty()
 
-    async def _has_blob(self, request: api.DigestInRepository) -> api.Found:
+    async def _has_blob(self, request: api.DigestInRepository, _: RpcContext) -> api.Found:
         return api.Found(await self._catalog.has_blob(request.repository, request.digest))
 
-    async def _list_tags(self, request: api.ListRequest) -> api.ListReply:
+    async def _list_tags(self, request: api.ListRequest, _: RpcContext) -> api.ListReply:
         return await self._catalog.list_tags(request.repository, request.after, request.limit)
 
-    async def _list_repositories(self, request: api.ListRequest) -> api.ListReply:
+    async def _list_repositories(self, request: api.ListRequest, _: RpcContext) -> api.ListReply:
         return await self._catalog.list_repositories(request.after, request.limit)
 
-    async def _list_referrers(self, request: api.DigestInRepository) -> api.ReferrersReply:
+    async def _list_referrers(
+        self, request: api.DigestInRepository, _: RpcContext
+    ) -> api.ReferrersReply:
         found = await self._catalog.list_referrers(request.repository, request.digest)
         return api.ReferrersReply(found)
+
+
+def _name_of(context: RpcContext) -> str:
+    """Who asked, as the history of a tag has it."""
+    host = context.remote_host
+    return host if context.caller is None else f"{context.caller} at {host}"
 
 
 @attrs.define(eq=False)
@@ -192,7 +210,7 @@ async def run_index(
         StartupError: a listener cannot be bound, or the backend cannot be used at all.
     """
     metrics = Metrics()
-    catalog = Catalog(await open_backend(settings.backend.url))
+    catalog = Catalog(await open_backend(settings.backend.url), _source(settings))
     watch = BackendWatch(catalog)
     async with (
         open_tls("index", config.tls, metrics) as tls,
@@ -212,6 +230,11 @@ async def run_index(
             task_status=task_status,
         )
         background.cancel_scope.cancel()
+
+
+def _source(settings: IndexConfig) -> str:
+    """What names this index in the stamps of tags."""
+    return settings.name or f"{socket.gethostname()}:{settings.rpc.listen.port}"
 
 
 def _status(watch: BackendWatch) -> dict[str, Any]:

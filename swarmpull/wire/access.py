@@ -40,6 +40,7 @@ CALLERS: Final[dict[str, frozenset[str]]] = {
     api.RESOLVE_UPSTREAM.name: _HOSTS,
     api.GET_UPSTREAM_MANIFEST.name: _HOSTS,
     api.RESOLVE.name: _LOOKING,
+    api.TAG_LOG.name: _LOOKING | {"index"},
     api.HAS_BLOB.name: _LOOKING,
     api.LIST_TAGS.name: _LOOKING,
     api.LIST_REPOSITORIES.name: _LOOKING,

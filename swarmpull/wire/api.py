@@ -381,6 +381,56 @@ class ReferenceRequest:
 
 
 @attrs.frozen
+class Stamp:
+    """When a tag was changed, in ns since 1970, and which index made the change; they sort in that order.
+
+    A change keeps its stamp in every cluster that it is replicated to.
+    """
+
+    time: int
+    source: str
+
+
+@attrs.frozen
+class TagChange:
+    """One change of a tag.
+
+    Attributes:
+        stamp: of two changes the later one counts, wherever and in whatever order they arrive.
+        digest: of the manifest that the tag names from then on; None when it was deleted.
+        by: who asked for it, for people.
+    """
+
+    stamp: Stamp
+    digest: Digest | None
+    by: str = ""
+
+
+@attrs.frozen
+class TagLogReply:
+    """The last changes of a tag, the latest one at the end; that says what the tag is."""
+
+    changes: tuple[TagChange, ...]
+
+
+@attrs.frozen
+class DeleteTagRequest:
+    """Remove a tag.
+
+    Attributes:
+        repository: where.
+        reference: the tag.
+        stamp: of a deletion that was made in another cluster; it counts if it is later than what is here.
+        by: who asked for it.
+    """
+
+    repository: str
+    reference: str
+    stamp: Stamp | None = None
+    by: str = ""
+
+
+@attrs.frozen
 class RecordManifestRequest:
     """Enter a manifest, whose bytes are durable already, into a repository.
 
@@ -391,6 +441,9 @@ class RecordManifestRequest:
         subject: the manifest that this one refers to as its subject; need not exist.
         blobs: digests of config and layers that must be in the repository.
         manifests: digests of child manifests that must be in the repository.
+        stamp: of a change of the tag that was made in another cluster; the tag moves if it is later than what
+            the tag is here.
+        by: who pushed it.
     """
 
     repository: str
@@ -399,6 +452,8 @@ class RecordManifestRequest:
     subject: Digest | None = None
     blobs: tuple[Digest, ...] = ()
     manifests: tuple[Digest, ...] = ()
+    stamp: Stamp | None = None
+    by: str = ""
 
 
 @attrs.frozen
@@ -468,7 +523,9 @@ RECORD_MANIFEST: Final = Method("index.record_manifest", RecordManifestRequest, 
 # Removes the manifest and every tag of the repository that points to it.  Raises ManifestNotFound.
 DELETE_MANIFEST: Final = Method("index.delete_manifest", DigestInRepository, Empty)
 # Raises ManifestNotFound.
-DELETE_TAG: Final = Method("index.delete_tag", ReferenceRequest, Empty)
+DELETE_TAG: Final = Method("index.delete_tag", DeleteTagRequest, Empty)
+# Also of a tag that was deleted.  Raises ManifestNotFound, RepositoryNotFound.
+TAG_LOG: Final = Method("index.tag_log", ReferenceRequest, TagLogReply)
 LINK_BLOB: Final = Method("index.link_blob", DigestInRepository, Empty)
 # Raises BlobNotFound.
 UNLINK_BLOB: Final = Method("index.unlink_blob", DigestInRepository, Empty)

@@ -25,7 +25,7 @@ from swarmpull.roles import catalog as catalog_module
 from swarmpull.roles import catalog_objects
 from swarmpull.roles.catalog import Catalog
 from swarmpull.store.backends import Backend, open_backend
-from swarmpull.wire.api import Descriptor, RecordManifestRequest
+from swarmpull.wire.api import DeleteTagRequest, Descriptor, RecordManifestRequest
 
 MEDIA_TYPE = "application/vnd.oci.image.manifest.v1+json"
 CONFIG, LAYER = Digest.of(b"config"), Digest.of(b"layer")
@@ -114,7 +114,7 @@ async def test_an_unknown_repository_is_said_to_be_unknown(catalog, repository):
     with pytest.raises(RepositoryNotFound):
         await catalog.delete_manifest(repository, digest(1))
     with pytest.raises(RepositoryNotFound):
-        await catalog.delete_tag(repository, "v1")
+        await catalog.delete_tag(DeleteTagRequest(repository, "v1"))
     with pytest.raises(BlobNotFound):
         await catalog.unlink_blob(repository, LAYER)
     assert not await catalog.has_blob(repository, LAYER)
@@ -243,12 +243,12 @@ async def test_all_of_many_tags_are_removed(catalog):
 async def test_a_deleted_tag_leaves_the_manifest(catalog):
     await catalog.record_manifest(request(1, tag="v1"))
 
-    await catalog.delete_tag("team/app", "v1")
+    await catalog.delete_tag(DeleteTagRequest("team/app", "v1"))
 
     assert await catalog.resolve("team/app", str(digest(1))) == describe(1)
     for tag in ("v1", "../v1", str(digest(1))):
         with pytest.raises(ManifestNotFound):
-            await catalog.delete_tag("team/app", tag)
+            await catalog.delete_tag(DeleteTagRequest("team/app", tag))
 
 
 # --- listing ----------------------------------------------------------------------------------
@@ -436,7 +436,7 @@ async def change_repeatedly(catalog: Catalog) -> None:
     await catalog.record_manifest(request(2, tag="v2", subject=digest(0)))
     await catalog.delete_manifest("team/app", digest(2))
     await catalog.record_manifest(request(1, tag="v3", subject=digest(0)))
-    await catalog.delete_tag("team/app", "v3")
+    await catalog.delete_tag(DeleteTagRequest("team/app", "v3"))
     await catalog.unlink_blob("team/app", LAYER)
 
 
@@ -486,10 +486,11 @@ async def test_concurrent_puts_to_one_tag_are_made_one_after_the_other(backend):
         for number in range(20):
             nursery.start_soon(catalog.record_manifest, request(number, tag="latest"))
 
-    changes = [key for key in keys if not key.startswith("catalog/")]
+    assert sum(key.endswith("_tags/latest") for key in keys) == 1
+    changes = [key for key in keys if not key.startswith("catalog/") and "_tags" not in key]
     assert len(changes) == 40
     assert all("_manifests" in key for key in changes[::2])
-    assert all(key.endswith("_tags/latest") for key in changes[1::2])
+    assert all(key.endswith("_changes/latest") for key in changes[1::2])
     last = Digest.parse("sha256:" + changes[-2].rpartition("/")[2])
     assert (await catalog.resolve("team/app", "latest")).digest == last
 
@@ -525,10 +526,11 @@ async def test_other_repositories_do_not_wait(backend):
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"digest": "x"}', b"\xff", b"3"])
 async def test_a_damaged_object_is_a_fault_of_the_backend(catalog, backend, content):
     await catalog.record_manifest(request(1, tag="v1"))
-    await backend.put_bytes("repositories/team/app/_tags/v1", content)
-
-    with pytest.raises(BackendUnavailable, match=r"_tags/v1.*damaged"):
-        await catalog.resolve("team/app", "v1")
+    for kind in ("_changes", "_tags"):
+        await backend.put_bytes(f"repositories/team/app/{kind}/v1", content)
+        with pytest.raises(BackendUnavailable, match=rf"{kind}/v1.*damaged"):
+            await catalog.resolve("team/app", "v1")
+        await backend.delete(f"repositories/team/app/{kind}/v1")
 
 
 async def test_a_backend_that_is_gone_is_not_an_empty_one(catalog, tmp_path):

@@ -202,6 +202,7 @@ async def test_a_member_that_fails_by_a_bug_is_not_passed_over(pool, member):
 PEER = PeerContact("a" * 32, "host", 7100, PeerKind.AGENT)
 METAINFO = Metainfo(BLOB, 5, PIECE_LENGTH_MIN, bytes(32))
 DESCRIPTOR = api.Descriptor(BLOB, "type", 5)
+CHANGE = api.TagChange(api.Stamp(1, "index1"), BLOB, "somebody")
 
 
 async def serve_every_method(seen: list[object], *, task_status: trio.TaskStatus[str]) -> None:
@@ -213,6 +214,7 @@ async def serve_every_method(seen: list[object], *, task_status: trio.TaskStatus
         api.ADOPT_BLOB: api.Empty(),
         api.PUT_MANIFEST: api.PutManifestReply(BLOB),
         api.RESOLVE: DESCRIPTOR,
+        api.TAG_LOG: api.TagLogReply((CHANGE,)),
         api.CHECK_REFERENCES: api.Empty(),
         api.RECORD_MANIFEST: api.Empty(),
         api.DELETE_MANIFEST: api.Empty(),
@@ -264,8 +266,9 @@ async def test_every_method_has_a_typed_call(pool, nursery):
     assert await index.list_tags("a", after="v0", limit=5) == api.ListReply(("v1",), True)
     assert await index.list_repositories(after="9") == api.ListReply(("a",), False)
     assert await index.list_referrers("a", BLOB) == (DESCRIPTOR,)
+    assert (await index.tag_log("a", "v1")).changes == (CHANGE,)
 
-    assert len(seen) == 16
+    assert len(seen) == 17
     assert seen[0] == announce
     assert seen[4] == api.PutManifestRequest("a", "v1", "type", b"{}")
     assert seen[13] == api.ListRequest("a", "v0", 5)

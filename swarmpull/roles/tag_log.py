@@ -1,0 +1,103 @@
+"""What became of one tag: its last changes, of which the latest says what it is.  Pure.
+
+Changes are sorted by their stamps, so the same changes make the same log in whatever order they arrive: at
+every index, and in every cluster that they are replicated to.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+import attrs
+
+from swarmpull.digest import Digest
+from swarmpull.wire.api import Stamp, TagChange
+
+# Changes that are kept of a tag, with that which makes it what it is.
+CHANGES_MAX: Final = 32
+# Characters of what names a source, or whoever asked for a change.
+NAME_MAX: Final = 160
+# The longest log: 32 changes of two names, each character of which takes up to 6 bytes of JSON.
+LOG_BYTES_MAX: Final = 128 << 10
+
+
+@attrs.frozen
+class TagLog:
+    """The changes of a tag that are known, by their stamps; at most CHANGES_MAX."""
+
+    changes: tuple[TagChange, ...] = ()
+
+    @property
+    def latest(self) -> TagChange | None:
+        """The change that makes the tag what it is; None when it never was anything."""
+        return self.changes[-1] if self.changes else None
+
+    @property
+    def digest(self) -> Digest | None:
+        """The manifest that the tag names; None when it is not there."""
+        return self.changes[-1].digest if self.changes else None
+
+    def with_change(self, change: TagChange) -> TagLog:
+        """The log with one more change, at its place; the same log when it is too old to be kept."""
+        merged = sorted({*self.changes, change}, key=_order)
+        return TagLog(tuple(merged[-CHANGES_MAX:]))
+
+    def next_stamp(self, now: int, source: str) -> Stamp:
+        """A stamp for a change that is made here, at ``now`` in ns: later than all that are known.
+
+        So a clock that was ahead, here or in another cluster, does not make later changes get lost.
+        """
+        latest = self.latest
+        time = now if latest is None else max(now, latest.stamp.time + 1)
+        return Stamp(time, source[:NAME_MAX])
+
+
+def _order(change: TagChange) -> tuple[int, str, str]:
+    # No two changes have the same stamp, unless two sources have the same name.
+    return change.stamp.time, change.stamp.source, str(change.digest or "")
+
+
+def pack_log(log: TagLog) -> bytes:
+    """The object of a tag that has changes."""
+    changes = [
+        {
+            "time": change.stamp.time,
+            "source": change.stamp.source,
+            "digest": None if change.digest is None else str(change.digest),
+            "by": change.by,
+        }
+        for change in log.changes
+    ]
+    return json.dumps({"changes": changes}).encode()
+
+
+def unpack_log(data: bytes) -> TagLog:
+    """Raises ValueError, KeyError, TypeError or InvalidDigest for what `pack_log` did not make."""
+    changes = json.loads(data)["changes"]
+    if type(changes) is not list or not changes:
+        raise ValueError("no changes")
+    return TagLog(tuple(_unpack_change(fields) for fields in changes))
+
+
+def unpack_marker(data: bytes) -> TagLog:
+    """What the object that lists a tag says: former versions had no other, and wrote there what the tag is.
+
+    Raises ValueError, KeyError, TypeError or InvalidDigest for what none of them has made.
+    """
+    fields = json.loads(data)
+    if type(fields) is not dict:
+        raise TypeError("not a map")
+    if not fields:
+        return TagLog()
+    time = int(float(fields.get("changed_at", 0.0)) * 1e9)
+    return TagLog((TagChange(Stamp(time, ""), Digest.parse(fields["digest"])),))
+
+
+def _unpack_change(fields: dict[str, Any]) -> TagChange:
+    time, source, by = fields["time"], fields["source"], fields["by"]
+    if type(time) is not int or type(source) is not str or type(by) is not str:
+        raise TypeError("a change with a field of the wrong type")
+    digest = fields["digest"]
+    parsed = None if digest is None else Digest.parse(digest)
+    return TagChange(Stamp(time, source), parsed, by)
