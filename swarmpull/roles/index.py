@@ -23,6 +23,7 @@ from swarmpull.roles.config_changes import ConfigChanges
 from swarmpull.roles.security import open_tls
 from swarmpull.roles.serving import serve_role
 from swarmpull.store.backends import open_backend
+from swarmpull.store.backends.impatient import ImpatientBackend
 from swarmpull.telemetry import Metrics
 from swarmpull.wire import api
 from swarmpull.wire.api import Empty
@@ -36,6 +37,9 @@ Rep = TypeVar("Rep")
 # How often the backend is tried for the readiness, and how long it may take.
 CHECK_INTERVAL: Final = 5.0
 CHECK_TIMEOUT: Final = 10.0
+# For one object, whatever timeouts and attempts its location has: less than callers wait for a lookup, so
+# that it is the backend that they are told of, and this index does not look ill.
+OBJECT_PATIENCE: Final = 8.0
 # From a lookup in the page cache to a delete that walks over thousands of tags.
 _BUCKETS: Final = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0)
 
@@ -210,7 +214,8 @@ async def run_index(
         StartupError: a listener cannot be bound, or the backend cannot be used at all.
     """
     metrics = Metrics()
-    catalog = Catalog(await open_backend(settings.backend.url), _source(settings))
+    backend = await open_backend(settings.backend.url)
+    catalog = Catalog(ImpatientBackend(backend, OBJECT_PATIENCE), _source(settings))
     watch = BackendWatch(catalog)
     async with (
         open_tls("index", config.tls, metrics) as tls,

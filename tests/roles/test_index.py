@@ -38,6 +38,7 @@ from swarmpull.roles.addresses import RoleAddresses
 from swarmpull.roles.catalog import Catalog
 from swarmpull.roles.cluster import Cluster, IndexClient
 from swarmpull.roles.index import BackendWatch, run_index
+from swarmpull.store.backends import s3
 from swarmpull.wire import api
 from swarmpull.wire.rpc import RpcPool, open_rpc_pool
 
@@ -51,8 +52,10 @@ def describe(number: int, **fields: object) -> api.Descriptor:
     return api.Descriptor(digest, "type", number, **fields)  # type: ignore[arg-type]
 
 
-def settings_for(directory: Path) -> IndexConfig:
-    return IndexConfig(rpc=LOOPBACK, admin=LOOPBACK, backend=BackendConfig(url=directory.as_uri()))
+def settings_for(backend: Path | str) -> IndexConfig:
+    """``backend``: a directory, or the URL of something else."""
+    url = backend if isinstance(backend, str) else backend.as_uri()
+    return IndexConfig(rpc=LOOPBACK, admin=LOOPBACK, backend=BackendConfig(url=url))
 
 
 @attrs.define
@@ -71,11 +74,11 @@ class Running:
 
 
 @asynccontextmanager
-async def running_index(directory: Path) -> AsyncIterator[Running]:
+async def running_index(backend: Path | str) -> AsyncIterator[Running]:
     drain, ended = trio.Event(), trio.Event()
 
     async def run(*, task_status: trio.TaskStatus[RoleAddresses]) -> None:
-        await run_index(Config(), settings_for(directory), drain=drain, task_status=task_status)
+        await run_index(Config(), settings_for(backend), drain=drain, task_status=task_status)
         ended.set()
 
     with trio.fail_after(30):
@@ -215,6 +218,26 @@ async def test_a_backend_that_hangs_is_not_ready(autojump_clock):
         await nursery.start(watch.run)
         assert watch.trouble == "the backend has not answered for 10 s"
         nursery.cancel_scope.cancel()
+
+
+async def test_a_change_fails_soon_when_the_bucket_says_nothing(monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setattr(s3, "STARTUP_PATIENCE", 0.1)
+    monkeypatch.setattr(index_module, "CHECK_TIMEOUT", 0.1)
+    monkeypatch.setattr(index_module, "OBJECT_PATIENCE", 0.3)
+    [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with listener:
+        endpoint = f"127.0.0.1:{listener.socket.getsockname()[1]}"
+        url = f"s3://bucket?endpoint={endpoint}&secure=false&region=us-east-1"
+
+        async with running_index(url) as index:
+            # One request to the bucket would wait for 30 s, and five are made.
+            with trio.fail_after(20):
+                with pytest.raises(BackendUnavailable, match=r"no answer for 0\.3 s"):
+                    await index.client.link_blob("a", LAYER)
+                with pytest.raises(BackendUnavailable, match=r"no answer for 0\.3 s"):
+                    await index.client.resolve("a", "v1")
 
 
 async def test_the_admin_pages_tell_what_goes_on(index):

@@ -29,6 +29,7 @@ from swarmpull.errors import (
 from swarmpull.store.backends import Backend, ObjectStat, blob_key, check_key, open_backend, s3
 from swarmpull.store.backends.base import CHUNK_BYTES_MAX, KEY_BYTES_MAX, SEGMENT_BYTES_MAX
 from swarmpull.store.backends.directory import MARKER
+from swarmpull.store.backends.impatient import ImpatientBackend
 from swarmpull.store.backends.paced import PacedBackend
 from swarmpull.store.token_bucket import TokenBucket
 
@@ -123,9 +124,20 @@ def paced_harness(request: pytest.FixtureRequest) -> Harness:
     return attrs.evolve(inner, open=open_paced)
 
 
+def impatient_harness(request: pytest.FixtureRequest) -> Harness:
+    """A directory that is given more time than anything here takes."""
+    inner = directory_harness(request)
+
+    async def open_impatient() -> ImpatientBackend:
+        return ImpatientBackend(await inner.open(), 600.0)
+
+    return attrs.evolve(inner, open=open_impatient)
+
+
 HARNESSES = {
     "directory": directory_harness,
     "paced": paced_harness,
+    "impatient": impatient_harness,
     # Every S3 server that is installed here; without any, the tests are skipped and say why.
     **{f"s3 {kind}".strip(): partial(s3_harness, kind=kind) for kind in installed_kinds() or [""]},
 }

@@ -9,7 +9,7 @@ import ssl
 import subprocess
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -491,6 +491,35 @@ async def test_a_silent_server_fails_a_request_after_the_read_timeout(s3_server)
 
         with trio.fail_after(PROMPTLY), pytest.raises(BackendUnavailable, match="timed out"):
             await backend.get_bytes("a")
+
+
+async def test_what_was_not_sent_of_a_cancelled_request_is_not_sent_later(s3_server) -> None:
+    data = random_bytes(8 * MIB)
+    received = bytearray()
+    [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with listener, trio.open_nursery() as nursery:
+        backend = S3Backend(parse_location(url_of(listener.socket.getsockname()[1])))
+        scope = trio.CancelScope()
+
+        async def put() -> None:
+            with scope:
+                await backend.put_bytes("a", data)
+
+        nursery.start_soon(put)
+        with trio.fail_after(PROMPTLY):
+            async with await listener.accept() as stream:
+                # Nobody reads on, so a part of it stays with the client.
+                received += await stream.receive_some(1)
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                scope.cancel()
+                await wait_until_no_thread_is_used(backend)
+                # A reset, and no end of the stream as after all bytes.
+                with suppress(trio.BrokenResourceError):
+                    while chunk := await stream.receive_some():
+                        received += chunk
+
+    assert scope.cancelled_caught
+    assert len(received) < len(data)
 
 
 @asynccontextmanager

@@ -13,6 +13,7 @@ import os
 import re
 import socket
 import ssl
+import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -77,6 +78,9 @@ METADATA_TIMEOUT: Final = 1.0
 # SeaweedFS walks its directories: all of "a/..." comes before "a-b", where bytes say the opposite, and
 # a listing that starts after "a" leaves out "a/b" when both are objects (4.48).
 UNORDERED_SERVERS: Final = ("SeaweedFS",)
+
+# socket(7), struct linger: on, for no second.
+NO_LINGER: Final = struct.pack("ii", 1, 0)
 
 _CONTENT_RANGE: Final = re.compile(r"bytes ([0-9]+)-[0-9]+/([0-9]+)")
 _thread: Final = threading.local()
@@ -194,6 +198,11 @@ class Call:
             if self._socket is not None:
                 # Not the method of a TLS socket, which pulls its state away from under the reader.
                 with suppress(OSError):
+                    # What is still in the buffer must not reach a server minutes later, after what was put
+                    # since: the thread closes the socket when it fails.
+                    socket.socket.setsockopt(
+                        self._socket, socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER
+                    )
                     socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
             unwanted = self.body if self._over else None
         if unwanted is not None:
