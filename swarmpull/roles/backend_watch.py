@@ -16,7 +16,7 @@ import trio
 from swarmpull.digest import Digest
 from swarmpull.errors import BackendUnavailable, ObjectNotFound
 from swarmpull.store.backends.base import Backend, blob_key
-from swarmpull.store.write_back_schedule import PROBE_MAX, backoff
+from swarmpull.store.retry_schedule import PROBE_MAX, backoff
 
 log = structlog.get_logger()
 

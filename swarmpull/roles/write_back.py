@@ -35,8 +35,9 @@ from swarmpull.roles.origin_content import OriginContent
 from swarmpull.roles.replication import Replication
 from swarmpull.roles.swarm_host import SwarmHost
 from swarmpull.store.holds import Hold, Pin
+from swarmpull.store.retry_schedule import Schedule
 from swarmpull.store.write_back_queue import WriteBackQueue
-from swarmpull.store.write_back_schedule import Key, QueuedBlob, Schedule, rank_delay
+from swarmpull.store.write_back_schedule import Key, QueuedBlob, rank_delay
 from swarmpull.swarm.metainfo import Metainfo
 from swarmpull.swarm.peers import PeerContact
 from swarmpull.telemetry import Metrics
@@ -76,7 +77,7 @@ class _Queued:
 class _Lane:
     """The way to one backend."""
 
-    schedule: Schedule
+    schedule: Schedule[Key]
     failures: _Failures
 
 
@@ -259,8 +260,9 @@ class WriteBack:
             self._found -= known.blob.is_found
             known.blob = blob
         self._found += blob.is_found
-        due = trio.current_time() + min(delay, rank_delay(blob.rank, blob.length))
-        self._lane(blob.namespace).schedule.add(blob.key, blob.rank, blob.length, due)
+        behind = rank_delay(blob.rank, blob.length)
+        due = trio.current_time() + min(delay, behind)
+        self._lane(blob.namespace).schedule.add(blob.key, due, behind)
         self._wake.set()
 
     # --- writing ------------------------------------------------------------------------------
@@ -309,7 +311,7 @@ class WriteBack:
         # Even if the file cannot be changed: a full disk is mended by evicting what is in the backend.
         queued.hold.release()
         self._metrics.written.inc()
-        back = lane.schedule.written(key, trio.current_time())
+        back = lane.schedule.done(key, trio.current_time())
         lane.failures.over(len(self._queued), back=back)
         try:
             await self._queue.remove(key)
@@ -331,7 +333,7 @@ class WriteBack:
             delay = lane.schedule.postpone(key, REFUSED_DELAY, now)
         else:
             backend = isinstance(error, BackendUnavailable)
-            delay = lane.schedule.failed(key, attempts, now, backend=backend)
+            delay = lane.schedule.failed(key, attempts, now, target=backend)
         queued.blob = attrs.evolve(
             queued.blob,
             attempts=attempts,

@@ -18,7 +18,7 @@ import trio.testing
 
 from swarmpull.digest import Digest
 from swarmpull.errors import StartupError, StoreFull, StoreUnavailable
-from swarmpull.store import write_back_queue
+from swarmpull.store import durable_queue
 from swarmpull.store.write_back_queue import (
     FILE_NAME,
     WriteBackQueue,
@@ -79,9 +79,9 @@ async def test_changes_made_at_the_same_time_share_a_flush_and_keep_their_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commits = []
-    commit = write_back_queue._commit
+    commit = durable_queue._commit
     monkeypatch.setattr(
-        write_back_queue,
+        durable_queue,
         "_commit",
         lambda database, changes: (commits.append(len(changes)), commit(database, changes)),
     )
