@@ -54,7 +54,7 @@ class Schedule(Generic[K]):
         rng: random.Random,
         at_once: int,
         *,
-        longest: float = BACKOFF_MAX,
+        longest: float | None = None,
         group: Callable[[K], Hashable] | None = None,
     ) -> None:
         """A schedule without anything in it.
@@ -62,12 +62,12 @@ class Schedule(Generic[K]):
         Args:
             rng: for the part of a wait that is left to chance.
             at_once: how many things are under way at the same time.
-            longest: the most seconds between two attempts with one thing.
+            longest: the most seconds between two attempts with one thing, if not `BACKOFF_MAX`.
             group: what a thing belongs to; None: to nothing.
         """
         self.at_once = at_once
         self._rng = rng
-        self._longest = longest
+        self._longest = BACKOFF_MAX if longest is None else longest
         self._group = group
         self._numbers = itertools.count()
         self._waiting: dict[K, _Wait] = {}

@@ -118,8 +118,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"POLL": 0.2, "ANSWER_PATIENCE": 0.3, "STALLED": 0.5}.items():
         monkeypatch.setattr(replication, name, value)
     monkeypatch.setattr(write_back, "rank_delay", lambda rank, _: rank * 0.5)
-    monkeypatch.setattr("swarmpull.store.write_back_schedule.BACKOFF_MAX", 0.5)
-    monkeypatch.setattr("swarmpull.store.write_back_schedule.PROBE_MAX", 0.3)
+    monkeypatch.setattr("swarmpull.store.retry_schedule.BACKOFF_MAX", 0.5)
+    monkeypatch.setattr("swarmpull.store.retry_schedule.PROBE_MAX", 0.3)
 
 
 # --- replication ----------------------------------------------------------------------------------
