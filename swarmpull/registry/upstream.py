@@ -463,9 +463,15 @@ class UpstreamBackend:
         """Refuse: nothing is pushed upstream.  Raises BackendUnavailable."""
         self._refuse(key)
 
-    async def put_bytes(self, key: str, data: bytes) -> None:  # noqa: ARG002
+    async def put_bytes(self, key: str, data: bytes, *, if_version: str | None = None) -> None:  # noqa: ARG002
         """Refuse: nothing is pushed upstream.  Raises BackendUnavailable."""
         self._refuse(key)
+
+    async def get_versioned(
+        self, key: str, *, limit: int = SMALL_OBJECT_BYTES
+    ) -> tuple[bytes, str]:
+        """Read a small blob whole; its digest names it already."""
+        return await self.get_bytes(key, limit=limit), key
 
     async def get_bytes(self, key: str, *, limit: int = SMALL_OBJECT_BYTES) -> bytes:
         """Read a small blob whole, as `Backend.get_bytes` says."""

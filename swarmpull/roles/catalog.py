@@ -97,6 +97,12 @@ class Catalog:
         """The URL of the backend, without secrets."""
         return self._backend.name
 
+    @property
+    def conditional(self) -> bool | None:
+        """Whether the backend has conditional puts; None as long as nobody knows."""
+        found: bool | None = getattr(self._backend, "conditional", None)
+        return found
+
     # --- looking up ---------------------------------------------------------------------------
 
     async def resolve(self, repository: str, reference: str) -> Descriptor:

@@ -1,19 +1,21 @@
 """The tags of the catalog: one object for each, with its last changes, and a name in the listing.
 
-A tag is in the listing (``_tags``) when the log of its changes (``_changes``) says that it is there.  The two
-are objects of their own, and other processes change them too: whoever has written a log sees to it that
-the listing agrees, and looks again afterwards, so the last one to touch either leaves both alike.
+A tag is in the listing (``_tags``) when the log of its changes (``_changes``) says that it is there.  A log
+is written on the condition that it is the one that was read, so no change is lost whichever processes make
+them.  The name in the listing is an object of its own: whoever has written a log sees to it that the listing
+agrees, and looks again afterwards, so the last one to touch either leaves both alike.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 from typing import Final, Protocol
 
 import attrs
 
 from swarmpull.digest import Digest
-from swarmpull.errors import BackendUnavailable, ManifestNotFound, ObjectNotFound
+from swarmpull.errors import BackendUnavailable, ManifestNotFound, ObjectNotFound, ObjectReplaced
 from swarmpull.roles.catalog_objects import changes_key, tag_key, unpacked
 from swarmpull.roles.tag_log import (
     LOG_BYTES_MAX,
@@ -28,6 +30,9 @@ from swarmpull.wire.api import Stamp, TagChange
 
 # Others that change the same tag at the same moment are met so often before a change is given up.
 ATTEMPTS: Final = 20
+
+# The change to be made of a tag with these changes; None when there is nothing to do.
+MakeChange = Callable[[TagLog], Awaitable[TagChange | None]]
 
 
 class TagWatcher(Protocol):
@@ -63,12 +68,17 @@ class CatalogTags:
 
     async def log(self, repository: str, tag: str) -> TagLog:
         """The changes of a tag; none of one that never was."""
+        log, _ = await self._read(repository, tag)
+        return log
+
+    async def _read(self, repository: str, tag: str) -> tuple[TagLog, str]:
+        """The changes of a tag, and the version of the object that has them; empty if there is none."""
+        key = changes_key(repository, tag)
         try:
-            key = changes_key(repository, tag)
-            data = await self._backend.get_bytes(key, limit=LOG_BYTES_MAX)
-            return unpacked(self._backend, key, data, unpack_log)
+            data, version = await self._backend.get_versioned(key, limit=LOG_BYTES_MAX)
         except ObjectNotFound:
-            return await self._marker(repository, tag)
+            return await self._marker(repository, tag), ""
+        return unpacked(self._backend, key, data, unpack_log), version
 
     async def _marker(self, repository: str, tag: str) -> TagLog:
         key = tag_key(repository, tag)
@@ -85,12 +95,15 @@ class CatalogTags:
 
         Without a stamp, a tag that names the manifest already stays as it is.
         """
-        log = await self.log(repository, tag)
-        if stamp is None and log.digest == digest:
+
+        async def make(log: TagLog) -> TagChange | None:
+            if stamp is not None or log.digest != digest:
+                return self._made(log, digest, stamp, by)
             # The one that made it so may have been cut off before the listing.
             await self._list(repository, tag)
-            return
-        await self._change(repository, tag, log, self._made(log, digest, stamp, by))
+            return None
+
+        await self._change(repository, tag, make)
 
     async def delete(self, repository: str, tag: str, *, stamp: Stamp | None, by: str) -> None:
         """Remove a tag; if ``stamp`` is set, only if it is later, and one that is not there, too.
@@ -98,25 +111,47 @@ class CatalogTags:
         Raises:
             ManifestNotFound: there is no such tag.
         """
-        log = await self.log(repository, tag)
-        if stamp is None and log.digest is None:
+
+        async def make(log: TagLog) -> TagChange:
+            if stamp is not None or log.digest is not None:
+                return self._made(log, None, stamp, by)
             # Another delete may have been cut off before the listing.
             await self._unlist(repository, tag)
             raise ManifestNotFound(repository, tag)
-        await self._change(repository, tag, log, self._made(log, None, stamp, by))
+
+        await self._change(repository, tag, make)
 
     async def delete_if(self, repository: str, tag: str, digest: Digest, *, by: str) -> None:
         """Remove a tag if it names this manifest."""
-        log = await self.log(repository, tag)
-        if log.digest == digest:
-            await self._change(repository, tag, log, self._made(log, None, None, by))
+
+        async def make(log: TagLog) -> TagChange | None:
+            return self._made(log, None, None, by) if log.digest == digest else None
+
+        await self._change(repository, tag, make)
 
     def _made(self, log: TagLog, digest: Digest | None, stamp: Stamp | None, by: str) -> TagChange:
         stamp = stamp or log.next_stamp(time.time_ns(), self._source)
         stamp = attrs.evolve(stamp, source=stamp.source[:NAME_MAX])
         return TagChange(stamp, digest, by[:NAME_MAX])
 
-    async def _change(self, repository: str, tag: str, log: TagLog, change: TagChange) -> None:
+    async def _change(self, repository: str, tag: str, make: MakeChange) -> None:
+        """Make a change of what is there; again when another process has changed that meanwhile."""
+        for _ in range(ATTEMPTS):
+            log, version = await self._read(repository, tag)
+            change = await make(log)
+            if change is None:
+                return
+            try:
+                await self._write(repository, tag, log, version, change)
+            except ObjectReplaced:
+                continue
+            return
+        raise self._restless(repository, tag)
+
+    async def _write(
+        self, repository: str, tag: str, log: TagLog, version: str, change: TagChange
+    ) -> None:
+        """Raises ObjectReplaced when the log is not of that version any more."""
         changed = log.with_change(change)
         if changed == log:
             await self._settle(repository, tag, log)
@@ -128,7 +163,13 @@ class CatalogTags:
         if changed.digest is None:
             # Before: what was cut off leaves no name in the listing that nothing is behind.
             await self._unlist(repository, tag)
-        await self._backend.put_bytes(changes_key(repository, tag), pack_log(changed))
+        key = changes_key(repository, tag)
+        try:
+            await self._backend.put_bytes(key, pack_log(changed), if_version=version)
+        except ObjectReplaced:
+            if changed.digest is None:
+                await self._settle(repository, tag, changed)
+            raise
         if (log.digest is None) != (changed.digest is None):
             await self._settle(repository, tag, changed)
         if counts:
@@ -148,8 +189,11 @@ class CatalogTags:
             if (now.digest is None) == (log.digest is None):
                 return
             log = now
-        reason = f"tag {tag} is made and deleted again and again by others: try once more"
-        raise BackendUnavailable(self._backend.name, tag_key(repository, tag), reason)
+        raise self._restless(repository, tag)
+
+    def _restless(self, repository: str, tag: str) -> BackendUnavailable:
+        reason = f"tag {tag} is changed again and again by others: try once more"
+        return BackendUnavailable(self._backend.name, changes_key(repository, tag), reason)
 
     async def _list(self, repository: str, tag: str) -> None:
         key = tag_key(repository, tag)

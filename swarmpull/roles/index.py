@@ -248,5 +248,6 @@ def _status(watch: BackendWatch) -> dict[str, Any]:
             "url": watch.catalog.backend_name,
             "available": not watch.trouble,
             "trouble": watch.trouble,
+            "conditional_puts": watch.catalog.conditional,
         },
     }

@@ -400,9 +400,9 @@ class FaultyBackend:
     def __getattr__(self, name: str) -> object:
         return getattr(self.inner, name)
 
-    async def put_bytes(self, key: str, data: bytes) -> None:
+    async def put_bytes(self, key: str, data: bytes, *, if_version: str | None = None) -> None:
         self._count(key)
-        await self.inner.put_bytes(key, data)
+        await self.inner.put_bytes(key, data, if_version=if_version)
 
     async def delete(self, key: str) -> None:
         self._count(key)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import attrs
 import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -258,6 +260,57 @@ def test_the_longest_log_fits_its_bound():
     assert len(pack_log(log)) <= LOG_BYTES_MAX
 
 
+# --- several processes ------------------------------------------------------------------------
+
+
+@attrs.define
+class Slow:
+    """Gives way before every change, so that others come in between."""
+
+    inner: Backend
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.inner, name)
+
+    async def put_bytes(self, key: str, data: bytes, *, if_version: str | None = None) -> None:
+        await trio.lowlevel.checkpoint()
+        await self.inner.put_bytes(key, data, if_version=if_version)
+
+
+async def test_of_concurrent_puts_at_several_indexes_one_wins_and_none_is_lost(tmp_path):
+    url = (tmp_path / "backend").as_uri()
+    catalogs = [Catalog(Slow(await open_backend(url)), f"index{n}") for n in range(3)]
+    async with trio.open_nursery() as nursery:
+        for number in range(18):
+            nursery.start_soon(catalogs[number % 3].record_manifest, put(number))
+
+    history = await digests(catalogs[0])
+    assert sorted(history, key=str) == sorted(map(digest, range(18)), key=str)
+    for catalog in catalogs:
+        assert (await catalog.resolve("app", "v1")).digest == history[-1]
+        assert await tags(catalog) == ("v1",)
+
+
+async def test_the_listing_agrees_with_the_tag_after_concurrent_puts_and_deletes(tmp_path):
+    url = (tmp_path / "backend").as_uri()
+    catalogs = [Catalog(Slow(await open_backend(url)), f"index{n}") for n in range(2)]
+
+    async def put_and_delete(catalog: Catalog, number: int) -> None:
+        for turn in range(4):
+            await catalog.record_manifest(put(2 * turn + number))
+            with suppress(ManifestNotFound):
+                await catalog.delete_tag(delete())
+
+    for turn in range(4):
+        async with trio.open_nursery() as nursery:
+            for number, catalog in enumerate(catalogs):
+                nursery.start_soon(put_and_delete, catalog, number)
+            if turn % 2:
+                nursery.start_soon(catalogs[0].record_manifest, put(99))
+        is_there = (await catalogs[0].tags.log("app", "v1")).digest is not None
+        assert await tags(catalogs[1]) == (("v1",) if is_there else ())
+
+
 # --- watchers ---------------------------------------------------------------------------------
 
 
@@ -294,6 +347,9 @@ async def test_a_tag_that_others_make_and_delete_for_ever_is_given_up(catalog, m
         )
         return TagLog((change,))
 
-    monkeypatch.setattr(catalog.tags, "log", flickering)
+    async def flickering_read(repository: str, tag: str) -> tuple[TagLog, str]:
+        return await flickering(repository, tag), ""
+
+    monkeypatch.setattr(catalog.tags, "_read", flickering_read)
     with pytest.raises(BackendUnavailable, match="again and again"):
         await catalog.tags.put("app", "v1", digest(0), stamp=Stamp(FAR, "x"), by="")

@@ -28,7 +28,7 @@ from swarmpull.errors import (
 )
 from swarmpull.store.backends import Backend, ObjectStat, blob_key, check_key, open_backend, s3
 from swarmpull.store.backends.base import CHUNK_BYTES_MAX, KEY_BYTES_MAX, SEGMENT_BYTES_MAX
-from swarmpull.store.backends.directory import MARKER
+from swarmpull.store.backends.directory import LOCK_PREFIX, MARKER
 from swarmpull.store.backends.impatient import ImpatientBackend
 from swarmpull.store.backends.paced import PacedBackend
 from swarmpull.store.token_bucket import TokenBucket
@@ -80,7 +80,7 @@ def directory_harness(request: pytest.FixtureRequest) -> Harness:
             (tmp_path / "away").rename(root)
 
     def leftovers() -> list[str]:
-        ours = (root / "temporary", root / MARKER)
+        ours = (root / "temporary", root / MARKER, *root.glob(f"temporary/{LOCK_PREFIX}*"))
         return [str(path) for path in root.rglob("*") if path not in ours]
 
     return Harness(lambda: open_backend(root.as_uri()), failing, leftovers)
@@ -192,7 +192,9 @@ def every_operation(backend: Backend, path: Path, key: str = KEY) -> list[Callab
         lambda: read(backend, key),
         lambda: backend.get_bytes(key),
         lambda: backend.delete(key),
+        lambda: backend.get_versioned(key),
         lambda: backend.put_bytes(key, b"x"),
+        lambda: backend.put_bytes(key, b"x", if_version=""),
         lambda: backend.put_file(key, path),
     ]
 
@@ -324,6 +326,74 @@ async def test_writers_of_one_key_at_once_all_succeed_and_one_stays(backend) -> 
 
     assert await backend.get_bytes(KEY) in versions
     assert await all_keys(backend) == [KEY]
+
+
+# --- conditional puts ---------------------------------------------------------------------------
+
+
+async def test_a_put_on_a_condition_happens_if_it_holds(backend) -> None:
+    await backend.put_bytes(KEY, b"first", if_version="")
+    data, version = await backend.get_versioned(KEY)
+    assert data == b"first"
+
+    await backend.put_bytes(KEY, b"second", if_version=version)
+
+    data, later = await backend.get_versioned(KEY)
+    assert data == b"second"
+    assert later != version
+
+
+async def test_a_put_on_a_condition_that_does_not_hold_changes_nothing(backend) -> None:
+    await backend.put_bytes(KEY, b"first")
+    _, version = await backend.get_versioned(KEY)
+    await backend.put_bytes(KEY, b"second")
+
+    for condition in (version, ""):
+        with pytest.raises(ObjectReplaced) as caught:
+            await backend.put_bytes(KEY, b"third", if_version=condition)
+        assert caught.value.key == KEY
+    assert await backend.get_bytes(KEY) == b"second"
+
+    await backend.delete(KEY)
+    with pytest.raises(ObjectReplaced):
+        await backend.put_bytes(KEY, b"third", if_version=version)
+    assert await all_keys(backend) == []
+
+
+async def test_versioned_reads_are_bounded(backend) -> None:
+    await backend.put_bytes(KEY, bytes(100))
+
+    with pytest.raises(BackendUnavailable, match="100 bytes"):
+        await backend.get_versioned(KEY, limit=99)
+    with pytest.raises(ObjectNotFound):
+        await backend.get_versioned(f"{KEY}-other")
+
+
+async def test_of_several_that_change_one_object_none_is_lost(backend, harness) -> None:
+    """Each adds a line of its own to what it has read."""
+
+    async def add(client: Backend, name: str) -> None:
+        for number in range(3):
+            done = False
+            while not done:
+                try:
+                    data, version = await client.get_versioned(KEY)
+                except ObjectNotFound:
+                    data, version = b"", ""
+                try:
+                    await client.put_bytes(
+                        KEY, data + f"{name}{number}\n".encode(), if_version=version
+                    )
+                except ObjectReplaced:
+                    continue
+                done = True
+
+    async with trio.open_nursery() as nursery:
+        for name in "abcd":
+            nursery.start_soon(add, await harness.open(), name)
+
+    lines = (await backend.get_bytes(KEY)).decode().splitlines()
+    assert sorted(lines) == [f"{name}{number}" for name in "abcd" for number in range(3)]
 
 
 async def test_a_reader_never_sees_two_versions_mixed(backend, file) -> None:

@@ -24,7 +24,10 @@ class Silent:
     async def get_bytes(self, key: str, *, limit: int) -> None:
         await trio.sleep_forever()
 
-    async def put_bytes(self, key: str, data: bytes) -> None:
+    async def put_bytes(self, key: str, data: bytes, *, if_version: str | None) -> None:
+        await trio.sleep_forever()
+
+    async def get_versioned(self, key: str, *, limit: int) -> None:
         await trio.sleep_forever()
 
     async def delete(self, key: str) -> None:
@@ -37,9 +40,10 @@ class Silent:
         lambda backend: backend.stat("a"),
         lambda backend: backend.get_bytes("a"),
         lambda backend: backend.put_bytes("a", b"x"),
+        lambda backend: backend.get_versioned("a"),
         lambda backend: backend.delete("a"),
     ],
-    ids=["stat", "get_bytes", "put_bytes", "delete"],
+    ids=["stat", "get_bytes", "put_bytes", "get_versioned", "delete"],
 )
 async def test_a_small_object_is_waited_for_so_long_and_no_longer(
     autojump_clock: trio.testing.MockClock, request_of: Callable[[Backend], Awaitable[object]]

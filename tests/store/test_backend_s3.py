@@ -18,7 +18,7 @@ import pytest
 import trio
 import trio.testing
 
-from swarmpull.errors import BackendUnavailable, ObjectNotFound, StartupError
+from swarmpull.errors import BackendUnavailable, ObjectNotFound, ObjectReplaced, StartupError
 from swarmpull.store.backends import S3Backend, open_backend, s3
 from swarmpull.store.backends.s3_client import multipart_etag
 from swarmpull.store.s3_location import parse_location
@@ -711,3 +711,50 @@ def test_the_etag_of_parts_is_the_hash_of_their_hashes() -> None:
 
     assert multipart_etag([empty, empty]) == '"5873dd45edd01f09c1ef2e7819369e8e-2"'
     assert multipart_etag(["no hash"]) == ""
+
+
+# --- conditional puts -------------------------------------------------------------------------------
+
+
+async def test_a_conditional_put_whose_answer_was_lost_is_not_taken_for_one_of_others(
+    backend, proxy
+) -> None:
+    await backend.put_bytes("a", b"first", if_version="")
+    assert backend.conditional is True
+    _, version = await backend.get_versioned("a")
+    proxy.spoil("PUT", Fault("reset"))
+
+    await backend.put_bytes("a", b"second", if_version=version)
+
+    assert await backend.get_bytes("a") == b"second"
+    proxy.spoil("PUT", SLOW_DOWN)
+    with pytest.raises(ObjectReplaced):
+        await backend.put_bytes("a", b"third", if_version=version)
+
+
+@pytest.mark.parametrize("status", [0, 501])
+async def test_a_server_without_conditional_puts_is_found_out(
+    backend, monkeypatch, capsys, status
+) -> None:
+    """It ignores the condition, or refuses it; then what is there is looked at before the put."""
+    put = s3.S3Client.put
+
+    def ignoring(
+        client: s3.S3Client, name: str, data: bytes, condition: dict[str, str] | None = None
+    ) -> None:
+        if condition and status:
+            raise s3.S3Failure("NotImplemented", "no conditions", status=status)
+        put(client, name, data)
+
+    monkeypatch.setattr(s3.S3Client, "put", ignoring)
+    await backend.put_bytes("a", b"first", if_version="")
+    _, version = await backend.get_versioned("a")
+    await backend.put_bytes("a", b"second", if_version=version)
+
+    assert backend.conditional is False
+    assert "no conditional puts" in capsys.readouterr().out
+    with pytest.raises(ObjectReplaced):
+        await backend.put_bytes("a", b"third", if_version=version)
+    with pytest.raises(ObjectReplaced):
+        await backend.put_bytes("a", b"third", if_version="")
+    assert (await backend.list()).keys == ("a",)

@@ -94,8 +94,25 @@ class Backend(Protocol):
         """
         ...
 
-    async def put_bytes(self, key: str, data: bytes) -> None:
-        """Store a small object, as `put_file` does."""
+    async def put_bytes(self, key: str, data: bytes, *, if_version: str | None = None) -> None:
+        """Store a small object, as `put_file` does.
+
+        With ``if_version`` only if that is the content of the object, as `get_versioned` has told, or with an
+        empty one if there is none.  Of several such puts with the same version one succeeds, whichever
+        processes make them; other puts and deletes do not take part in that.
+
+        Raises:
+            ObjectReplaced: the object has another content, or is not there, or is.
+        """
+        ...
+
+    async def get_versioned(
+        self, key: str, *, limit: int = SMALL_OBJECT_BYTES
+    ) -> tuple[bytes, str]:
+        """Read a small object whole, with what names this content for `put_bytes`.
+
+        Raises what `get_bytes` does.
+        """
         ...
 
     async def get_bytes(self, key: str, *, limit: int = SMALL_OBJECT_BYTES) -> bytes:

@@ -3,7 +3,8 @@
 Segment ``s`` of a key is the directory ``s.d``, the last one the file ``s.o``:
 ``blobs/sha256/ab/abc1`` is ``blobs.d/sha256.d/ab.d/abc1.o``.  So one key may be the beginning of
 another (``a`` and ``a/b`` are ``a.o`` and ``a.d/b.o``), and no key can name the directory
-``temporary``, where objects are written before they get their name.  The file ``.swarmpull-backend``
+``temporary``, where objects are written before they get their name, and where the files lie that are locked
+while an object is replaced on a condition.  The file ``.swarmpull-backend``
 says that this is the backend, and not the place where it is mounted at other times.  Everything else
 in the tree is not ours and is left alone.
 """
@@ -11,11 +12,13 @@ in the tree is not ours and is left alone.
 from __future__ import annotations
 
 import errno
+import fcntl
+import hashlib
 import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Final, TypeVar, TypeVarTuple
@@ -49,6 +52,9 @@ log = structlog.get_logger()
 
 TEMPORARY: Final = "temporary"
 MARKER: Final = ".swarmpull-backend"
+# Objects share these; a lock is held for one write to the disk.
+LOCK_PREFIX: Final = "lock-"
+LOCKS: Final = 64
 DIRECTORY_SUFFIX: Final = ".d"
 OBJECT_SUFFIX: Final = ".o"
 # A copy in progress is younger; other processes may share the directory, so nothing else tells.
@@ -65,7 +71,10 @@ class DirectoryBackend:
     Attributes:
         name: ``file:///path``.
         root: the directory.
+        conditional: there are conditional puts.
     """
+
+    conditional: Final = True
 
     def __init__(self, root: Path, *, threads: int = 4) -> None:
         self.name = root.absolute().as_uri()
@@ -109,11 +118,18 @@ class DirectoryBackend:
         finally:
             os.close(descriptor)
 
-    async def put_bytes(self, key: str, data: bytes) -> None:
+    async def put_bytes(self, key: str, data: bytes, *, if_version: str | None = None) -> None:
         """See `Backend.put_bytes`."""
         check_key(key)
-        async with self._replacing(key) as target:
+        async with self._replacing(key, if_version) as target:
             await self._run(key, write_all, target, data, 0)
+
+    async def get_versioned(
+        self, key: str, *, limit: int = SMALL_OBJECT_BYTES
+    ) -> tuple[bytes, str]:
+        """See `Backend.get_versioned`."""
+        data = await self.get_bytes(key, limit=limit)
+        return data, _content_version(data)
 
     async def get_bytes(self, key: str, *, limit: int = SMALL_OBJECT_BYTES) -> bytes:
         """See `Backend.get_bytes`."""
@@ -162,8 +178,11 @@ class DirectoryBackend:
             raise OSError(reason) from error
 
     @asynccontextmanager
-    async def _replacing(self, key: str) -> AsyncIterator[int]:
-        """A descriptor to write to; its content gets the key when the block ends well."""
+    async def _replacing(self, key: str, if_version: str | None = None) -> AsyncIterator[int]:
+        """A descriptor to write to; its content gets the key when the block ends well.
+
+        Raises ObjectReplaced when the key has another content than that of ``if_version``.
+        """
         source = self.root / TEMPORARY / uuid.uuid4().hex
         target = self._path(key)
         descriptor = await self._run(key, self._create, source)
@@ -174,7 +193,10 @@ class DirectoryBackend:
                 with trio.CancelScope(shield=True):
                     # On a network file system this may write, and fail.
                     await self._run(key, os.close, descriptor)
-            await self._run(key, _publish, source, target)
+            if if_version is None:
+                await self._run(key, _publish, source, target)
+            else:
+                await self._run(key, self._publish_if, key, source, target, if_version)
         finally:
             with trio.CancelScope(shield=True):
                 await self._run(key, remove, source)
@@ -194,6 +216,37 @@ class DirectoryBackend:
             return read_exactly(descriptor, 0, length)
         finally:
             os.close(descriptor)
+
+    def _publish_if(self, key: str, source: Path, target: Path, version: str) -> None:
+        with self._locked(key):
+            try:
+                found = _content_version(target.read_bytes())
+            except FileNotFoundError:
+                found = ""
+            if found != version:
+                raise ObjectReplaced(self.name, key, "the object was changed by another process")
+            _publish(source, target)
+
+    @contextmanager
+    def _locked(self, key: str) -> Iterator[None]:
+        """Nobody else, in whatever process, replaces this object on a condition while the block runs."""
+        number = hashlib.blake2s(key.encode()).digest()[0] % LOCKS
+        path = self.root / TEMPORARY / f"{LOCK_PREFIX}{number:02}"
+        while True:
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except FileNotFoundError:
+                self._check_mounted()
+                path.parent.mkdir(exist_ok=True)
+                continue
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                if _is_named(path, descriptor):
+                    yield
+                    return
+                # Somebody tidied up: others lock another file by now.
+            finally:
+                os.close(descriptor)
 
     def _delete(self, path: Path) -> None:
         path.unlink()
@@ -283,7 +336,8 @@ def _prepare(root: Path, create: bool) -> bool:
     probe.unlink()
     oldest = time.time() - LEFTOVER_AGE
     for leftover in list(temporary.iterdir()):
-        if leftover.stat().st_mtime < oldest:
+        is_lock = leftover.name.startswith(LOCK_PREFIX)
+        if leftover.stat().st_mtime < oldest and not is_lock:
             remove(leftover)
     if is_new:
         (root / MARKER).touch()
@@ -298,6 +352,18 @@ def _open(path: Path) -> tuple[int, os.stat_result]:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def _is_named(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _content_version(data: bytes) -> str:
+    """Of small objects: files may get the number and the time of one that was there before."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def _version(status: os.stat_result) -> str:

@@ -27,6 +27,12 @@ class ImpatientBackend:
     def name(self) -> str:
         return self._backend.name
 
+    @property
+    def conditional(self) -> bool | None:
+        """Whether there are conditional puts; None as long as nobody knows."""
+        found: bool | None = getattr(self._backend, "conditional", None)
+        return found
+
     async def stat(self, key: str) -> ObjectStat:
         with self._limit(key):
             return await self._backend.stat(key)
@@ -39,9 +45,15 @@ class ImpatientBackend:
     async def put_file(self, key: str, path: Path) -> None:
         await self._backend.put_file(key, path)
 
-    async def put_bytes(self, key: str, data: bytes) -> None:
+    async def put_bytes(self, key: str, data: bytes, *, if_version: str | None = None) -> None:
         with self._limit(key):
-            await self._backend.put_bytes(key, data)
+            await self._backend.put_bytes(key, data, if_version=if_version)
+
+    async def get_versioned(
+        self, key: str, *, limit: int = SMALL_OBJECT_BYTES
+    ) -> tuple[bytes, str]:
+        with self._limit(key):
+            return await self._backend.get_versioned(key, limit=limit)
 
     async def get_bytes(self, key: str, *, limit: int = SMALL_OBJECT_BYTES) -> bytes:
         with self._limit(key):

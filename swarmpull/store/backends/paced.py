@@ -67,9 +67,17 @@ class PacedBackend:
         await self._bucket.take((await trio.Path(path).stat()).st_size)
         await self._backend.put_file(key, path)
 
-    async def put_bytes(self, key: str, data: bytes) -> None:
+    async def put_bytes(self, key: str, data: bytes, *, if_version: str | None = None) -> None:
         await self._bucket.take(len(data))
-        await self._backend.put_bytes(key, data)
+        condition: dict[str, Any] = {} if if_version is None else {"if_version": if_version}
+        await self._backend.put_bytes(key, data, **condition)
+
+    async def get_versioned(
+        self, key: str, *, limit: int = SMALL_OBJECT_BYTES
+    ) -> tuple[bytes, str]:
+        data, version = await self._backend.get_versioned(key, limit=limit)
+        await self._bucket.take(len(data))
+        return data, version
 
     async def get_bytes(self, key: str, *, limit: int = SMALL_OBJECT_BYTES) -> bytes:
         data = await self._backend.get_bytes(key, limit=limit)

@@ -15,6 +15,7 @@ import math
 import os
 import random
 import re
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
@@ -58,6 +59,10 @@ GRACE: Final = 3.0
 STARTUP_PATIENCE: Final = 5.0
 # A HEAD has no body to tell a missing bucket from a missing object; so long an answer is believed.
 BUCKET_BELIEVED: Final = 10.0
+# Of two conditional puts at once S3 may answer both this way (Amazon S3 user guide, "How to prevent object
+# overwrites with conditional writes").
+CONFLICT: Final = "ConditionalRequestConflict"
+CHANGED: Final = "the object was changed by another process"
 
 _CREDENTIALS: Final = (
     "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile in ~/.aws/credentials, and "
@@ -80,6 +85,7 @@ class S3Backend:
 
     Attributes:
         name: ``s3://bucket/prefix?endpoint=host:port``.
+        conditional: whether the server has conditional puts; None until the first one.
     """
 
     def __init__(self, location: S3Location) -> None:
@@ -91,6 +97,8 @@ class S3Backend:
         self._random = random.Random()
         self._ordered = location.ordered
         self._bucket_seen = -math.inf
+        self.conditional: bool | None = None
+        self._probing = trio.Lock()
 
     async def check(self) -> None:
         """Ask once whether the bucket can be used.  Raises S3Failure."""
@@ -138,18 +146,36 @@ class S3Backend:
         finally:
             os.close(descriptor)
 
-    async def put_bytes(self, key: str, data: bytes) -> None:
-        """See `Backend.put_bytes`."""
-        await self._run(key, partial(self._client.put, self._name_of(key), data))
+    async def put_bytes(self, key: str, data: bytes, *, if_version: str | None = None) -> None:
+        """See `Backend.put_bytes`.
+
+        A server without conditional puts is asked what is there right before: between that and the put
+        another process may come.
+        """
+        if if_version is None:
+            await self._run(key, partial(self._client.put, self._name_of(key), data))
+        elif await self._knows_conditions(key):
+            await self._put_if(key, data, if_version)
+        else:
+            if await self._version_of(key) != if_version:
+                raise ObjectReplaced(self.name, key, CHANGED)
+            await self._run(key, partial(self._client.put, self._name_of(key), data))
 
     async def get_bytes(self, key: str, *, limit: int = SMALL_OBJECT_BYTES) -> bytes:
         """See `Backend.get_bytes`."""
-        name = self._name_of(key)
-        length, data = await self._run(key, partial(self._client.get_small, name, limit))
-        if length > limit:
-            reason = f"the object has {length} bytes, {limit} were expected at most"
-            raise BackendUnavailable(self.name, key, reason)
+        data, _ = await self.get_versioned(key, limit=limit)
         return data
+
+    async def get_versioned(
+        self, key: str, *, limit: int = SMALL_OBJECT_BYTES
+    ) -> tuple[bytes, str]:
+        """See `Backend.get_versioned`."""
+        name = self._name_of(key)
+        head, data = await self._run(key, partial(self._client.get_small, name, limit))
+        if head.length > limit:
+            reason = f"the object has {head.length} bytes, {limit} were expected at most"
+            raise BackendUnavailable(self.name, key, reason)
+        return data, head.etag
 
     async def delete(self, key: str) -> None:
         """See `Backend.delete`."""
@@ -165,6 +191,74 @@ class S3Backend:
             raise ValueError(f"a page of {limit} keys")
         page = await self._list_in_order(prefix, after, limit)
         return page or await self._list_all(prefix, after, limit)
+
+    # --- conditional puts -----------------------------------------------------------------------------
+
+    async def _put_if(self, key: str, data: bytes, version: str) -> None:
+        """Raises ObjectReplaced when the object is not of this version."""
+        name = self._name_of(key)
+        failed = 0
+        while True:
+            try:
+                await self.attempt(partial(self._client.put, name, data, _condition(version)))
+            except S3Failure as failure:
+                if failure.status == 412 or (version and failure.code == "NoSuchKey"):
+                    # An attempt whose answer was lost may have been the one that changed it.
+                    if failed and await self._is(key, data):
+                        return
+                    raise ObjectReplaced(self.name, key, CHANGED) from failure
+                if failure.code == CONFLICT:
+                    raise ObjectReplaced(self.name, key, CHANGED) from failure
+                failed += 1
+                with self._translating(key):
+                    await self.patience(failure, failed)
+            else:
+                return
+
+    async def _is(self, key: str, data: bytes) -> bool:
+        try:
+            return await self.get_bytes(key) == data
+        except ObjectNotFound:
+            return False
+
+    async def _version_of(self, key: str) -> str:
+        try:
+            return (await self.stat(key)).version
+        except ObjectNotFound:
+            return ""
+
+    async def _knows_conditions(self, key: str) -> bool:
+        """Whether the server has conditional puts: tried once, on an object of its own."""
+        async with self._probing:
+            if self.conditional is None:
+                with self._translating(key):
+                    self.conditional = await self._probe_conditions()
+                if not self.conditional:
+                    log.warning(
+                        "the backend has no conditional puts: concurrent changes of one tag at two "
+                        "indexes may be lost; use one index, or another server",
+                        backend=self.name,
+                    )
+        return self.conditional
+
+    async def _probe_conditions(self) -> bool:
+        name = f"{self._location.prefix}conditional-put-probe/{uuid.uuid4().hex}"
+        await self._persist(partial(self._client.put, name, b"1"))
+        try:
+            for condition in (_condition(""), _condition('"0"')):
+                try:
+                    await self._persist(partial(self._client.put, name, b"2", condition))
+                except S3Failure as failure:
+                    if failure.status == 412:
+                        continue
+                    # 400 or 501: it knows that there are conditions, and has none.
+                    if failure.status not in (400, 501):
+                        raise
+                return False
+            return True
+        finally:
+            with trio.CancelScope(shield=True), trio.move_on_after(GRACE), suppress(S3Failure):
+                await self._persist(partial(self._client.delete, name))
 
     # --- listing ------------------------------------------------------------------------------------
 
@@ -498,6 +592,10 @@ class _Upload:
     def offsets(self) -> range:
         """Where the parts begin."""
         return range(0, self.length, self.part_size)
+
+
+def _condition(version: str) -> dict[str, str]:
+    return {"If-Match": version} if version else {"If-None-Match": "*"}
 
 
 def _run_soon(token: trio.lowlevel.TrioToken, function: Callable[[], object]) -> None:

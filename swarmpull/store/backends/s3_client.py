@@ -386,21 +386,21 @@ class S3Client:
             raise
         return body
 
-    def get_small(self, name: str, limit: int) -> tuple[int, bytes]:
-        """The length of an object, and its content unless it is longer than ``limit``."""
+    def get_small(self, name: str, limit: int) -> tuple[Head, bytes]:
+        """The head of an object, and its content unless it is longer than ``limit``."""
         body = self.get(name, 0, None)
-        length = body.head.length
+        head, length = body.head, body.head.length
         data = bytearray()
         try:
             while length <= limit and len(data) < length:
                 data += body.read(length - len(data))
         finally:
             body.close()
-        return length, bytes(data)
+        return head, bytes(data)
 
-    def put(self, name: str, data: bytes) -> None:
-        """Store an object whole."""
-        self._request("PUT", name, body=data, headers=_BINARY)
+    def put(self, name: str, data: bytes, condition: dict[str, str] | None = None) -> None:
+        """Store an object whole; ``condition`` is a header, the answer 412 when it does not hold."""
+        self._request("PUT", name, body=data, headers=_BINARY | (condition or {}))
 
     def delete(self, name: str) -> None:
         """Remove an object; S3 does not say whether there was one."""
