@@ -45,7 +45,7 @@ _HOST: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?", re.A
 _HOST_PORT: Final = re.compile(r"(?:\[([^\[\]]+)\]|([^\[\]:]+)):([0-9]{1,5})", re.ASCII)
 _WILDCARDS: Final = ("0.0.0.0", "::")
 # The sections of a role that listen for HTTP.
-_HTTP: Final = ("registry", "admin")
+HTTP_SECTIONS: Final = ("registry", "mirror", "admin")
 
 
 @attrs.frozen(order=True)
@@ -184,6 +184,11 @@ def _registry_names(_: object, attribute: attrs.Attribute[Any], value: tuple[str
             )
 
 
+def _registry_or_none(_: object, attribute: attrs.Attribute[Any], value: str) -> None:
+    if value:
+        _upstream_name(_, attribute, value)
+
+
 def _upstream_url(_: object, attribute: attrs.Attribute[Any], value: str) -> None:
     example = "such as registry+https://registry-1.docker.io"
     match = re.fullmatch(r"registry\+https?://([^/?#]+)/?", value)
@@ -275,6 +280,25 @@ class AgentRegistryConfig(RegistryConfig):
             default="false; true in --role all",
         ),
     )
+
+
+@attrs.frozen(kw_only=True)
+class MirrorConfig(RegistryConfig):
+    """A registry that stands for another one, for clients that do not say which one they mean."""
+
+    registry: str = attrs.field(
+        default="",
+        validator=_registry_or_none,
+        metadata=_meaning(
+            "The registry for which the agent is taken there, one of the upstreams, such as docker.io; "
+            "empty: there is no such listener."
+        ),
+    )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it is bound at all."""
+        return bool(self.registry)
 
 
 @attrs.frozen(kw_only=True)
@@ -456,6 +480,12 @@ class AgentConfig:
     registry: AgentRegistryConfig = attrs.field(
         factory=lambda: AgentRegistryConfig(listen=Address("127.0.0.1", 5000)),
         metadata=_meaning("The registry for this host's container runtime."),
+    )
+    mirror: MirrorConfig = attrs.field(
+        factory=lambda: MirrorConfig(listen=Address("127.0.0.1", 5050)),
+        metadata=_meaning(
+            "A second registry that stands for an upstream, for Docker's registry-mirrors; pulls only."
+        ),
     )
     peer: PeerListenerConfig = attrs.field(
         factory=partial(_peer_listener, 7100), metadata=_meaning("The peer protocol of the agent.")
@@ -802,6 +832,8 @@ class Config:
     @property
     def names_security_files(self) -> bool:
         """Whether there are certificates or passwords to be looked at."""
-        listeners = [getattr(getattr(self, role), name, None) for role in ROLES for name in _HTTP]
+        listeners = [
+            getattr(getattr(self, role), name, None) for role in ROLES for name in HTTP_SECTIONS
+        ]
         keys = ("tls_cert", "htpasswd")
         return self.tls.is_on or any(getattr(each, key, "") for each in listeners for key in keys)

@@ -704,6 +704,10 @@ def _check_upstreams(layers: _Layers, config: Config) -> None:
         if bool(upstream.username) != bool(upstream.password or upstream.password_file):
             message = "needs a password or password_file, and they need it"
             layers.complain(f"{key}.username", layers.where(f"{key}.username"), message)
+    mirrored, key = config.agent.mirror.registry, "agent.mirror.registry"
+    if mirrored and mirrored.replace(":", "_") not in seen:
+        message = f"must be the name of an entry of upstreams, or of cluster.names: {mirrored}"
+        layers.complain(key, layers.where(key), message)
 
 
 # Which URLs a role opens when it starts.
@@ -745,10 +749,11 @@ def _agents(config: Config, count: int | None) -> tuple[AgentConfig, ...]:
 
 def _numbered(agent: AgentConfig, number: int) -> AgentConfig:
     shift = number - 1
-    registry, peer, admin = agent.registry, agent.peer, agent.admin
+    registry, mirror, peer, admin = agent.registry, agent.mirror, agent.peer, agent.admin
     return attrs.evolve(
         agent,
         registry=attrs.evolve(registry, listen=registry.listen.shifted(shift)),
+        mirror=attrs.evolve(mirror, listen=mirror.listen.shifted(shift)),
         peer=attrs.evolve(peer, listen=peer.listen.shifted(shift)),
         admin=attrs.evolve(admin, listen=admin.listen.shifted(shift)),
         data_dir=agent.data_dir.with_name(f"{agent.data_dir.name}-{number}"),
@@ -776,8 +781,9 @@ def _listeners(
         for number, instance in enumerate(instances, 1):
             agent = number if len(instances) > 1 else None
             for attribute in attrs.fields(type(instance)):
-                listen = getattr(getattr(instance, attribute.name), "listen", None)
-                if listen is not None:
+                section = getattr(instance, attribute.name)
+                listen = getattr(section, "listen", None)
+                if listen is not None and getattr(section, "is_on", True):
                     key = f"{role}.{attribute.name}.listen"
                     yield _Listener(key, agent, listen)
 

@@ -21,7 +21,8 @@ FUNCTION_LINES_MAX: Final = 70
 # `base` is digest, errors and identity.  Beside that order stand `telemetry`, below everything that reports
 # through it (the pure core does not report), `units`, below what reads sizes and times that people
 # write, the configuration (`config`, `layers`), which only roles and what starts them read, `systemd`,
-# which only the process as a whole talks to, and `runtime`, `status` and `storage`, which are parts of the
+# which only the process as a whole talks to, `setup`,
+# which writes files of other programs, and `runtime`, `status` and `storage`, which are parts of the
 # command line that are no commands.
 BASE: Final = frozenset({"base"})
 CORE: Final = BASE | {"swarm"}
@@ -45,10 +46,11 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "status": BASE | {"registry", "units"},
     "storage": BASE | {"store", "units"},
     "systemd": BASE,
+    "setup": BASE,
     "runtime": BASE | {"telemetry", "config", "layers", "roles", "systemd"},
     "cli": BASE
     | {"telemetry", "config", "layers", "units", "runtime", "status", "storage"}
-    | {"store", "registry", "roles", "sim", "certificates"},
+    | {"store", "registry", "roles", "sim", "certificates", "setup"},
 }
 ROLES: Final = frozenset({"agent", "origin", "tracker", "index"})
 

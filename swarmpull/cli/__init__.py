@@ -14,6 +14,7 @@ import click
 from swarmpull import __version__
 from swarmpull.cli.certificates import certs
 from swarmpull.cli.configuration import config
+from swarmpull.cli.host_setup import setup
 from swarmpull.cli.options import (
     EXIT_CONFIG,
     EXIT_FAILED,
@@ -79,5 +80,5 @@ def cli() -> None:
     """Peer-to-peer distribution of container images and other content-addressed blobs."""
 
 
-for _command in (run, config, push, pull, status, rates, store, certs, simulate):
+for _command in (run, config, push, pull, status, rates, store, certs, setup, simulate):
     cli.add_command(_command)

@@ -7,7 +7,7 @@ from typing import Final
 import attrs
 import structlog
 
-from swarmpull.errors import SwarmpullError
+from swarmpull.errors import PushRefused, SwarmpullError
 from swarmpull.registry import downloads, images, uploads
 from swarmpull.registry.asgi import (
     AsgiApp,
@@ -32,6 +32,7 @@ from swarmpull.registry.service import RegistryService
 _API_VERSION: Final = (b"docker-distribution-api-version", b"registry/2.0")
 
 _UPLOADS: Final = (Endpoint.UPLOADS, Endpoint.UPLOAD)
+_READING: Final = ("GET", "HEAD")
 _WRITING: Final = ("PUT", "DELETE")
 
 log = structlog.get_logger()
@@ -79,21 +80,28 @@ _HANDLERS: Final[dict[tuple[Endpoint, str], Handler]] = {
 
 
 def create_registry_app(
-    service: RegistryService, *, limits: RegistryLimits | None = None
+    service: RegistryService,
+    *,
+    limits: RegistryLimits | None = None,
+    stands_for: str | None = None,
 ) -> AsgiApp:
     """The OCI distribution API (v1.1) and generic blobs over a role.
 
     Args:
         service: the role behind.
         limits: bounds of this listener.
+        stands_for: the registry that clients mean who name none; nothing can be pushed there.
     """
-    return _RegistryApp(service, limits or RegistryLimits())
+    return _RegistryApp(service, limits or RegistryLimits(), stands_for)
 
 
 class _RegistryApp:
-    def __init__(self, service: RegistryService, limits: RegistryLimits) -> None:
+    def __init__(
+        self, service: RegistryService, limits: RegistryLimits, stands_for: str | None
+    ) -> None:
         self._service = service
         self._limits = limits
+        self._stands_for = stands_for
         self._memory = BodyMemory(limits.bodies_bytes)
         self._active = 0
 
@@ -137,7 +145,12 @@ class _RegistryApp:
         upstream = check_upstream(request.query("ns"))
         if upstream is not None:
             reply.add_header(b"oci-namespace", upstream.encode())
-        call = Call(self._service, request, reply, route, route.upstream or upstream, self._memory)
+        named = route.upstream or upstream or self._stands_for
+        call = Call(self._service, request, reply, route, named, self._memory)
+        if self._stands_for and request.method not in _READING:
+            raise PushRefused(
+                f"this listener stands for {self._stands_for}: nothing is pushed here"
+            )
         if route.endpoint in _UPLOADS or request.method in _WRITING:
             call.check_takes_pushes()
         return await _HANDLERS[route.endpoint, request.method](call)

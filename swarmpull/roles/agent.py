@@ -22,6 +22,7 @@ from swarmpull.errors import (
     StoreUnavailable,
 )
 from swarmpull.registry.app import create_registry_app
+from swarmpull.registry.asgi import AsgiApp
 from swarmpull.registry.manifests import Manifest
 from swarmpull.registry.names import UpstreamNames
 from swarmpull.registry.service import BlobReader, StoredManifest
@@ -274,6 +275,13 @@ async def _seed(digest: Digest, store: BlobStore, host: SwarmHost) -> bool:
     return True
 
 
+def _mirror(registry: AgentRegistry, stands_for: str) -> dict[str, AsgiApp]:
+    """The listener that stands for an upstream, if there is to be one."""
+    if not stands_for:
+        return {}
+    return {"mirror": create_registry_app(registry, stands_for=stands_for)}
+
+
 async def run_agent(
     config: Config,
     settings: AgentConfig,
@@ -337,6 +345,7 @@ async def run_agent(
                 drain=drain,
                 grace=config.drain_timeout,
                 registry=create_registry_app(registry),
+                more=_mirror(registry, settings.mirror.registry),
                 rates=host.rates,
                 bound={"peer": host.address},
                 on_drain=host.drain,

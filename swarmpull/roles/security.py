@@ -15,6 +15,7 @@ import structlog
 import trio
 
 from swarmpull.config import (
+    HTTP_SECTIONS,
     ROLES,
     Config,
     HttpListenerConfig,
@@ -180,7 +181,7 @@ def problems_with_files(
     for role in ROLES:
         if roles and role not in roles:
             continue
-        for name in ("registry", "admin"):
+        for name in HTTP_SECTIONS:
             listener = getattr(getattr(config, role), name, None)
             if listener is not None:
                 yield from _problems_of_listener(f"{role}.{name}", listener, provenance)

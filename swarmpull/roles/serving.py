@@ -44,6 +44,7 @@ async def serve_role(
     drain: trio.Event,
     grace: float,
     registry: AsgiApp | None = None,
+    more: Mapping[str, AsgiApp] | None = None,
     rates: RateControl | None = None,
     bound: Mapping[str, str] | None = None,
     on_drain: Callable[[], Awaitable[None]] | None = None,
@@ -63,6 +64,7 @@ async def serve_role(
         drain: once set, nothing new is accepted.
         grace: seconds that requests under way, and then ``on_drain``, have together.
         registry: the registry application, if the role has one.
+        more: further applications by the section of ``settings`` with their listener.
         rates: for the admin listener to show and change, if the role has any.
         bound: listeners that the role has bound itself, to be reported with the others.
         on_drain: called when the requests under way have ended, which may need what this ends.
@@ -76,13 +78,14 @@ async def serve_role(
     servers_grace = grace if on_drain is None else grace * REQUESTS_SHARE
     over = trio.Event()
     async with AsyncExitStack() as files:
-        if registry is not None:
-            servers["registry"] = await _http(files, role, settings, "registry", registry)
+        for name, app in {"registry": registry, **(more or {})}.items():
+            if app is not None:
+                servers[name] = await _http(files, role, settings, name, app)
         if service is not None:
             service.register(api.PING, _answer_ping, at_once=_pong)
             servers["rpc"] = partial(serve_rpc, service, tls=tls)
-        app = _admin_app(role, metrics, readiness, status, drain, rates)
-        admin, listen = await _http(files, role, settings, "admin", app), settings.admin.listen
+        pages = _admin_app(role, metrics, readiness, status, drain, rates)
+        admin, listen = await _http(files, role, settings, "admin", pages), settings.admin.listen
         to_the_end = await files.enter_async_context(trio.open_nursery())
         at = await to_the_end.start(
             partial(admin, listen.host, listen.port, drain=over, grace=ADMIN_GRACE)

@@ -222,11 +222,12 @@ class Docker:
 
 
 @contextlib.contextmanager
-def docker_daemon(host: Host) -> Iterator[Docker]:
+def docker_daemon(host: Host, config: Path | None = None) -> Iterator[Docker]:
     """A dockerd of its own: no bridge, no firewall rules, storage under the host's directory."""
     own = host.directory
-    config = own / "daemon.json"
-    config.write_text(json.dumps({"insecure-registries": ["127.0.0.0/8"]}))
+    if config is None:
+        config = own / "daemon.json"
+        config.write_text(json.dumps({"insecure-registries": ["127.0.0.0/8"]}))
     docker = Docker(host, own / "docker.sock")
     driver = {"overlay": "overlay2", "vfs": "vfs"}[storage_driver()]
     command = [

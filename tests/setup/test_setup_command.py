@@ -1,0 +1,227 @@
+"""`swarmpull setup` on the files of a host: written, merged, done again, undone."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+
+from swarmpull.cli import main
+from swarmpull.errors import SwarmpullError
+from swarmpull.setup import apply, docker
+from swarmpull.setup.plan import Agent, Wanted
+
+RECORD = "/etc/swarmpull/setup"
+HOSTS = "etc/containerd/certs.d/docker.io/hosts.toml"
+BEFORE = 'server = "https://hub.example"\r\n\n[host."https://m.example"]\n'
+
+
+def setup(root: Path, runtime: str, *arguments: str) -> int:
+    return main(["setup", runtime, "--root", str(root), *arguments])
+
+
+def tree(root: Path) -> dict[str, tuple[bytes, int]]:
+    """Every file and directory below a directory, with its content and mode."""
+    return {
+        str(path.relative_to(root)): (
+            path.read_bytes() if path.is_file() else b"",
+            stat.S_IMODE(path.stat().st_mode),
+        )
+        for path in root.rglob("*")
+    }
+
+
+def write(root: Path, name: str, text: str, mode: int = 0o644) -> Path:
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode())
+    path.chmod(mode)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("runtime", "arguments", "name", "text"),
+    [
+        ("containerd", ["--upstream", "docker.io"], HOSTS, BEFORE),
+        ("containerd", [], "etc/hostname", "h\n"),
+        ("docker", [], "etc/docker/daemon.json", '{ "debug" :true}'),
+        ("docker", [], "etc/hostname", "h\n"),
+        ("podman", ["--upstream", "docker.io"], "etc/containers/registries.conf", "# none\n"),
+        ("crio", ["--upstream", "docker.io"], "etc/hostname", "h\n"),
+    ],
+)
+def test_undo_leaves_everything_as_it_was(
+    tmp_path: Path, runtime: str, arguments: list[str], name: str, text: str, capsys
+) -> None:
+    write(tmp_path, name, text, 0o640)
+    before = tree(tmp_path)
+
+    assert setup(tmp_path, runtime, "--dry-run", *arguments) == 0
+    assert capsys.readouterr().out.startswith("--- ")
+    assert tree(tmp_path) == before
+    assert setup(tmp_path, runtime, *arguments) == 0
+    after = tree(tmp_path)
+    assert after != before
+    assert after[name][1] == 0o640
+    capsys.readouterr()
+
+    assert setup(tmp_path, runtime, *arguments) == 0
+    assert capsys.readouterr().out == "Nothing is to be changed.\n"
+    assert tree(tmp_path) == after
+
+    assert setup(tmp_path, runtime, "--undo") == 0
+    assert tree(tmp_path) == before
+    assert setup(tmp_path, runtime, "--undo") == 0
+
+
+def test_another_agent_takes_the_place_of_the_former(tmp_path: Path) -> None:
+    path = write(tmp_path, "etc/docker/daemon.json", "{}")
+    setup(tmp_path, "docker")
+
+    assert setup(tmp_path, "docker", "--agent", "http://10.0.0.1:5050") == 0
+
+    assert json.loads(path.read_text()) == {
+        "registry-mirrors": ["http://10.0.0.1:5050"],
+        "insecure-registries": ["10.0.0.1:5050"],
+    }
+    assert setup(tmp_path, "docker", "--undo") == 0
+    assert path.read_text() == "{}"
+
+
+def test_a_registry_that_is_left_out_the_next_time_is_as_it_was(tmp_path: Path) -> None:
+    path = write(tmp_path, HOSTS, BEFORE)
+    setup(tmp_path, "containerd", "--upstream", "docker.io", "--upstream", "quay.io")
+
+    assert setup(tmp_path, "containerd", "--upstream", "quay.io") == 0
+
+    assert path.read_bytes() == BEFORE.encode()
+    assert setup(tmp_path, "containerd", "--undo") == 0
+    assert not (tmp_path / "etc/containerd/certs.d/quay.io").exists()
+
+
+@pytest.mark.parametrize(
+    ("runtime", "name", "changed", "left"),
+    [
+        (
+            "docker",
+            "etc/docker/daemon.json",
+            '{"registry-mirrors": ["http://m", "http://127.0.0.1:5050"], "debug": true}',
+            '{\n  "registry-mirrors": [\n    "http://m"\n  ],\n  "debug": true\n}\n',
+        ),
+        (
+            "docker",
+            "etc/docker/daemon.json",
+            '{"registry-mirrors": ["http://127.0.0.1:5050"]}',
+            None,
+        ),
+    ],
+)
+def test_undo_keeps_what_others_have_changed_since(
+    tmp_path: Path, runtime: str, name: str, changed: str, left: str | None
+) -> None:
+    setup(tmp_path, runtime)
+    (tmp_path / name).write_text(changed)
+
+    assert setup(tmp_path, runtime, "--undo") == 0
+
+    path = tmp_path / name
+    assert (path.read_text() if path.exists() else None) == left
+
+
+def test_undo_takes_our_part_out_of_a_hosts_file_that_has_changed(tmp_path: Path) -> None:
+    path = write(tmp_path, HOSTS, BEFORE)
+    setup(tmp_path, "containerd", "--upstream", "docker.io")
+    path.write_bytes(path.read_bytes() + b'[host."https://later.example"]\n')
+
+    assert setup(tmp_path, "containerd", "--undo") == 0
+
+    assert path.read_bytes() == f'{BEFORE}[host."https://later.example"]\n'.encode()
+
+
+def test_nothing_is_written_when_one_of_the_files_is_not_valid(tmp_path: Path, capsys) -> None:
+    write(tmp_path, HOSTS, "server =")
+    before = tree(tmp_path)
+
+    status = setup(tmp_path, "containerd", "--upstream", "quay.io", "--upstream", "docker.io")
+
+    assert status == 1
+    assert "not valid TOML" in capsys.readouterr().err
+    assert tree(tmp_path) == before
+
+
+def test_a_file_that_is_a_link_or_no_text_is_refused(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "etc/docker/daemon.json"
+    path.parent.mkdir(parents=True)
+    path.symlink_to("/nowhere")
+    assert setup(tmp_path, "docker") == 1
+    path.unlink()
+    path.write_bytes(b"\xff")
+    assert setup(tmp_path, "docker") == 1
+    errors = capsys.readouterr().err
+    assert "is a link to /nowhere" in errors
+    assert "no text in UTF-8" in errors
+
+
+def test_the_record_may_hold_secrets_and_is_for_its_owner_only(tmp_path: Path) -> None:
+    setup(tmp_path, "docker")
+
+    assert stat.S_IMODE((tmp_path / f"{RECORD[1:]}/docker.json").stat().st_mode) == 0o600
+
+
+def test_what_was_interrupted_can_be_undone(tmp_path: Path, monkeypatch) -> None:
+    write(tmp_path, "etc/docker/daemon.json", '{"debug": true}')
+    before = (tmp_path / "etc/docker/daemon.json").read_bytes()
+    wanted = Wanted(Agent.parse("http://127.0.0.1:5050"))
+    work = apply.set_up(tmp_path, docker.RUNTIME, wanted)
+    written: list[str] = []
+    write_file = apply.Disk.write
+
+    def fail_later(disk: apply.Disk, path: str, *rest: object) -> None:
+        if written:
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        write_file(disk, path, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(apply.Disk, "write", fail_later)
+    with pytest.raises(OSError, match="No space"):
+        work.do()
+    monkeypatch.setattr(apply.Disk, "write", write_file)
+
+    assert written == [f"{RECORD}/docker.json"]
+    assert setup(tmp_path, "docker", "--undo") == 0
+    assert (tmp_path / "etc/docker/daemon.json").read_bytes() == before
+    assert not (tmp_path / f"{RECORD[1:]}/docker.json").exists()
+
+
+def test_the_upstreams_of_a_configuration_are_the_default_where_names_are_needed(
+    tmp_path: Path,
+) -> None:
+    config = write(
+        tmp_path,
+        "swarmpull.toml",
+        '[cluster]\nnames = ["swarm.example"]\n[[upstreams]]\nname = "docker.io"\n'
+        'url = "registry+https://registry-1.docker.io"\n',
+    )
+
+    assert setup(tmp_path, "podman", "--config", str(config)) == 0
+
+    text = (tmp_path / "etc/containers/registries.conf.d/zz-swarmpull.conf").read_text()
+    assert 'location = "127.0.0.1:5000/docker.io"' in text
+    assert 'location = "127.0.0.1:5000"\n' in text
+
+
+def test_a_record_that_is_none_is_said_so(tmp_path: Path, capsys) -> None:
+    write(tmp_path, f"{RECORD[1:]}/docker.json", "{}")
+
+    assert setup(tmp_path, "docker") == 1
+    assert "no record of a setup" in capsys.readouterr().err
+
+
+def test_what_is_wrong_on_the_command_line_is_told(tmp_path: Path, capsys) -> None:
+    assert setup(tmp_path, "docker", "--agent", "127.0.0.1") == 2
+    assert setup(tmp_path, "docker", "--upstream", "a/b") == 2
+    assert setup(tmp_path, "podman") == 1
+    assert "name them with --upstream" in capsys.readouterr().err
+    assert issubclass(apply.SetupRefused, SwarmpullError)
