@@ -92,8 +92,9 @@ class RpcPool:
     ) -> Rep:
         """Call ``method`` of the role at ``address`` (``host:port``) and return its reply.
 
-        ``timeout`` seconds cover the dial, the handshake and the request; an earlier deadline of the
-        surrounding cancel scopes is passed along too.  A call that ends early is cancelled there.
+        ``timeout`` seconds cover the dial, the handshake and the request.  The role is told how many are left,
+        and nothing of the deadlines of surrounding scopes, which may be put off: a call that ends early is
+        cancelled there.
 
         Raises:
             RpcUnavailable: not reachable, connection lost, or no reply in time. The role may or may
@@ -110,9 +111,9 @@ class RpcPool:
                 method.name,
                 f"the request has {len(body)} bytes, the limit is {self._limits.body_bytes_max}",
             )
-        with trio.move_on_after(timeout):
+        with trio.move_on_after(timeout) as scope:
             connection = await self._connected(address, host, port, method.name)
-            call = await connection.call(method, body)
+            call = await connection.call(method, body, scope.deadline)
             return _result(address, method, call, connection.reason)
         dialling = self._connections.get(address)
         what = "reply" if dialling is None or dialling.settled.is_set() else "connection"
@@ -216,25 +217,25 @@ class _Connection:
 
     # --- the caller's side -----------------------------------------------------------------
 
-    async def call(self, method: Method[Any, Any], body: bytes) -> _Call:
+    async def call(self, method: Method[Any, Any], body: bytes, deadline: float) -> _Call:
         """Send a request and wait; the outcome is None when the connection was lost."""
         call = _Call()
         self._calls.add(call)
         try:
             with call.scope:
                 async with nullcontext() if method.at_once else self._slots:
-                    await self._exchange(call, method.name, body)
+                    await self._exchange(call, method.name, body, deadline)
         finally:
             self._calls.discard(call)
             if self._retired and not self._calls:
                 self._scope.cancel()
         return call
 
-    async def _exchange(self, call: _Call, method: str, body: bytes) -> None:
+    async def _exchange(self, call: _Call, method: str, body: bytes, deadline: float) -> None:
         call_id = self._free_id()
         self._sent[call_id] = call
         try:
-            left = trio.current_effective_deadline() - trio.current_time()
+            left = deadline - trio.current_time()
             frame = pack(RpcRequest(call_id, timeout_to_ms(left), method, body))
             await self._writer.put(frame)
             try:
