@@ -72,6 +72,8 @@ class FrameBuffer:
         body_bytes_max: bodies above this end the connection; may be changed between frames.
     """
 
+    __slots__ = ("_data", "body_bytes_max")
+
     def __init__(self, *, body_bytes_max: int) -> None:
         self.body_bytes_max = body_bytes_max
         self._data = bytearray()

@@ -106,6 +106,7 @@ async def serve_connections(
     connections_max: int,
     refuse: Callable[[trio.SocketStream], Awaitable[object]],
     handler_nursery: trio.Nursery | None = None,
+    kept: Callable[[], int] = lambda: 0,
     task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Accept connections for ever, ``connections_max`` at a time.
@@ -113,13 +114,16 @@ async def serve_connections(
     Further ones are given to ``refuse``, which may send a last message and has REFUSAL_TIMEOUT seconds
     for it; they are closed afterwards.  An exception of ``handler`` other than the connection's own
     errors is a bug and ends this function.  The listeners are closed on the way out.
+
+    ``kept`` says how many connections stay open although ``handler`` has returned, having taken the socket
+    out of its stream.
     """
     active = 0
     refusing = 0
 
     async def handle(stream: trio.SocketStream) -> None:
         nonlocal active, refusing
-        if active < connections_max:
+        if active + kept() < connections_max:
             active += 1
             try:
                 await handler(stream)

@@ -16,7 +16,8 @@ from __future__ import annotations
 from swarmpull.wire.rpc_client import RpcPool, open_rpc_pool
 from swarmpull.wire.rpc_link import RpcLimits
 from swarmpull.wire.rpc_messages import Method
-from swarmpull.wire.rpc_server import RpcContext, RpcService, serve_rpc
+from swarmpull.wire.rpc_server import serve_rpc
+from swarmpull.wire.rpc_service import RpcContext, RpcService
 
 __all__ = [
     "Method",

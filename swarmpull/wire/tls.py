@@ -231,16 +231,24 @@ class TlsStream(trio.abc.Stream):
 
     async def _send_some(self, view: memoryview) -> int:
         """One record at the most."""
-        while True:
-            self.descriptor()
-            try:
-                return self.socket.send(view)
-            except ssl.SSLWantWriteError:
-                await trio.lowlevel.wait_writable(self.descriptor())
-            except ssl.SSLWantReadError:
-                break
-            except (OSError, ValueError) as error:
-                raise trio.BrokenResourceError(_reason(error)) from error
+        while not (sent := self.send_now(view)):
+            await trio.lowlevel.wait_writable(self.descriptor())
+        return sent
+
+    def send_now(self, data: bytes | memoryview) -> int:
+        """Send one record at the most, if that need not wait; returns how many bytes of ``data`` it took.
+
+        What comes after 0 bytes has to be the same data again.
+        """
+        self.descriptor()
+        try:
+            return self.socket.send(data)
+        except ssl.SSLWantWriteError:
+            return 0
+        except ssl.SSLWantReadError:
+            pass
+        except (OSError, ValueError) as error:
+            raise trio.BrokenResourceError(_reason(error)) from error
         # Not to be waited for: somebody receives, and nobody who means well ends a record there.
         raise trio.BrokenResourceError("the other side stopped inside a message of TLS itself")
 
@@ -250,11 +258,21 @@ class TlsStream(trio.abc.Stream):
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         await trio.lowlevel.checkpoint()
         size = _RECEIVE_BYTES if max_bytes is None else max_bytes
-        while True:
-            try:
-                return self._read_records(size)
-            except ssl.SSLWantReadError:
-                await trio.lowlevel.wait_readable(self.descriptor())
+        while (data := self.receive_now(size)) is None:
+            await trio.lowlevel.wait_readable(self.descriptor())
+        return data
+
+    def receive_now(self, size: int) -> bytes | None:
+        """What is there, ``size`` bytes at the most; empty at the end, None when there is nothing now."""
+        try:
+            return self._read_records(size)
+        except ssl.SSLWantReadError:
+            return None
+
+    @property
+    def holds_more(self) -> bool:
+        """Whether something is left to receive of which the kernel does not know."""
+        return self._failure is not None or self.socket.pending() > 0
 
     def _read_records(self, size: int) -> bytes:
         """What is there; OpenSSL gives one record at a time, and each turn of the event loop costs more."""
@@ -325,11 +343,15 @@ class TlsStream(trio.abc.Stream):
             raise trio.BrokenResourceError(_reason(error)) from error
 
     async def aclose(self) -> None:
+        self.close_now()
+        await trio.lowlevel.checkpoint()
+
+    def close_now(self) -> None:
+        """Close, as `aclose` does."""
         if self.socket.fileno() >= 0:
             self._say_end()
             trio.lowlevel.notify_closing(self.socket)
             self.socket.close()
-        await trio.lowlevel.checkpoint()
 
     def _say_end(self) -> None:
         """Send close_notify, and do not wait for that of the other side.

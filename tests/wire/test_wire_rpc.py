@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 from functools import partial
@@ -26,7 +27,7 @@ from swarmpull.errors import (
     StoreFull,
     UploadBusy,
 )
-from swarmpull.wire import api
+from swarmpull.wire import api, rpc_connections
 from swarmpull.wire.frames import FrameBuffer, pack_header
 from swarmpull.wire.rpc import Method, RpcLimits, RpcService, open_rpc_pool, serve_rpc
 from swarmpull.wire.rpc_link import first_error
@@ -508,22 +509,28 @@ async def test_a_lost_connection_fails_its_calls_and_the_next_call_dials_again(h
                 nursery.cancel_scope.cancel()
 
             await handlers.until(lambda: handlers.waiting == ["x"])
-            await trio.aclose_forcefully(_server_stream(address))
+            _server_socket(address).shutdown(socket.SHUT_RDWR)
             await trio.sleep_forever()
         assert await call(pool, address) == "hello"
 
 
-def _server_stream(address):
+def _server_socket(address):
     # The server's end of the only connection, found through the sockets of this process.
     port = int(address.split(":")[1])
-    streams = [o for o in gc.get_objects() if type(o) is trio.SocketStream]
-    (stream,) = (s for s in streams if s.socket.fileno() >= 0 and s.socket.getsockname()[1] == port)
-    return stream
+    (connection,) = (
+        c for c in gc.get_objects() if type(c) is rpc_connections._Connection and _port(c) == port
+    )
+    return connection._end.socket
+
+
+def _port(connection):
+    sock = connection._end.socket
+    return sock.getsockname()[1] if sock.fileno() >= 0 else None
 
 
 SERVER = """
 import trio
-from swarmpull.wire import api
+from swarmpull.wire import api, rpc_connections
 from swarmpull.wire.rpc import RpcService, serve_rpc
 
 async def stat(request, context):
@@ -794,6 +801,60 @@ async def test_a_server_stops_reading_at_its_limit_of_requests(handlers):
                 await client.stream.send_all(bytes(1 << 20))
         assert scope.cancelled_caught
         assert len(handlers.waiting) == 2
+
+
+async def test_a_request_beyond_the_limit_is_answered_when_there_is_a_place(handlers):
+    async with (
+        serving(handlers, limits={"requests_max": 2}) as address,
+        raw_client(address) as client,
+    ):
+        body = b"\x81\xa4text\xa1x"
+        requests = [RpcRequest(n, 60_000, "test.wait", body) for n in range(5)]
+        await client.send(*requests, RpcRequest(5, 60_000, "test.echo", body))
+        await handlers.until(lambda: len(handlers.waiting) == 2)
+        handlers.release.set()
+        replies = [await client.receive() for _ in range(6)]
+    assert sorted(reply.id for reply in replies) == [0, 1, 2, 3, 4, 5]
+    assert handlers.peak == 2
+
+
+async def test_a_client_that_is_reset_while_it_is_not_read_from_is_noticed(handlers):
+    with structlog.testing.capture_logs() as logs:
+        async with serving(handlers, limits={"requests_max": 1}) as address:
+            async with raw_client(address) as client:
+                body = b"\x81\xa4text\xa1x"
+                await client.send(*[RpcRequest(n, 60_000, "test.wait", body) for n in range(2)])
+                await handlers.until(lambda: handlers.waiting == ["x"])
+                # Closing resets the connection.
+                linger = struct.pack("ii", 1, 0)
+                client.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            await handlers.until(lambda: handlers.cancelled == ["x"])
+    assert len([log for log in logs if "connection lost" in log["reason"]]) == 1
+
+
+async def test_connections_that_say_nothing_have_no_task(handlers):
+    async with serving(handlers) as address, contextlib.AsyncExitStack() as clients:
+        await clients.enter_async_context(raw_client(address))
+        before = trio.lowlevel.current_statistics().tasks_living
+        for _ in range(20):
+            await clients.enter_async_context(raw_client(address))
+        assert trio.lowlevel.current_statistics().tasks_living == before
+
+
+async def test_many_clients_at_once_are_all_answered(handlers):
+    """More than are served in one turn."""
+
+    async def ask(address, number):
+        async with raw_client(address) as client:
+            for again in range(3):
+                body = b"\x81\xa4text\xa3%03d" % number
+                await client.send(RpcRequest(again, 60_000, "test.echo", body))
+                assert await client.receive() == RpcReply(again, body)
+
+    async with serving(handlers) as address, trio.open_nursery() as nursery:
+        for number in range(100):
+            nursery.start_soon(ask, address, number)
+    assert len(handlers.hosts) == 300
 
 
 async def test_replies_that_are_not_read_end_the_connection(handlers):

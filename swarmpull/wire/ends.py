@@ -1,0 +1,91 @@
+"""Our end of a connection, for whoever reads and writes thousands of them in one task: nothing here waits.
+
+Both kinds raise trio.BrokenResourceError when the connection is lost; the secured one `TlsError` when the
+other side does not trust us.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+
+import trio
+
+from swarmpull.wire.tls import AnyStream, TlsStream
+
+
+class PlainEnd:
+    """The end of a connection without TLS.
+
+    Attributes:
+        holds_more: never: what was received and not taken is with the kernel, which says so.
+    """
+
+    __slots__ = ("socket",)
+    holds_more = False
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = sock
+
+    def receive(self, size: int) -> bytes | None:
+        """What is there, ``size`` bytes at the most; empty at the end, None when there is nothing now."""
+        try:
+            return self.socket.recv(size)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise trio.BrokenResourceError(str(error)) from error
+
+    def send(self, data: bytes | memoryview) -> int:
+        """Send what can be sent now; returns how many bytes that was.
+
+        What comes after 0 bytes has to be the same data again.
+        """
+        try:
+            return self.socket.send(data)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise trio.BrokenResourceError(str(error)) from error
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class SecuredEnd:
+    """The end of a connection with TLS, after its handshake; methods as of `PlainEnd`."""
+
+    __slots__ = ("_stream", "socket")
+
+    def __init__(self, stream: TlsStream) -> None:
+        self._stream = stream
+        self.socket: socket.socket = stream.socket
+
+    @property
+    def holds_more(self) -> bool:
+        """Whether there is more to receive of which the kernel says nothing."""
+        return self._stream.holds_more
+
+    def receive(self, size: int) -> bytes | None:
+        return self._stream.receive_now(size)
+
+    def send(self, data: bytes | memoryview) -> int:
+        return self._stream.send_now(data)
+
+    def close(self) -> None:
+        self._stream.close_now()
+
+
+End = PlainEnd | SecuredEnd
+
+
+def end_of(stream: AnyStream) -> End:
+    """Take the connection out of ``stream``, which nobody else may use, or close, any more."""
+    if isinstance(stream, TlsStream):
+        return SecuredEnd(stream)
+    below = stream.socket
+    kind = (below.family, below.type, below.proto)
+    sock = socket.socket(*kind, fileno=below.detach())
+    with contextlib.suppress(OSError):
+        sock.setblocking(False)
+    return PlainEnd(sock)
