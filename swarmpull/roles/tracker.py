@@ -28,10 +28,11 @@ from swarmpull.roles.ring_client import RingClient, open_ring
 from swarmpull.roles.security import open_tls
 from swarmpull.roles.serving import serve_role
 from swarmpull.roles.tracker_metainfo import MetainfoLimits, MetainfoSource
-from swarmpull.swarm.handout import HandoutLimits, HandoutStatistics, PeerTable
+from swarmpull.swarm.handout import Handout, HandoutLimits, HandoutStatistics, PeerTable
 from swarmpull.swarm.peers import AnnounceState, PeerContact
 from swarmpull.telemetry import Metrics
 from swarmpull.wire import api
+from swarmpull.wire.handouts import encode_announce_reply
 from swarmpull.wire.rpc import RpcContext, RpcService, open_rpc_pool
 
 log = structlog.get_logger()
@@ -44,6 +45,9 @@ EXPIRY_PAUSE_MIN: Final = 1.0
 EXPIRY_PAUSE_MAX: Final = 30.0
 # Calls that wait for piece hashes, of all blobs: as many as may wait for peers.
 HASH_POLLS_MAX: Final = 10_000
+# Hosts whose contact is the same object for all their blobs, some 500 bytes each: more than one tracker has
+# connections; beyond it each blob has one of its own, and nothing else changes.
+CONTACTS_MAX: Final = 32_768
 _HANDOUT_BUCKETS: Final = (0, 1, 2, 5, 10, 20, 49)
 _WATCH_BUCKETS: Final = (0.001, 0.01, 0.1, 0.5, 2.0, 10.0, 29.9)
 
@@ -54,6 +58,21 @@ _HOST: Final = re.compile(r"[A-Za-z0-9._:%-]{1,253}", re.ASCII)
 _NAMESPACE_LENGTH_MAX: Final = 512
 
 
+class _Contacts:
+    """One object for each host that announces, however many blobs it has: of the ``limit`` latest hosts."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._contacts: dict[PeerContact, PeerContact] = {}
+
+    def one_for(self, contact: PeerContact) -> PeerContact:
+        """What is equal to ``contact``: itself, when it is the first of its kind."""
+        known = self._contacts.setdefault(contact, contact)
+        if len(self._contacts) > self._limit:
+            del self._contacts[next(iter(self._contacts))]
+        return known
+
+
 class Tracker:
     """The answers of one tracker."""
 
@@ -61,6 +80,7 @@ class Tracker:
         self._table = table
         self._metainfo = metainfo
         self._polls = HashPolls(HASH_POLLS_MAX)
+        self._contacts = _Contacts(CONTACTS_MAX)
         self._process = f"{random.getrandbits(64):016x}"
         self._begun_at = trio.current_time()
         metrics.gauge(
@@ -70,54 +90,67 @@ class Tracker:
         self._seconds = metrics.histogram(
             "tracker_watch_seconds", "Time for which one leecher waited for peers.", _WATCH_BUCKETS
         )
-        self._announces = metrics.counter(
+        announces = metrics.counter(
             "tracker_announces_total", "Announces, by state of the announcer.", ["state"]
         )
+        self._announces = {state: announces.labels(state.value) for state in AnnounceState}
         self._handouts = metrics.histogram(
             "tracker_handout_peers", "Peers handed out to one leecher.", _HANDOUT_BUCKETS
         )
 
-    def announce_at_once(
-        self, request: api.AnnounceRequest, context: RpcContext
-    ) -> api.AnnounceReply | None:
-        """Answer an announce without metainfo; None for others."""
-        if request.want_metainfo and request.state is not AnnounceState.STOPPED:
+    def announce_at_once(self, request: api.AnnounceRequest, context: RpcContext) -> bytes | None:
+        """The encoded answer to an announce without metainfo; None for others."""
+        if _must_find(request):
             return None
-        return self._entered(request, _contact(request, context))
+        handout = self._enter(request, self._contact(request, context))
+        return encode_announce_reply(
+            handout.peers, handout.interval, handout.position, self._process, self._age()
+        )
 
     async def announce(
         self, request: api.AnnounceRequest, context: RpcContext
     ) -> api.AnnounceReply:
         """Answer one announce.  Raises what `MetainfoSource.get` does when metainfo is wanted."""
-        reply = self.announce_at_once(request, context)
-        if reply is not None:
-            return reply
-        contact = _contact(request, context)
+        contact = self._contact(request, context)
+        if not _must_find(request):
+            return self._reply(self._enter(request, contact))
         digest = request.digest
         # What is cached may be answered while somebody has the blob; else an origin must get it.
         use_cache = self._table.seeders(digest) > 0
         get = self._metainfo.get if request.growing else self._metainfo.get_settled
         found = await get(digest, request.namespace, use_cache=use_cache)
-        reply = self._entered(request, contact)
+        reply = self._reply(self._enter(request, contact))
         if isinstance(found, HashLog):
             return attrs.evolve(reply, growth=found.since("", 0))
         return attrs.evolve(reply, metainfo=found, content=self._metainfo.content(digest))
 
-    def _entered(self, request: api.AnnounceRequest, contact: PeerContact) -> api.AnnounceReply:
+    def _contact(self, request: api.AnnounceRequest, context: RpcContext) -> PeerContact:
+        """The announcer's contact; one and the same object for all blobs that it announces."""
+        contact = _checked_contact(request.peer, context)
+        _check_namespace(request.namespace)
+        return self._contacts.one_for(contact)
+
+    def _enter(self, request: api.AnnounceRequest, contact: PeerContact) -> Handout:
         digest, state = request.digest, request.state
-        self._announces.labels(state.value).inc()
+        self._announces[state].inc()
         handout = self._table.announce(digest, contact, state, trio.current_time())
         if state is AnnounceState.LEECHING:
             self._handouts.observe(len(handout.peers))
             if not self._table.has_origin(digest):
                 self._metainfo.seek_origin(digest, request.namespace)
+        return handout
+
+    def _reply(self, handout: Handout) -> api.AnnounceReply:
         return api.AnnounceReply(
             handout.peers,
             handout.interval,
             position=handout.position,
             process=self._process,
-            age=trio.current_time() - self._begun_at,
+            age=self._age(),
         )
+
+    def _age(self) -> float:
+        return trio.current_time() - self._begun_at
 
     async def hashes(self, request: api.HashesRequest, _: RpcContext) -> api.Growth:
         """Answer when more piece hashes are known than the caller has.
@@ -156,9 +189,14 @@ class Tracker:
         return api.WatchReply(watch.peers, watch.position)
 
 
-def _contact(request: api.AnnounceRequest, context: RpcContext) -> PeerContact:
+def _must_find(request: api.AnnounceRequest) -> bool:
+    """Whether the answer takes more than what is in the table."""
+    return request.want_metainfo and request.state is not AnnounceState.STOPPED
+
+
+def _checked_contact(peer: PeerContact, context: RpcContext) -> PeerContact:
     """The announcer's contact with its host filled in.  Raises ProtocolError if nobody could dial it."""
-    contact = request.peer.seen_at(context.remote_host)
+    contact = peer.seen_at(context.remote_host)
     if _PEER_ID.fullmatch(contact.peer_id) is None:
         raise ProtocolError(f"peer id {contact.peer_id[:80]!r} is not 32 lower-case hex digits")
     if _HOST.fullmatch(contact.host) is None:
@@ -167,7 +205,6 @@ def _contact(request: api.AnnounceRequest, context: RpcContext) -> PeerContact:
         raise ProtocolError(f"peer port {contact.port} is not a TCP port")
     if context.caller is not None and contact.kind.value not in context.caller.roles:
         raise ProtocolError(f"{context.caller} must not announce itself as {contact.kind.value}")
-    _check_namespace(request.namespace)
     return contact
 
 

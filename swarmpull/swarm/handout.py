@@ -23,6 +23,7 @@ import attrs
 
 from swarmpull.digest import Digest
 from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
+from swarmpull.swarm.samples import sample
 from swarmpull.swarm.watches import Watch, Watches, WatchLimits
 
 
@@ -148,6 +149,14 @@ class _Torrent:
             last.position = peer.position
         del self.peers[peer.contact.peer_id]
         del self.ids[peer.contact.host, peer.contact.port]
+
+    def same_as(self, contact: PeerContact) -> tuple[_Peer | None, _Peer | None]:
+        """Who has the id of a contact, and who has its address; None where nobody does."""
+        other = self.ids.get((contact.host, contact.port))
+        return (
+            self.peers.get(contact.peer_id),
+            None if other is None else self.peers[other],
+        )
 
     def stalest(self) -> _Peer:
         return next(iter(self.peers.values()))
@@ -309,25 +318,29 @@ class PeerTable:
         if complete:
             return self._choose_for_seeder(torrent, announcer)
         chosen: list[PeerContact] = []
+        same = torrent.same_as(announcer)
         for group in torrent.groups:
-            chosen += self._sample(group, announcer, self._limits.peers_per_handout - len(chosen))
+            chosen += self._sample(group, same, self._limits.peers_per_handout - len(chosen))
         return tuple(chosen)
 
     def _choose_for_seeder(
         self, torrent: _Torrent, announcer: PeerContact
     ) -> tuple[PeerContact, ...]:
         few = self._limits.leechers_for_seeder
-        leechers = self._sample(torrent.groups[_LEECHERS], announcer, few + 1)
+        same = torrent.same_as(announcer)
+        leechers = self._sample(torrent.groups[_LEECHERS], same, few + 1)
         return tuple(leechers) if len(leechers) <= few else ()
 
-    def _sample(self, group: list[_Peer], announcer: PeerContact, count: int) -> list[PeerContact]:
+    def _sample(
+        self, group: list[_Peer], same: tuple[_Peer | None, ...], count: int
+    ) -> list[PeerContact]:
         """Up to ``count`` peers of a group, uniformly at random, without the announcer."""
         # One peer may have the announcer's id and another, from before a restart, its address: two
         # more than wanted are enough.
         if count <= 0:
             return []
-        drawn = self._rng.sample(group, min(count + 2, len(group)))
-        return [peer.contact for peer in drawn if not _is_same(peer.contact, announcer)][:count]
+        drawn = sample(self._rng, group, min(count + 2, len(group)))
+        return [peer.contact for peer in drawn if peer not in same][:count]
 
     def _interval(self, handed_out: int, *, complete: bool) -> float:
         limits = self._limits
@@ -466,7 +479,3 @@ def _group_of(contact: PeerContact, *, complete: bool) -> int:
     if contact.kind is PeerKind.ORIGIN:
         return _ORIGINS
     return _SEEDERS if complete else _LEECHERS
-
-
-def _is_same(one: PeerContact, other: PeerContact) -> bool:
-    return one.peer_id == other.peer_id or (one.host, one.port) == (other.host, other.port)

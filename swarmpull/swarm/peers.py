@@ -31,12 +31,14 @@ class PeerContact:
         host: address that others dial; empty means "the address you see me at".
         port: TCP port of the peer protocol.
         kind: agent or origin.
+        encoded: its form on the wire, kept here by whoever sends it again and again; no part of its value.
     """
 
     peer_id: str
     host: str
     port: int
     kind: PeerKind
+    encoded: bytes = attrs.field(default=b"", init=False, eq=False, repr=False)
 
     def seen_at(self, host: str) -> PeerContact:
         """As others can dial it, who see it at ``host``: what it advertises goes before."""
