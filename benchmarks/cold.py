@@ -83,7 +83,8 @@ class Read:
             to that of the agent which was last.
         total: seconds to the last byte.
         from_backend: bytes of the blob that the origins have read.
-        usages: of each origin and agent, by role.
+        usages: of each origin and agent, by role; and of what is not ours: the S3 server, the relay, and the
+            clients.
     """
 
     first: float
@@ -164,10 +165,15 @@ class Bench:
                 server.wait_until(partial(_answers, admin, "/readiness"), "it is ready")
         for name in names:
             self._servers[name].begin()
+        others = [self._servers[name] for name in ("s3", "relay")]
+        for server in others:
+            server.begin()
+        spent = _spent()
         first, total = self._readers[way]()
         usages = {
             "origin": [self._servers[name].end() for name in self._origins],
             "agent": [self._servers[name].end() for name in self._agents],
+            "others": [server.end() for server in others] + [Usage(_spent() - spent, None)],
         }
         return Read(first, total, self._bytes_read(), usages)
 
@@ -279,7 +285,7 @@ def report(settings: Settings, reads: dict[str, list[Read]]) -> Iterator[str]:
     yield ""
     heads = "first byte, s", "whole, s", "of the bound", "read from S3, of the blob"
     yield (
-        f"| read | {' | '.join(heads)} | CPU seconds, origins, agents | peak RSS of one, origin, agent, MiB |"
+        f"| read | {' | '.join(heads)} | CPU seconds, origins, agents, S3 with relay and clients | peak RSS of one, origin, agent, MiB |"
     )
     yield "|---|---:|---:|---:|---:|---:|---:|"
     for way, measured in reads.items():
@@ -290,10 +296,15 @@ def report(settings: Settings, reads: dict[str, list[Read]]) -> Iterator[str]:
             f"{total:.2f}",
             f"{total / settings.bound:.2f}",
             f"{max(read.from_backend for read in measured) / settings.size:.3f}",
-            ", ".join(f"{_cpu(measured, role):.1f}" for role in ("origin", "agent")),
+            ", ".join(f"{_cpu(measured, role):.1f}" for role in ("origin", "agent", "others")),
             ", ".join(f"{_peak(measured, role) / MIB:.0f}" for role in ("origin", "agent")),
         ]
         yield f"| {' | '.join(cells)} |"
+
+
+def _spent() -> float:
+    """CPU seconds of this process and of clients that have ended."""
+    return sum(os.times()[:4])
 
 
 def _cpu(reads: list[Read], role: str) -> float:
