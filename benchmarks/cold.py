@@ -284,9 +284,9 @@ def report(settings: Settings, reads: dict[str, list[Read]]) -> Iterator[str]:
     )
     yield ""
     heads = "first byte, s", "whole, s", "of the bound", "read from S3, of the blob"
-    yield (
-        f"| read | {' | '.join(heads)} | CPU seconds, origins, agents, S3 with relay and clients | peak RSS of one, origin, agent, MiB |"
-    )
+    processors = "CPU seconds, origins, agents, S3 with relay and clients"
+    memory = "peak RSS of one, origin, agent, MiB"
+    yield f"| read | {' | '.join(heads)} | {processors} | {memory} |"
     yield "|---|---:|---:|---:|---:|---:|---:|"
     for way, measured in reads.items():
         total = statistics.median(read.total for read in measured)

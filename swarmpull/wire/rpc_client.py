@@ -92,9 +92,9 @@ class RpcPool:
     ) -> Rep:
         """Call ``method`` of the role at ``address`` (``host:port``) and return its reply.
 
-        ``timeout`` seconds cover the dial, the handshake and the request.  The role is told how many are left,
-        and nothing of the deadlines of surrounding scopes, which may be put off: a call that ends early is
-        cancelled there.
+        ``timeout`` seconds cover the dial, the handshake and the request.  The role is told how many are
+        left, and nothing of the deadlines of surrounding scopes, which may be put off: a call that ends early
+        is cancelled there.
 
         Raises:
             RpcUnavailable: not reachable, connection lost, or no reply in time. The role may or may
