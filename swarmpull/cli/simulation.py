@@ -64,7 +64,14 @@ from swarmpull.cli.options import EXIT_FAILED, read_duration, read_size
 )
 @click.option("--table", is_flag=True, help="Run all cases of docs/performance.md.")
 @click.option("--case", "names", multiple=True, help="With --table: only this case; repeatable.")
-@click.option("--jobs", type=int, default=1, show_default=True, help="With --table: processes.")
+@click.option(
+    "--scenario",
+    "scenarios",
+    multiple=True,
+    metavar="NAME",
+    help="One of docs/reliability.md, repeatable; all for all of them.",
+)
+@click.option("--jobs", type=int, default=1, show_default=True, help="Of a table: processes.")
 def simulate(**given: Any) -> int:  # noqa: ANN401 - one for each option
     """Simulate a swarm: the code that decides is that of the roles, the network is a model.
 

@@ -15,9 +15,10 @@ import attrs
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from swarmpull.sim import scenarios
 from swarmpull.sim.options import Policy, SimulationOptions
 from swarmpull.sim.plot import draw
-from swarmpull.sim.report import results_table, targets_table
+from swarmpull.sim.report import results_table, scenarios_table, targets_table
 from swarmpull.sim.result import SimulationResult
 from swarmpull.sim.simulation import Simulation
 from swarmpull.sim.targets import BASE, Case, Outcome, cases, judge
@@ -25,8 +26,9 @@ from swarmpull.sim.targets import BASE, Case, Outcome, cases, judge
 ProgressOf = Callable[[str], Callable[[float], None]]
 
 
-# Options of the command that a table has for each case itself.
+# What may be said beside these; everything else a case or a scenario says itself.
 _TABLE_OPTIONS: Final = frozenset({"table", "names", "jobs", "hosts", "size", "seed", "as_json"})
+_SCENARIO_OPTIONS: Final = frozenset({"scenarios", "jobs", "hosts", "size", "seed", "as_json"})
 
 
 def run(given: Mapping[str, Any], explicit: AbstractSet[str]) -> bool:
@@ -36,15 +38,23 @@ def run(given: Mapping[str, Any], explicit: AbstractSet[str]) -> bool:
         given: the value of every option; ``explicit`` names those that were typed.
 
     Returns:
-        whether every surviving agent finished, or every target of the table is met.
+        whether every surviving agent finished, and every target of a table is met.
 
     Raises:
         ValueError: options that do not go together, or are out of range.
     """
+    if given["scenarios"]:
+        _check_alone("scenario", explicit - _SCENARIO_OPTIONS)
+        return run_scenarios(
+            given["scenarios"],
+            given["hosts"],
+            given["size"] if "size" in explicit else scenarios.SIZE,
+            given["seed"],
+            jobs=max(given["jobs"], 1),
+            as_json=given["as_json"],
+        )
     if given["table"]:
-        odd = sorted(explicit - _TABLE_OPTIONS)
-        if odd:
-            raise ValueError(f"--table sets --{odd[0].replace('_', '-')} itself")
+        _check_alone("table", explicit - _TABLE_OPTIONS)
         return run_table(
             given["hosts"],
             given["size"],
@@ -55,7 +65,8 @@ def run(given: Mapping[str, Any], explicit: AbstractSet[str]) -> bool:
         )
     for name in ("names", "jobs"):
         if name in explicit:
-            raise ValueError(f"--{name.replace('names', 'case')} goes with --table")
+            others = "--table" if name == "names" else "--table or --scenario"
+            raise ValueError(f"--{name.replace('names', 'case')} goes with {others}")
     plot = given["plot"]
     if plot is not None and plot.suffix.lower() != ".svg":
         raise ValueError(f"{plot}: pictures are SVG, name the file so")
@@ -65,6 +76,11 @@ def run(given: Mapping[str, Any], explicit: AbstractSet[str]) -> bool:
     fields = attrs.fields_dict(SimulationOptions).keys() - {"policy"}
     chosen = {name: value for name, value in given.items() if name in fields and value is not None}
     return simulate(SimulationOptions(**chosen), policies, as_json=given["as_json"], plot=plot)
+
+
+def _check_alone(option: str, odd: AbstractSet[str]) -> None:
+    if odd:
+        raise ValueError(f"--{option} sets --{min(odd).replace('_', '-')} itself")
 
 
 def simulate(
@@ -105,7 +121,7 @@ def run_table(
     """
     chosen = _choose(cases(hosts, size, seed), names)
     with _progress_bars() as progress:
-        results = _run_cases(chosen, jobs, progress)
+        results = _run_all({case.name: case.options for case in chosen}, jobs, progress)
     base = results.get(BASE)
     outcomes = [
         outcome
@@ -120,6 +136,28 @@ def run_table(
     return all(outcome.is_met for outcome in outcomes)
 
 
+def run_scenarios(
+    names: Sequence[str], hosts: int, size: int, seed: int, *, jobs: int = 1, as_json: bool
+) -> bool:
+    """Run the scenarios of those names and print what came of each.
+
+    Returns whether every survivor of every one has everything.
+
+    Raises:
+        ValueError: there is no such scenario.
+    """
+    chosen = scenarios.choose(names)
+    options = {each.name: each.options(hosts, size, seed) for each in chosen}
+    with _progress_bars() as progress:
+        results = _run_all(options, jobs, progress)
+    rows = [(each, options[each.name], results[each.name]) for each in chosen]
+    if as_json:
+        _print_json([scenarios.document(*row) for row in rows])
+    else:
+        Console().print(scenarios_table(rows))
+    return all(result.completed == result.expected for result in results.values())
+
+
 def _choose(every: list[Case], names: Sequence[str]) -> list[Case]:
     unknown = [name for name in names if name not in {case.name for case in every}]
     if unknown:
@@ -130,19 +168,22 @@ def _choose(every: list[Case], names: Sequence[str]) -> list[Case]:
     return [case for case in every if case in wanted or (needs_base and case.name == BASE)]
 
 
-def _run_cases(
-    chosen: Sequence[Case], jobs: int, progress: ProgressOf
+def _run_all(
+    experiments: Mapping[str, SimulationOptions], jobs: int, progress: ProgressOf
 ) -> dict[str, SimulationResult]:
+    """Run experiments, so many at a time; the results by their names."""
     if jobs == 1:
-        return {case.name: Simulation(case.options).run(progress(case.name)) for case in chosen}
+        return {
+            name: Simulation(options).run(progress(name)) for name, options in experiments.items()
+        }
     show = progress("cases")
     results = {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        runs = {case.name: pool.submit(_run, case.options) for case in chosen}
+        runs = {name: pool.submit(_run, options) for name, options in experiments.items()}
         for number, (name, run) in enumerate(runs.items(), 1):
             results[name] = run.result()
-            show(number / len(chosen))
+            show(number / len(experiments))
     return results
 
 

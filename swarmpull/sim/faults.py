@@ -1,7 +1,8 @@
 """What goes wrong in a simulated swarm, as a small readable text.
 
-``slow=5%x10,killed=2%,origin-killed=1@3s,partition=10%@2s-4s``: a kind, how many (a share of the agents or a
-number), by which factor, and when.  No agent has two faults.
+``slow=5%x10,killed=2%,origin-killed=1@3s,partition=10%@2s-4s,lost=5%``: a kind, how many (a share of the
+agents or a number; for what is lost, a share of all messages), by which factor, and when.  No agent has two
+faults.  Origins and trackers that several faults of one kind hit are different ones.
 """
 
 from __future__ import annotations
@@ -28,6 +29,12 @@ class FaultKind(enum.Enum):
     """It dies; its connections break."""
     VANISHED = "vanished"
     """It falls silent; its connections stay."""
+    RESTARTED = "restarted"
+    """It dies, and comes back with the pieces that it had stored."""
+    WIPED = "wiped"
+    """It dies, and comes back with nothing."""
+    FROZEN = "frozen"
+    """It does nothing for a while, and nobody is told."""
     PARTITION = "partition"
     """It cannot reach the hosts outside of the partition, nor the tracker, for a while."""
     CORRUPT = "corrupt"
@@ -41,9 +48,15 @@ class FaultKind(enum.Enum):
     CHATTY = "chatty"
     """It tells of pieces without end, most of which it does not have."""
     ORIGIN_KILLED = "origin-killed"
-    """An origin dies."""
+    """An origin dies, and may come back."""
+    ORIGIN_FROZEN = "origin-frozen"
+    """An origin does nothing for a while."""
+    ORIGIN_SLOW = "origin-slow"
+    """The link of an origin has a fraction of the rate, both ways."""
     TRACKER_KILLED = "tracker-killed"
-    """A tracker dies; the next one takes its torrents over and knows nobody."""
+    """A tracker dies; the next one takes its torrents over and knows nobody.  It may come back, empty."""
+    LOST = "lost"
+    """That share of all packets is lost, and sent again."""
 
 
 LIARS: Final = frozenset(
@@ -56,10 +69,18 @@ LIARS: Final = frozenset(
     }
 )
 DYING: Final = frozenset({FaultKind.KILLED, FaultKind.VANISHED})
-_WITH_FACTOR: Final = frozenset({FaultKind.SLOW, FaultKind.DELAYED})
-_WITH_TIME: Final = DYING | {FaultKind.LATE, FaultKind.ORIGIN_KILLED, FaultKind.TRACKER_KILLED}
+RETURNING: Final = frozenset({FaultKind.RESTARTED, FaultKind.WIPED})
+_WITH_FACTOR: Final = frozenset({FaultKind.SLOW, FaultKind.DELAYED, FaultKind.ORIGIN_SLOW})
+_MAY_RETURN: Final = frozenset({FaultKind.ORIGIN_KILLED, FaultKind.TRACKER_KILLED})
+_WITH_TIME: Final = DYING | _MAY_RETURN | {FaultKind.LATE}
 _TIME_REQUIRED: Final = frozenset({FaultKind.LATE})
-_OTHER_HOSTS: Final = frozenset({FaultKind.ORIGIN_KILLED, FaultKind.TRACKER_KILLED})
+_WITH_END: Final = RETURNING | {FaultKind.FROZEN, FaultKind.ORIGIN_FROZEN, FaultKind.PARTITION}
+OF_ORIGINS: Final = frozenset(
+    {FaultKind.ORIGIN_KILLED, FaultKind.ORIGIN_FROZEN, FaultKind.ORIGIN_SLOW}
+)
+_NOT_AGENTS: Final = OF_ORIGINS | {FaultKind.TRACKER_KILLED, FaultKind.LOST}
+# With more than that TCP gives up connections, which is not modelled.
+_LOST_MAX: Final = 50
 
 _FORM: Final = re.compile(
     r"(?P<kind>[a-z-]+)=(?P<amount>[0-9]+(?:\.[0-9]+)?)(?P<percent>%)?"
@@ -74,11 +95,11 @@ class Fault:
 
     Attributes:
         kind: what is wrong.
-        amount: how many hosts, or which share of them.
+        amount: how many hosts, or which share of them or of all packets.
         is_share: whether ``amount`` is a share, 0 to 1.
         factor: how many times slower or later.
         since: when it begins, in seconds from the start; None for a random moment of the run.
-        until: when it ends.
+        until: when it ends; None for never.
     """
 
     kind: FaultKind
@@ -96,7 +117,7 @@ class Fault:
 
     @property
     def of_agents(self) -> bool:
-        return self.kind not in _OTHER_HOSTS
+        return self.kind not in _NOT_AGENTS
 
     def __str__(self) -> str:
         amount = f"{self.amount * 100:g}%" if self.is_share else f"{self.amount:g}"
@@ -143,7 +164,10 @@ def _check_amount(text: str, kind: FaultKind, amount: float, *, is_share: bool) 
         raise ValueError(f"{text!r}: there are no more than 100 %")
     if not is_share and amount != int(amount):
         raise ValueError(f"{text!r}: a number of hosts is whole; a share ends with %")
-    if is_share and kind in _OTHER_HOSTS:
+    if kind is FaultKind.LOST:
+        if not is_share or amount > _LOST_MAX:
+            raise ValueError(f"{text!r}: say which share, up to {_LOST_MAX} %, as in lost=5%")
+    elif is_share and kind in _NOT_AGENTS:
         raise ValueError(f"{text!r}: say how many, as in {kind.value}=1")
 
 
@@ -165,9 +189,9 @@ def _times(
         ends = None if until is None else parse_duration(until)
     except ValueError as error:
         raise ValueError(f"{text!r}: {error}") from None
-    if kind is FaultKind.PARTITION:
+    if kind in _WITH_END or (ends is not None and kind in _MAY_RETURN):
         if begins is None or ends is None or ends <= begins:
-            raise ValueError(f"{text!r}: partition needs its begin and end, as in @2s-4s")
+            raise ValueError(f"{text!r}: {kind.value} needs its begin and end, as in @2s-4s")
     elif ends is not None:
         raise ValueError(f"{text!r}: {kind.value} takes no end")
     elif begins is not None and kind not in _WITH_TIME:

@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 
-from swarmpull.sim.faults import Fault, FaultKind, parse_faults
+from swarmpull.sim.faults import OF_ORIGINS, Fault, FaultKind, parse_faults
 from swarmpull.swarm.metainfo import (
     PIECE_LENGTH_MAX,
     PIECE_LENGTH_MIN,
@@ -107,13 +107,18 @@ class SimulationOptions:
         faulty = sum(fault.count(self.hosts) for fault in self.faults if fault.of_agents)
         if faulty > self.hosts:
             raise ValueError(f"{faulty} agents are to be faulty, but there are only {self.hosts}")
-        for kind, there in (
-            (FaultKind.ORIGIN_KILLED, self.origins),
-            (FaultKind.TRACKER_KILLED, self.trackers),
-        ):
-            killed = sum(fault.count(there) for fault in self.faults if fault.kind is kind)
-            if killed > there:
-                raise ValueError(f"{kind.value}={killed}, but there are only {there}")
+        for kind in (*OF_ORIGINS, FaultKind.TRACKER_KILLED):
+            there = self.trackers if kind is FaultKind.TRACKER_KILLED else self.origins
+            hit = sum(fault.count(there) for fault in self.faults if fault.kind is kind)
+            if hit > there:
+                raise ValueError(f"{kind.value}={hit}, but there are only {there}")
+
+    @property
+    def lost(self) -> float:
+        """The share of all packets that are lost."""
+        return max(
+            (fault.amount for fault in self.faults if fault.kind is FaultKind.LOST), default=0.0
+        )
 
     @property
     def layer_size(self) -> int:

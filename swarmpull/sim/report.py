@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from swarmpull.sim.options import SimulationOptions
 from swarmpull.sim.result import QUANTILES, SimulationResult
 from swarmpull.sim.sampling import Idleness, quantile
+from swarmpull.sim.scenarios import Scenario, recovery
 from swarmpull.sim.targets import Outcome
 
 
@@ -66,3 +68,40 @@ def targets_table(outcomes: Sequence[Outcome]) -> Table:
                 title, limit.label, f"<= {limit.most:.2f}", f"{outcome.value:.3f}", verdict
             )
     return table
+
+
+def scenarios_table(rows: Sequence[tuple[Scenario, SimulationOptions, SimulationResult]]) -> Table:
+    """One line for each scenario: all survivors, and those that were spared; ratios are of the bound."""
+    table = Table(
+        "scenario",
+        "finished",
+        "p50",
+        "p99",
+        "max",
+        "max of the spared",
+        "their longest wait",
+        "recovery",
+        box=None,
+        pad_edge=False,
+    )
+    table.columns[0].no_wrap = True
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for scenario, options, result in rows:
+        times = sorted(result.times + result.faulty_times)
+        table.add_row(
+            scenario.name,
+            f"{result.completed:,} of {result.expected:,}",
+            *(
+                f"{quantile(times, QUANTILES[name]) / result.bound:.2f}"
+                for name in ("p50", "p99", "max")
+            ),
+            f"{result.ratio(1.0):.2f}" if result.times else "-",
+            _seconds(result.longest_wait if result.times else None),
+            _seconds(recovery(options, result)),
+        )
+    return table
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} s"

@@ -25,7 +25,9 @@ class SimulationResult:
         times: of the pulls of healthy agents.
         faulty_times: of those that were slow, delayed or cut off.
         first_bytes: until the first piece of the first layer was stored; of healthy agents.
-        makespan: from the start of the simulation to the last finish of a healthy agent.
+        makespan: from the start of the simulation to the last finish of a healthy agent; ``last_finish``: of
+            any that survived.
+        longest_wait: of a healthy agent for its next piece, from its start to its last piece.
         bound: the least time for the last pull; with many images, for the busiest link from the start.
         bytes_total: of all images, each once.
         bytes_from_origins, bytes_from_agents: payload that left them.
@@ -47,6 +49,8 @@ class SimulationResult:
     faulty_times: tuple[float, ...]
     first_bytes: tuple[float, ...]
     makespan: float
+    last_finish: float
+    longest_wait: float
     bound: float
     bytes_total: int
     bytes_from_origins: int

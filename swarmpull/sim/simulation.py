@@ -14,13 +14,15 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from swarmpull.digest import Digest
-from swarmpull.sim.faults import DYING, FaultKind
+from swarmpull.sim.faults import DYING, RETURNING, Fault, FaultKind
 from swarmpull.sim.liars import SCHEDULERS
+from swarmpull.sim.losses import DIALLED_AGAIN_AFTER, Losses
 from swarmpull.sim.network import Clock, Link
 from swarmpull.sim.options import Policy, SimulationOptions, busiest_link, lower_bound
 from swarmpull.sim.result import SimulationResult
 from swarmpull.sim.sampling import Sampler
-from swarmpull.sim.workload import Blob, Host, Pull, afflict, plan_pulls
+from swarmpull.sim.trackers import Trackers
+from swarmpull.sim.workload import Blob, Host, Pull, afflict, afflict_others, plan_pulls
 from swarmpull.swarm import actions as act
 from swarmpull.swarm import bitfield
 from swarmpull.swarm import events as ev
@@ -42,10 +44,18 @@ HANDSHAKE_TIMEOUT: Final = 10.0
 ANNOUNCE_TIMEOUT: Final = 10.0
 WATCH_SECONDS: Final = 30.0
 ORIGIN_LIFETIME: Final = 15.0
+# When no tracker answers a download begins with what an origin says, and asks again so soon.
+TRACKERLESS_INTERVAL: Final = 3.0
+# Probes find a tracker that is back within so many seconds, and sooner after a short absence.
+FOUND_WITHIN: Final = 8.0
 # As the roles report on a piece that takes longer than that, in seconds.
 PROGRESS_EVERY: Final = 1.0
 # Looks at the swarm in the time of the bound.
 SAMPLES: Final = 400
+
+_OUT_OF_STEP: Final = frozenset(
+    {FaultKind.PARTITION, FaultKind.FROZEN, FaultKind.ORIGIN_FROZEN, FaultKind.LOST}
+)
 
 LimitsOf = Callable[[PeerKind, Policy], SwarmLimits]
 
@@ -104,10 +114,13 @@ class Simulation:
         self._rng = random.Random(options.seed)
         self._jitter_rng = random.Random(f"jitter {options.seed}")
         self._clock = Clock()
+        # Whether all messages take the same time, whatever happens.
         self._in_step = not options.jitter and not any(
-            fault.kind is FaultKind.PARTITION for fault in options.faults
+            fault.kind in _OUT_OF_STEP for fault in options.faults
         )
-        self._trackers = [self._new_tracker() for _ in range(options.trackers)]
+        self._losses = Losses(options.lost, options.rtt, random.Random(f"losses {options.seed}"))
+        self._returns_rng = random.Random(f"returns {options.seed}")
+        self._trackers = Trackers(options.trackers, self._new_tracker)
         images = max(options.images, 1)
         self._blobs = [Blob(index, options) for index in range(images * options.layers)]
         self._blob_of = {blob.digest: blob for blob in self._blobs}
@@ -121,20 +134,25 @@ class Simulation:
         self._watching: dict[Watch, tuple[Host, PeerTable]] = {}
         self._stored = 0
         self._copied = 0
+        self._frozen_count = 0
         self._unfinished = 0
         self._healthy_unfinished = 0
         self._sampler = Sampler()
         self._hosts: dict[str, Host] = {}
         faults = afflict(options, self._rng)
-        self._origins = [self._add_host(PeerKind.ORIGIN, n) for n in range(options.origins)]
-        self._agents = []
-        for number in range(options.hosts):
-            fault = faults.get(number)
-            kind = fault.kind if fault else None
-            agent = self._add_host(PeerKind.AGENT, number, kind, fault.factor if fault else 1.0)
-            self._agents.append(agent)
+        others = afflict_others(options)
+        slow = {number: fault for number, fault in others if fault.kind is FaultKind.ORIGIN_SLOW}
+        self._origins = [
+            self._add_host(PeerKind.ORIGIN, number, slow.get(number))
+            for number in range(options.origins)
+        ]
+        self._agents = [
+            self._add_host(PeerKind.AGENT, number, faults.get(number))
+            for number in range(options.hosts)
+        ]
         self._pulls = plan_pulls(options, self._blobs, self._agents, self._rng)
         self._plan_faults(faults)
+        self._plan_other_faults(others)
         self._bound = self._least_time()
         self._performers: dict[type, Callable[[Host, Any], None]] = {
             act.Send: self._send,
@@ -158,7 +176,8 @@ class Simulation:
             self._unfinished += pull.host.survives
             self._healthy_unfinished += pull.host.healthy
             pull.host.wanted += sum(blob.piece_count for blob in pull.blobs)
-        self._start_origins()
+        for origin in self._origins:
+            self._start_origin(origin)
         for pull in self._pulls:
             self._clock.at(pull.started_at, self._start_pull, pull)
         self._sample(progress)
@@ -171,20 +190,34 @@ class Simulation:
     def _new_tracker(self) -> PeerTable:
         return PeerTable(HandoutLimits(), random.Random(self._rng.getrandbits(64)))
 
-    def _add_host(
-        self, kind: PeerKind, number: int, fault: FaultKind | None = None, factor: float = 1.0
-    ) -> Host:
+    def _add_host(self, kind: PeerKind, number: int, fault: Fault | None = None) -> Host:
         options = self._options
-        peer_id = f"{self._rng.getrandbits(128):032x}"
-        contact = PeerContact(peer_id, f"{kind.value}-{number}", 7100, kind)
-        rng = random.Random(self._rng.getrandbits(64))
-        limits = self._limits_of(kind, options.policy)
-        scheduler = SCHEDULERS.get(fault, Scheduler)(peer_id, kind, 7100, rng=rng, limits=limits)
+        trouble = fault.kind if fault else None
+        factor = fault.factor if fault else 1.0
         rate = options.origin_rate if kind is PeerKind.ORIGIN else options.rate
-        if fault is FaultKind.SLOW:
+        if trouble in {FaultKind.SLOW, FaultKind.ORIGIN_SLOW}:
             rate /= factor
-        delay = options.rtt / 2 * (factor if fault is FaultKind.DELAYED else 1.0)
-        host = self._hosts[peer_id] = Host(contact, scheduler, Link(rate, rate), delay)
+        delay = options.rtt / 2 * (factor if trouble is FaultKind.DELAYED else 1.0)
+        name = f"{kind.value}-{number}"
+        return self._new_host(kind, name, Link(rate, rate), delay, trouble, self._rng)
+
+    def _new_host(
+        self,
+        kind: PeerKind,
+        name: str,
+        link: Link,
+        delay: float,
+        fault: FaultKind | None,
+        rng: random.Random,
+    ) -> Host:
+        """A process that begins: nobody knows it yet, and it knows nobody."""
+        peer_id = f"{rng.getrandbits(128):032x}"
+        contact = PeerContact(peer_id, name, 7100, kind)
+        seeded = random.Random(rng.getrandbits(64))
+        limits = self._limits_of(kind, self._options.policy)
+        make = SCHEDULERS.get(fault, Scheduler)
+        scheduler = make(peer_id, kind, 7100, rng=seeded, limits=limits)
+        host = self._hosts[peer_id] = Host(contact, scheduler, link, delay)
         host.fault = fault
         return host
 
@@ -197,48 +230,56 @@ class Simulation:
             [(pull.started_at, number[id(pull.host)], pull.image) for pull in self._pulls],
         )
 
-    def _plan_faults(self, faults: dict[int, Any]) -> None:
+    def _plan_faults(self, faults: dict[int, Fault]) -> None:
         midway = lower_bound(self._options)
-        side = 0
         for number, fault in faults.items():
             agent = self._agents[number]
-            when = fault.since
+            when, until = fault.since, fault.until
             if fault.kind in DYING:
                 if when is None:
                     when = self._rng.uniform(0.0, midway)
                 self._clock.at(when, self._kill, agent, fault.kind is FaultKind.VANISHED)
-            elif fault.kind is FaultKind.PARTITION:
-                side = 1 + self._options.faults.index(fault)
-                self._clock.at(when, self._cut_off, agent, side, fault.until)
             elif fault.kind is FaultKind.LATE:
                 for pull in self._pulls:
                     if pull.host is agent:
-                        pull.started_at += when
-        for fault in self._options.faults:
-            if not fault.of_agents:
-                for number in range(fault.count(0)):
-                    when = fault.since
-                    if when is None:
-                        when = self._rng.uniform(0.0, midway)
-                    self._plan_other_fault(fault.kind, number, when)
+                        pull.started_at += _given(when)
+            elif fault.kind is FaultKind.PARTITION:
+                side = 1 + self._options.faults.index(fault)
+                self._clock.at(_given(when), self._cut_off, agent, side, until)
+            elif fault.kind is FaultKind.FROZEN:
+                self._clock.at(_given(when), self._freeze, agent, until)
+            elif fault.kind in RETURNING:
+                self._clock.at(_given(when), self._kill, agent, False)
+                self._clock.at(_given(until), self._bring_back_agent, number, fault.kind)
 
-    def _plan_other_fault(self, kind: FaultKind, number: int, when: float) -> None:
-        if kind is FaultKind.ORIGIN_KILLED:
-            self._clock.at(when, self._kill, self._origins[number], False)
-        else:
-            self._clock.at(when, self._replace_tracker, number)
+    def _plan_other_faults(self, others: list[tuple[int, Fault]]) -> None:
+        midway = lower_bound(self._options)
+        for number, fault in others:
+            when, until = fault.since, fault.until
+            if fault.kind is FaultKind.ORIGIN_SLOW:
+                continue
+            if when is None:
+                when = self._rng.uniform(0.0, midway)
+            if fault.kind is FaultKind.TRACKER_KILLED:
+                self._clock.at(when, self._replace_tracker, number, until)
+            elif fault.kind is FaultKind.ORIGIN_FROZEN:
+                self._clock.at(when, self._freeze, self._origins[number], until)
+            else:
+                self._clock.at(when, self._kill, self._origins[number], False)
+                if until is not None:
+                    self._clock.at(until, self._bring_back_origin, number)
 
-    def _start_origins(self) -> None:
-        for origin in self._origins:
-            for blob in self._blobs:
-                have = bitfield.full(blob.piece_count)
-                event = ev.TorrentAdded(blob.metainfo, "", have, verified=True, announce=False)
-                self._dispatch(origin, event)
+    def _start_origin(self, origin: Host) -> None:
+        for blob in self._blobs:
+            have = bitfield.full(blob.piece_count)
+            event = ev.TorrentAdded(blob.metainfo, "", have, verified=True, announce=False)
+            self._dispatch(origin, event)
 
     def _start_pull(self, pull: Pull) -> None:
         host = pull.host
         if host.gone:
             return
+        host.stored_at = self._clock.now
         for blob in pull.blobs:
             host.pulls[blob.index] = pull
             event = ev.TorrentAdded(blob.metainfo, "", 0, verified=False, announce=True)
@@ -268,8 +309,75 @@ class Simulation:
     def _rejoin(self, host: Host) -> None:
         host.side = 0
 
-    def _replace_tracker(self, number: int) -> None:
-        former, self._trackers[number] = self._trackers[number], self._new_tracker()
+    def _freeze(self, host: Host, until: float) -> None:
+        """Let a host do nothing: what comes in waits, and what it was sending stays where it is."""
+        host.frozen_until = until
+        self._frozen_count += 1
+        self._cut_off(host, -self._frozen_count, until)
+
+    def _reborn(self, former: Host) -> Host:
+        """The process that takes the place of one that died, on the same host."""
+        former.link.up_free_at = self._clock.now
+        name, kind = former.contact.host, former.contact.kind
+        return self._new_host(
+            kind, name, former.link, former.delay, former.fault, self._returns_rng
+        )
+
+    def _bring_back_origin(self, number: int) -> None:
+        """An origin is back, and everything is on its disk."""
+        origin = self._origins[number] = self._reborn(self._origins[number])
+        self._start_origin(origin)
+
+    def _bring_back_agent(self, number: int, kind: FaultKind) -> None:
+        """An agent is back, and who wanted something of it asks again; what it had is on its disk, or not."""
+        former = self._agents[number]
+        agent = self._agents[number] = self._reborn(former)
+        agent.wanted, agent.longest_wait = former.wanted, former.longest_wait
+        agent.stored_at = self._clock.now
+        for pull in self._pulls:
+            if pull.host is not former:
+                continue
+            pull.host = agent
+            has_disk = kind is FaultKind.RESTARTED
+            is_over = pull.gave_up or (pull.finished_at is not None and not has_disk)
+            if is_over or pull.started_at > self._clock.now:
+                continue
+            if not has_disk:
+                pull.layers_left = len(pull.blobs)
+                pull.positions = dict.fromkeys(pull.positions, 0)
+            for blob in pull.blobs:
+                self._resume(former, pull, blob, has_disk=has_disk)
+
+    def _resume(self, former: Host, pull: Pull, blob: Blob, *, has_disk: bool) -> None:
+        """Ask a host that is back for a blob, or let it seed it."""
+        agent = pull.host
+        torrent = former.scheduler.torrent(blob.digest) if has_disk else None
+        have = 0 if torrent is None else torrent.have
+        verified = torrent is not None and torrent.verified
+        agent.pulls[blob.index] = pull
+        agent.stored += have.bit_count()
+        event = ev.TorrentAdded(blob.metainfo, "", have, verified=verified, announce=True)
+        self._dispatch(agent, event)
+        position = pull.positions[blob.index]
+        if self._options.readers and position < blob.piece_count:
+            self._dispatch(agent, ev.ReaderMoved(blob.digest, 0, position))
+            if (have >> position) & 1:
+                self._read(pull, blob)
+
+    def _replace_tracker(self, number: int, until: float | None) -> None:
+        if until is not None:
+            self._trackers.leave(number)
+            self._clock.at(until, self._bring_back_tracker, number, until - self._clock.now)
+        self._empty_tracker(number)
+
+    def _bring_back_tracker(self, number: int, seconds: float) -> None:
+        """A tracker is back after so many seconds, and its torrents return to it when it is found."""
+        self._trackers.come_back(number)
+        self._empty_tracker(number, within=min(seconds, FOUND_WITHIN))
+
+    def _empty_tracker(self, number: int, within: float = 0.0) -> None:
+        """Let torrents begin anew elsewhere; whoever announced them hears of it within so many seconds."""
+        former = self._trackers.replace(number)
         for watch, (host, tracker) in list(self._watching.items()):
             if tracker is former:
                 del self._watching[watch]
@@ -277,14 +385,15 @@ class Simulation:
                 self._clock.at(self._clock.now + host.delay, self._dispatch, host, failed)
         for agent in self._agents:
             lost = [
-                self._blobs[index].digest for index in agent.pulls if self._is_of(number, index)
+                self._blobs[index].digest
+                for index in agent.pulls
+                if self._trackers.is_of(number, index)
             ]
             if lost:
                 when = self._tracker_reached_at(agent) + agent.delay
+                if within:
+                    when += self._returns_rng.uniform(0.0, within)
                 self._clock.at(when, self._dispatch, agent, ev.TrackerLost(tuple(lost)))
-
-    def _is_of(self, tracker: int, blob: int) -> bool:
-        return blob % len(self._trackers) == tracker
 
     def _tracker_reached_at(self, host: Host) -> float:
         return host.cut_until if host.side else self._clock.now
@@ -299,6 +408,9 @@ class Simulation:
         if host.gone:
             return
         clock = self._clock
+        if host.frozen_until > clock.now:
+            clock.at(host.frozen_until, self._dispatch, host, event)
+            return
         actions = host.handle(event, clock.now)
         if actions:
             performers = self._performers
@@ -315,9 +427,11 @@ class Simulation:
         if host.wakes_at == planned:
             host.wakes_at = math.inf
             self._dispatch(host, ev.DeadlinePassed())
-            assert host.scheduler.next_deadline() > self._clock.now or host.gone, (
-                f"{host.contact.host} asks to be woken without end"
-            )
+            assert (
+                host.scheduler.next_deadline() > self._clock.now
+                or host.gone
+                or host.frozen_until > self._clock.now
+            ), f"{host.contact.host} asks to be woken without end"
 
     def _sample(self, progress: Callable[[float], None] | None) -> None:
         pieces = sum(blob.piece_count for blob in self._blobs)
@@ -365,7 +479,7 @@ class Simulation:
         if self._in_step:
             return self._clock.now + sender.delay
         when = self._reaches_at(sender, receiver) + sender.delay
-        when += self._jitter_rng.random() * self._options.jitter
+        when += self._jitter_rng.random() * self._options.jitter + self._losses.delay()
         if receiver is connection.acceptor:
             when = connection.to_acceptor = max(when, connection.to_acceptor)
         else:
@@ -388,40 +502,63 @@ class Simulation:
 
     def _announce(self, host: Host, action: act.Announce) -> None:
         now = self._clock.now
-        reaches_at = host.cut_until if host.side else now
+        reaches_at = self._tracker_reached_at(host)
+        failed = ev.AnnounceFailed(action.digest)
+        if self._trackers.are_gone and reaches_at <= now:
+            # Their addresses answer that nobody listens.
+            reply = self._ask_origins(host, action.digest) or failed
+            self._clock.at(now + 2 * host.delay, self._dispatch, host, reply)
+            return
         if reaches_at - now > ANNOUNCE_TIMEOUT:
-            failed = ev.AnnounceFailed(action.digest)
             self._clock.at(now + ANNOUNCE_TIMEOUT, self._dispatch, host, failed)
             return
-        self._clock.at(reaches_at + host.delay, self._announced, host, action.digest, action.state)
+        when = reaches_at + host.delay + self._losses.exchange()
+        self._clock.at(when, self._announced, host, action.digest, action.state)
 
     def _announced(self, host: Host, digest: Digest, state: AnnounceState) -> None:
         now = self._clock.now
+        if self._trackers.are_gone:
+            self._clock.at(now + host.delay, self._dispatch, host, ev.AnnounceFailed(digest))
+            return
         self._announces += 1
-        tracker = self._tracker_of(digest)
+        blob = self._blob_of[digest].index
+        host.found.add(blob)
+        tracker = self._trackers.of(blob)
         if state is AnnounceState.LEECHING and not tracker.has_origin(digest):
             for origin in self._origins:
-                if not origin.gone:
+                if not origin.gone and origin.frozen_until <= now:
                     tracker.add_seeder(digest, origin.contact, now, lifetime=ORIGIN_LIFETIME)
         handout = tracker.announce(digest, host.contact, state, now)
         if state is not AnnounceState.STOPPED:
             reply = ev.AnnounceReplied(digest, handout.interval, handout.peers, handout.position)
             self._clock.at(now + host.delay, self._dispatch, host, reply)
 
-    def _tracker_of(self, digest: Digest) -> PeerTable:
-        return self._trackers[self._blob_of[digest].index % len(self._trackers)]
+    def _ask_origins(self, host: Host, digest: Digest) -> ev.AnnounceReplied | None:
+        """What a download begins with when no tracker answers: an origin, in place of all peers."""
+        blob = self._blob_of[digest].index
+        here = [
+            origin.contact
+            for origin in self._origins
+            if not origin.gone and origin.frozen_until <= self._clock.now
+        ]
+        if not here or blob in host.found:
+            return None
+        host.found.add(blob)
+        return ev.AnnounceReplied(digest, TRACKERLESS_INTERVAL, (here[blob % len(here)],))
 
     def _watch(self, host: Host, action: act.Watch) -> None:
-        reaches_at = host.cut_until if host.side else self._clock.now
-        when = reaches_at + host.delay
+        when = self._tracker_reached_at(host) + host.delay + self._losses.exchange()
         self._clock.at(when, self._watched, host, action.digest, action.position)
 
     def _watched(self, host: Host, digest: Digest, position: int) -> None:
         if host.dead:
             return
-        self._watches += 1
         now = self._clock.now
-        tracker = self._tracker_of(digest)
+        if self._trackers.are_gone:
+            self._clock.at(now + host.delay, self._dispatch, host, ev.WatchEnded(digest))
+            return
+        self._watches += 1
+        tracker = self._trackers.of(self._blob_of[digest].index)
         watch = tracker.watch(
             digest,
             host.contact.peer_id,
@@ -465,6 +602,7 @@ class Simulation:
         connection = _Connection(self._connection_count, blob, host, target)
         self._connections[connection.number] = connection
         established_at = reaches_at + host.delay + target.delay
+        established_at += self._losses.delay(DIALLED_AGAIN_AFTER)
         self._clock.at(established_at, self._say_hello, connection)
 
     def _say_hello(self, connection: _Connection) -> None:
@@ -565,6 +703,8 @@ class Simulation:
             clock.at(left_at, self._dispatch, sender, sent)
             return
         arrives_at = receiver.link.receive(size, clock.now + delay, left_at + delay)
+        if self._losses.share:
+            arrives_at = max(arrives_at, clock.now + delay + size / self._losses.rate)
         rid_at = receiver.link.pressed_back(arrives_at - delay, self._options.buffer)
         clock.at(max(left_at, rid_at), self._dispatch, sender, sent)
         self._tell_progress(connection, sender, index, arrives_at)
@@ -604,6 +744,8 @@ class Simulation:
             return
         self._stored += 1
         host.stored += 1
+        host.longest_wait = max(host.longest_wait, self._clock.now - host.stored_at)
+        host.stored_at = self._clock.now
         if not blob.copied[index]:
             blob.copied[index] = 1
             self._copied += 1
@@ -672,6 +814,7 @@ class Simulation:
         honest = [pull for pull in self._pulls if pull.host.survives]
         healthy = [pull for pull in honest if pull.host.healthy]
         finishes = [pull.finished_at for pull in healthy if pull.finished_at is not None]
+        last = [pull.finished_at for pull in honest if pull.finished_at is not None]
         return SimulationResult(
             policy=self._options.policy,
             completed=sum(pull.finished_at is not None for pull in honest),
@@ -687,6 +830,8 @@ class Simulation:
                 )
             ),
             makespan=max(finishes, default=math.nan),
+            last_finish=max(last, default=math.nan),
+            longest_wait=max((pull.host.longest_wait for pull in healthy), default=math.nan),
             bound=self._bound,
             bytes_total=max(self._options.images, 1) * self._options.size,
             bytes_from_origins=sum(origin.link.bytes_sent for origin in self._origins),
@@ -707,6 +852,12 @@ class Simulation:
 
 def _nobody_fetches(_host: Host, _urge: act.Urge) -> None:
     """Every simulated origin has every blob from the beginning."""
+
+
+def _given(time: float | None) -> float:
+    """The time of a fault that is not read without one."""
+    assert time is not None
+    return time
 
 
 def _times(pulls: list[Pull]) -> tuple[float, ...]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable
 
 from swarmpull.digest import Digest
-from swarmpull.sim.faults import DYING, LIARS, Fault, FaultKind
+from swarmpull.sim.faults import DYING, LIARS, OF_ORIGINS, Fault, FaultKind
 from swarmpull.sim.network import Link
 from swarmpull.sim.options import SimulationOptions
 from swarmpull.swarm import actions as act
@@ -83,8 +84,11 @@ class Host:
         delay: seconds that its control messages take.
         wakes_at: when it is to be told that a deadline has passed.
         gone: it neither hears nor does anything any more.
-        side: the partition that it is in; ``cut_until``: when that ends.
-        stored: pieces.
+        side: the partition that it is in, alone while it is frozen; ``cut_until``: when that ends.
+        frozen_until: until then it does nothing.
+        found: the blobs, by index, of which somebody has told it peers.
+        stored: pieces; ``stored_at``: when the last one was, or when it began.
+        longest_wait: between two pieces, in seconds.
         wanted: pieces of all its pulls.
         pulls: by the index of the blob.
     """
@@ -95,14 +99,18 @@ class Host:
         "dead",
         "delay",
         "fault",
+        "found",
+        "frozen_until",
         "gone",
         "handle",
         "link",
+        "longest_wait",
         "next_deadline",
         "pulls",
         "scheduler",
         "side",
         "stored",
+        "stored_at",
         "wakes_at",
         "wanted",
     )
@@ -122,7 +130,11 @@ class Host:
         self.dead = False
         self.side = 0
         self.cut_until = 0.0
+        self.frozen_until = 0.0
+        self.found: set[int] = set()
         self.stored = 0
+        self.stored_at = 0.0
+        self.longest_wait = 0.0
         self.wanted = 0
         self.pulls: dict[int, Pull] = {}
 
@@ -145,6 +157,18 @@ def afflict(options: SimulationOptions, rng: random.Random) -> dict[int, Fault]:
         for _ in range(fault.count(options.hosts))
     ]
     return dict(zip(rng.sample(range(options.hosts), len(faults)), faults, strict=True))
+
+
+def afflict_others(options: SimulationOptions) -> list[tuple[int, Fault]]:
+    """Which origins and trackers have which faults; those of one kind hit one after the other."""
+    hit: Counter[FaultKind] = Counter()
+    found = []
+    for fault in options.faults:
+        if fault.kind in OF_ORIGINS or fault.kind is FaultKind.TRACKER_KILLED:
+            for _ in range(fault.count(0)):
+                found.append((hit[fault.kind], fault))
+                hit[fault.kind] += 1
+    return found
 
 
 def plan_pulls(

@@ -69,7 +69,9 @@ def test_the_picture_is_well_formed_svg(tmp_path: Path) -> None:
         (["--piece", "5MiB"], "powers of two"),
         (["--table", "--rtt", "5ms"], "--table sets --rtt itself"),
         (["--table", "--case", "fast"], "no case 'fast'"),
-        (["--jobs", "2"], "goes with --table"),
+        (["--jobs", "2"], "goes with --table or --scenario"),
+        (["--scenario", "flood"], "no scenario 'flood'; there are calm, kill-each-role"),
+        (["--scenario", "all", "--faults", "killed=1"], "--scenario sets --faults itself"),
     ],
 )
 def test_bad_options_are_one_line_that_says_what_is_wrong(
@@ -121,3 +123,18 @@ def test_a_table_of_chosen_cases_says_which_targets_are_met(
     assert base["targets"] == []
     assert next(target["measure"] for target in readers["targets"]) == "first byte p99, s"
     assert status == (0 if all(target["met"] for target in readers["targets"]) else 1)
+
+
+@pytest.mark.sim
+def test_chosen_scenarios_are_shown_with_those_who_finished(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    chosen = ["--scenario", "partition", "--scenario", "calm"]
+
+    assert main(["simulate", *chosen, "--hosts", "12", "--size", "64MB"]) == 0
+
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:4] for line in lines[-2:]] == [
+        ["calm", "12", "of", "12"],
+        ["partition", "12", "of", "12"],
+    ]

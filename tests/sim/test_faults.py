@@ -27,7 +27,18 @@ def test_every_form_of_a_fault_is_read() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["slow=5%x10", "late=2%@5s", "partition=10%@2s-4500ms", "origin-killed=1", "greedy=3", ""],
+    [
+        "slow=5%x10",
+        "late=2%@5s",
+        "partition=10%@2s-4500ms",
+        "origin-killed=1",
+        "origin-killed=1@1s-6s",
+        "origin-slow=1x10000",
+        "wiped=10%@1s-6s",
+        "lost=5%",
+        "greedy=3",
+        "",
+    ],
 )
 def test_faults_are_shown_as_they_were_written(text: str) -> None:
     assert ",".join(map(str, parse_faults(text))) == text
@@ -50,6 +61,13 @@ def test_faults_are_shown_as_they_were_written(text: str) -> None:
         ("partition=10%@2s", "begin and end"),
         ("partition=10%@4s-2s", "begin and end"),
         ("origin-killed=20%", "say how many"),
+        ("origin-killed=1@5s-3s", "begin and end"),
+        ("origin-slow=1", "needs a factor"),
+        ("origin-frozen=1@5s", "begin and end"),
+        ("restarted=10%", "begin and end"),
+        ("lost=5", "say which share"),
+        ("lost=60%", "up to 50 %"),
+        ("lost=5%@2s", "takes no time"),
     ],
 )
 def test_a_fault_that_makes_no_sense_is_refused_with_the_reason(text: str, reason: str) -> None:

@@ -46,6 +46,8 @@ def test_the_busiest_link_is_that_of_a_host_or_of_the_origins() -> None:
         ({"hosts": 2, "images": 1}, "3 of 2 hosts"),
         ({"hosts": 10, "faults": "killed=6,corrupt=5"}, "11 agents"),
         ({"origins": 2, "faults": "origin-killed=3"}, "only 2"),
+        ({"origins": 2, "faults": "origin-slow=3x2"}, "only 2"),
+        ({"trackers": 2, "faults": "tracker-killed=3"}, "only 2"),
         ({"faults": "nonsense"}, "KIND=NUMBER"),
     ],
 )

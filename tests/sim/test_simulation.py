@@ -70,6 +70,13 @@ def test_the_shares_of_the_uplinks_time_make_a_whole() -> None:
         "delayed=10%x20",
         "origin-killed=1@0.1s",
         "tracker-killed=5@0.05s",
+        "tracker-killed=5@0.05s-2s",
+        "origin-frozen=1@0.05s-20s",
+        "origin-slow=1x10000",
+        "frozen=10%@0.1s-20s",
+        "restarted=20%@0.15s-0.5s",
+        "wiped=20%@0.15s-0.5s",
+        "lost=5%",
         "partition=20%@0.05s-0.3s",
         "slow=5%x10,killed=5%,corrupt=1,greedy=1,chatty=1,origin-killed=1,partition=5%@0.1s-1s",
     ],
@@ -118,6 +125,67 @@ def test_hosts_in_a_partition_wait_until_it_ends() -> None:
 
     assert result.faulty_times[0] > 4.8
     assert result.times[-1] < 4.0
+
+
+def test_who_is_restarted_goes_on_and_who_is_wiped_begins_anew() -> None:
+    whole = 30 * 16
+    calm, restarted, wiped = (
+        simulate(faults=faults) for faults in ("", "restarted=9@0.2s-3s", "wiped=9@0.2s-3s")
+    )
+
+    assert calm.pieces == restarted.pieces == whole
+    assert whole < wiped.pieces <= whole + 9 * 16
+    for result in (restarted, wiped):
+        assert len(result.faulty_times) == 9
+        assert 2.9 < result.faulty_times[-1] < 3.5
+        assert result.last_finish > 3.0 > result.makespan
+
+
+def test_a_reader_goes_on_where_its_host_was_killed() -> None:
+    result = simulate(faults="restarted=5@0.2s-1s,wiped=5@0.2s-1s", readers=True, reader_rate=200e6)
+
+    assert result.completed == result.expected
+
+
+def test_a_frozen_origin_sends_nothing_and_is_missed_by_nobody() -> None:
+    calm, frozen = simulate(), simulate(faults="origin-frozen=1@0s-20s")
+
+    assert frozen.times[-1] < 1.5 * calm.times[-1]
+    assert frozen.last_finish < 2.0
+
+
+def test_what_a_frozen_host_was_sending_comes_when_it_goes_on() -> None:
+    result = simulate(
+        hosts=1, origins=1, size=256 << 20, layers=1, faults="origin-frozen=1@0.5s-4s"
+    )
+
+    assert result.completed == 1
+    assert result.times[0] > 3.0
+    assert result.pieces == 64
+
+
+def test_downloads_begin_with_an_origin_when_no_tracker_answers() -> None:
+    result = simulate(hosts=3, arrival=0.0, faults="tracker-killed=5@0s-60s")
+
+    assert result.completed == 3
+    assert result.last_finish < 60.0
+    assert result.announces == 0
+
+
+def test_lost_packets_take_time_and_no_more() -> None:
+    calm, lossy = simulate(), simulate(faults="lost=5%")
+
+    assert lossy.completed == lossy.expected
+    assert lossy.pieces == calm.pieces
+    assert lossy.quantile(0.5) > 2 * calm.quantile(0.5)
+    assert lossy.longest_wait > 0.2, "the least time after which a message is repeated"
+
+
+def test_faults_of_one_kind_hit_one_origin_after_the_other() -> None:
+    faults = "origin-killed=1@0s-0.1s,origin-killed=1@0s"
+    result = simulate(hosts=3, origins=2, arrival=0.0, faults=faults)
+
+    assert result.completed == 3
 
 
 def test_readers_get_the_first_byte_sooner() -> None:
