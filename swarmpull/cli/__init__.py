@@ -26,6 +26,7 @@ from swarmpull.cli.roles import rates, status
 from swarmpull.cli.running import run
 from swarmpull.cli.simulation import simulate
 from swarmpull.cli.storage import store
+from swarmpull.cli.tags import tags
 from swarmpull.cli.transfers import pull, push
 from swarmpull.errors import ConfigError, SwarmpullError
 
@@ -80,5 +81,17 @@ def cli() -> None:
     """Peer-to-peer distribution of container images and other content-addressed blobs."""
 
 
-for _command in (run, config, push, pull, status, rates, store, certs, setup, simulate):
+for _command in (
+    run,
+    config,
+    push,
+    pull,
+    tags,
+    status,
+    rates,
+    store,
+    certs,
+    setup,
+    simulate,
+):
     cli.add_command(_command)

@@ -312,10 +312,15 @@ class OriginClient:
         media_type: str,
         content: bytes,
         *,
+        by: str = "",
+        expect: str | None = None,
         timeout: float = WRITE_TIMEOUT,
     ) -> PutManifestReply:
-        """Push a manifest.  Raises ManifestInvalid, ManifestReferencesMissing."""
-        request = api.PutManifestRequest(repository, reference, media_type, content)
+        """Push a manifest.
+
+        Raises ManifestInvalid, ManifestReferencesMissing, TagChanged, TagImmutable.
+        """
+        request = api.PutManifestRequest(repository, reference, media_type, content, by, expect)
         key = str(Digest.of(content))
         return await self._ring.call(
             key, api.PUT_MANIFEST, request, timeout=timeout, unable=NO_ROOM
@@ -402,9 +407,11 @@ class IndexClient:
         request = api.DigestInRepository(repository, digest)
         await self._write(repository, api.DELETE_MANIFEST, request)
 
-    async def delete_tag(self, repository: str, tag: str) -> None:
-        """Raises ManifestNotFound."""
-        request = api.DeleteTagRequest(repository, tag)
+    async def delete_tag(
+        self, repository: str, tag: str, *, by: str = "", expect: str | None = None
+    ) -> None:
+        """Raises ManifestNotFound, TagChanged, TagImmutable."""
+        request = api.DeleteTagRequest(repository, tag, by=by, expect=expect)
         await self._write(repository, api.DELETE_TAG, request)
 
     async def link_blob(self, repository: str, digest: Digest) -> None:

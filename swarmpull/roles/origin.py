@@ -17,7 +17,7 @@ from swarmpull.errors import ProtocolError
 from swarmpull.registry.app import create_registry_app
 from swarmpull.registry.manifests import Manifest, parse_manifest, under_digest
 from swarmpull.registry.names import UpstreamNames, is_repository
-from swarmpull.registry.service import BlobReader, StoredManifest
+from swarmpull.registry.service import BlobReader, StoredManifest, Terms
 from swarmpull.ring.membership import Membership
 from swarmpull.ring.repair import ABSENT, NOT_QUEUED, WRITTEN
 from swarmpull.roles.addresses import RoleAddresses
@@ -145,7 +145,9 @@ class OriginRegistry(Repositories):
         await self._index.link_blob(repository, digest)
         return True
 
-    async def put_manifest(self, repository: str, reference: str, manifest: Manifest) -> None:
+    async def put_manifest(
+        self, repository: str, reference: str, manifest: Manifest, terms: Terms
+    ) -> None:
         """Check what it refers to, accept its bytes, and only then let the index know it."""
         self.check_push(repository)
         await self._index.check_references(
@@ -171,6 +173,8 @@ class OriginRegistry(Repositories):
                 subject=manifest.subject,
                 blobs=manifest.blobs,
                 manifests=manifest.manifests,
+                by=terms.by,
+                expect=terms.expect if is_tag else None,
             )
         )
         log.info(
@@ -337,7 +341,8 @@ class OriginCalls:
         )
         if ":" in request.reference:
             manifest = under_digest(manifest, Digest.parse(request.reference))
-        await self._registry.put_manifest(request.repository, request.reference, manifest)
+        terms = Terms(request.by, request.expect)
+        await self._registry.put_manifest(request.repository, request.reference, manifest, terms)
         return api.PutManifestReply(manifest.digest, manifest.subject)
 
     async def mount_blob(self, request: api.MountRequest, _context: RpcContext) -> api.Found:

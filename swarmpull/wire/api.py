@@ -318,12 +318,17 @@ class QueuedReply:
 
 @attrs.frozen
 class PutManifestRequest:
-    """Push a manifest; ``reference`` is a tag or the manifest's own digest."""
+    """Push a manifest; ``reference`` is a tag or the manifest's own digest.
+
+    ``by`` and ``expect`` as in `RecordManifestRequest`.
+    """
 
     repository: str
     reference: str
     media_type: str
     content: bytes = attrs.field(repr=False)
+    by: str = ""
+    expect: str | None = None
 
 
 @attrs.frozen
@@ -422,12 +427,14 @@ class DeleteTagRequest:
         reference: the tag.
         stamp: of a deletion that was made in another cluster; it counts if it is later than what is here.
         by: who asked for it.
+        expect: as in `RecordManifestRequest`.
     """
 
     repository: str
     reference: str
     stamp: Stamp | None = None
     by: str = ""
+    expect: str | None = None
 
 
 @attrs.frozen
@@ -444,6 +451,8 @@ class RecordManifestRequest:
         stamp: of a change of the tag that was made in another cluster; the tag moves if it is later than what
             the tag is here.
         by: who pushed it.
+        expect: the digest that the tag has to name, ``*`` for any; empty when it must not be there; None when
+            it does not matter.  A tag that names this manifest already does in any case.
     """
 
     repository: str
@@ -454,6 +463,7 @@ class RecordManifestRequest:
     manifests: tuple[Digest, ...] = ()
     stamp: Stamp | None = None
     by: str = ""
+    expect: str | None = None
 
 
 @attrs.frozen
