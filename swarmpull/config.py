@@ -168,11 +168,6 @@ _UPSTREAM_NAME: Final = re.compile(r"[a-z0-9]+(?:[.-][a-z0-9]+)*(?::[0-9]{1,5})?
 _PATTERN: Final = re.compile(r"[a-z0-9._*-]+(?:/[a-z0-9._*-]+)*", re.ASCII)
 
 
-def _patterns(_: object, attribute: attrs.Attribute[Any], value: tuple[str, ...]) -> None:
-    for entry in value:
-        _pattern(_, attribute, entry)
-
-
 def _upstream_name(_: object, attribute: attrs.Attribute[Any], value: str) -> None:
     if _UPSTREAM_NAME.fullmatch(value) is None:
         raise ValueError(
@@ -208,6 +203,24 @@ def _upstream_url(_: object, attribute: attrs.Attribute[Any], value: str) -> Non
             Address.parse(match[1])
         except ValueError as exc:
             raise ValueError(f"'{attribute.name}' must name a host, {example}: {value!r}") from exc
+
+
+_REMOTE_NAME: Final = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,61}[a-z0-9])?", re.ASCII)
+
+
+def _remote_name(_: object, attribute: attrs.Attribute[Any], value: str) -> None:
+    if _REMOTE_NAME.fullmatch(value) is None:
+        raise ValueError(
+            f"'{attribute.name}' must be up to 63 of a-z, 0-9, '.' and '-', such as west: {value!r}"
+        )
+
+
+def _remote_members(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:  # noqa: ANN401
+    if not value:
+        raise ValueError(
+            f"'{attribute.name}' must name at least one, such as [\"west-index:7400\"]"
+        )
+    _cluster_list(instance, attribute, value)
 
 
 def _pattern(_: object, attribute: attrs.Attribute[Any], value: str) -> None:
@@ -425,6 +438,73 @@ class UpstreamConfig:
     )
 
 
+@attrs.frozen(kw_only=True)
+class RemoteConfig:
+    """Another cluster that images are replicated to."""
+
+    name: str = attrs.field(
+        validator=_remote_name,
+        metadata=_meaning(
+            "What it is called here; with TLS, the cluster that its certificates name.",
+            default="none; needed",
+        ),
+    )
+    indexes: tuple[str, ...] = attrs.field(
+        validator=_remote_members,
+        metadata=_meaning(
+            "Its indexes (index.rpc): a list of host:port, or dns+name:port for every address of a name.",
+            default="none; needed",
+        ),
+    )
+    origins: tuple[str, ...] = attrs.field(
+        default=(),
+        validator=_cluster_list,
+        metadata=_meaning(
+            "Its origins (origin.rpc) as this cluster reaches them; empty: as its indexes say, whose "
+            "cluster.origins must be set then.",
+            default="none",
+        ),
+    )
+    rate: Rate = attrs.field(
+        default=UNLIMITED,
+        metadata=_meaning("Bytes per second that each origin sends there, or unlimited."),
+    )
+
+
+@attrs.frozen(kw_only=True)
+class ReplicationConfig:
+    """Repositories whose tags are replicated to another cluster."""
+
+    pattern: str = attrs.field(
+        validator=_pattern,
+        metadata=_meaning(
+            "Which repositories: a name in which * stands for anything but '/' and ** for anything.",
+            default="none; needed",
+        ),
+    )
+    remote: str = attrs.field(
+        validator=_remote_name,
+        metadata=_meaning("To which of the remotes, by its name.", default="none; needed"),
+    )
+
+
+@attrs.frozen(kw_only=True)
+class TrustedClusterConfig:
+    """Another cluster whose indexes and origins may replicate to this one, or are replicated to."""
+
+    cluster: str = attrs.field(
+        validator=_remote_name,
+        metadata=_meaning("The cluster that its certificates name.", default="none; needed"),
+    )
+    ca: str = attrs.field(
+        default="",
+        metadata=_meaning(
+            "File with the certificates of its authorities, which vouch for that cluster only; "
+            "empty: they are those of tls.ca."
+        ),
+    )
+
+
 def _listener(host: str, port: int) -> ListenerConfig:
     return ListenerConfig(listen=Address(host, port))
 
@@ -624,19 +704,11 @@ class IndexConfig:
             default="host name and port of index.rpc.listen",
         ),
     )
-    immutable: tuple[str, ...] = attrs.field(
-        default=(),
-        validator=_patterns,
-        metadata=_meaning(
-            "Repositories whose tags are neither moved nor deleted once they are there: a list of names in "
-            "which * stands for anything but '/' and ** for anything. The same at every index.",
-            default="none",
-        ),
-    )
     data_dir: Path = attrs.field(
         default=Path("swarmpull-data/index"),
         metadata=_meaning(
-            "Directory for working state of the index; so far it has none outside its backend.",
+            "Directory for what the index has to remember and its backend does not have: what remotes were "
+            "not told of yet.",
             default="<data_dir>/index",
         ),
     )
@@ -781,6 +853,13 @@ class TlsConfig:
             "Must be the same on all hosts."
         ),
     )
+    trusted: tuple[TrustedClusterConfig, ...] = attrs.field(
+        default=(),
+        metadata=_meaning(
+            "Other clusters that indexes and origins talk to, to replicate in either direction, one section "
+            "for each."
+        ),
+    )
 
     @property
     def is_on(self) -> bool:
@@ -829,6 +908,17 @@ class Config:
         metadata=_meaning(
             "Other registries that are pulled through, one section for each. "
             "Agents need the names, origins everything."
+        ),
+    )
+    remotes: tuple[RemoteConfig, ...] = attrs.field(
+        default=(),
+        metadata=_meaning("Other clusters that images are replicated to, one section for each."),
+    )
+    replications: tuple[ReplicationConfig, ...] = attrs.field(
+        default=(),
+        metadata=_meaning(
+            "What is replicated to them, one section for each pattern; a repository goes to each remote of "
+            "which a pattern matches. Indexes need both."
         ),
     )
     swarm: SwarmConfig = attrs.field(

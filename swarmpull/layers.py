@@ -40,6 +40,7 @@ from swarmpull.config import (
     Size,
 )
 from swarmpull.errors import ConfigError, Problem, StartupError
+from swarmpull.patterns import some_name_matches
 from swarmpull.units import (
     CAPACITY_FORMS,
     DURATION_FORMS,
@@ -632,6 +633,12 @@ def _check_watermarks(layers: _Layers, config: Config) -> None:
 def _check_tls(layers: _Layers, config: Config) -> None:
     """All three files, or none.  Whether they are any good is for those to say who may read them."""
     given = {key: getattr(config.tls, key) for key in ("ca", "cert", "key")}
+    if config.tls.trusted and not any(given.values()):
+        key = "tls.trusted.0.cluster"
+        message = (
+            "means nothing without tls.ca, tls.cert and tls.key: plain connections trust everybody"
+        )
+        layers.complain(key, layers.where(key), message)
     for key in [key for key, file in given.items() if not file and any(given.values())]:
         others = " and ".join(f"tls.{other}" for other, file in given.items() if file)
         layers.complain(
@@ -708,6 +715,52 @@ def _check_upstreams(layers: _Layers, config: Config) -> None:
     if mirrored and mirrored.replace(":", "_") not in seen:
         message = f"must be the name of an entry of upstreams, or of cluster.names: {mirrored}"
         layers.complain(key, layers.where(key), message)
+
+
+def _check_replications(layers: _Layers, config: Config, roles: frozenset[str]) -> None:
+    """Rules that name no remote, or that match nothing, and what an index needs to follow them."""
+    _check_once(layers, "remotes", "name", [remote.name for remote in config.remotes])
+    _check_once(layers, "tls.trusted", "cluster", [each.cluster for each in config.tls.trusted])
+    known = {remote.name for remote in config.remotes}
+    seen: set[tuple[str, str]] = set()
+    for number, rule in enumerate(config.replications):
+        key = f"replications.{number}"
+        if rule.remote not in known:
+            message = f"must be the name of one of the remotes: {rule.remote}"
+            layers.complain(f"{key}.remote", layers.where(f"{key}.remote"), message)
+        reason = _matches_nothing(config, rule.pattern)
+        if (rule.pattern, rule.remote) in seen:
+            reason = f"is there already for remote {rule.remote}"
+        if reason:
+            message = f"{reason}: {rule.pattern}"
+            layers.complain(f"{key}.pattern", layers.where(f"{key}.pattern"), message)
+        seen.add((rule.pattern, rule.remote))
+    if config.replications and "index" in roles:
+        for key in ("cluster.origins", "cluster.indexes"):
+            if not _leaf(config, key):
+                message = "must name at least one: an index with replications cannot work without"
+                layers.complain(key, layers.where(key), message)
+
+
+def _matches_nothing(config: Config, pattern: str) -> str:
+    """Why no repository of this cluster can match a pattern; empty when one can."""
+    if not some_name_matches(pattern):
+        return "matches nothing that may be the name of a repository"
+    first, _, rest = pattern.partition("/")
+    if rest and first in {upstream.name.replace(":", "_") for upstream in config.upstreams}:
+        return f"matches nothing but repositories of upstream {first}, which are not replicated"
+    patterns = [entry.pattern for entry in config.origin.namespaces]
+    if patterns and not any(some_name_matches(pattern, other) for other in patterns):
+        return f"matches nothing that origin.namespaces lets be pushed ({', '.join(patterns)})"
+    return ""
+
+
+def _check_once(layers: _Layers, listing: str, field: str, names: Sequence[str]) -> None:
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            key = f"{listing}.{number}.{field}"
+            message = f"must not be that of {listing}.{names.index(name)} too: {name}"
+            layers.complain(key, layers.where(key), message)
 
 
 # Which URLs a role opens when it starts.
@@ -877,6 +930,7 @@ def load(
     _check_watermarks(layers, config)
     _check_upstreams(layers, config)
     _check_tls(layers, config)
+    _check_replications(layers, config, roles)
     _check_backends(layers, roles, check_backend)
     if layers.problems:
         raise ConfigError(tuple(layers.problems))

@@ -1,4 +1,4 @@
-"""How ``swarmpull status`` and ``swarmpull rates`` show what roles say: tables."""
+"""How ``swarmpull status``, ``rates`` and ``replication`` show what roles say: tables."""
 
 from __future__ import annotations
 
@@ -52,6 +52,59 @@ def rate_table(answers: Sequence[AdminAnswer]) -> Table:
         document = answer.document or {}
         rates = (_rate(document.get(key, "")) for key in ("upload_rate", "download_rate"))
         table.add_row(answer.address, *rates)
+    return table
+
+
+def remote_table(answers: Sequence[AdminAnswer]) -> Table:
+    """One row per remote cluster of each index."""
+    table = _table("INDEX", "REMOTE", "QUEUED", "STANDBY", "OLDEST", "STATE")
+    for answer in answers:
+        document = answer.document or {}
+        oldest = document.get("oldest_seconds", 0.0)
+        for remote in document.get("remotes", []):
+            table.add_row(
+                answer.address,
+                str(remote.get("name", "")),
+                str(remote.get("queued", "")),
+                str(document.get("standby", "")),
+                f"{oldest:.0f}s" if remote.get("queued") else "",
+                str(remote.get("failure") or "ok"),
+            )
+    return table
+
+
+def change_table(answers: Sequence[AdminAnswer]) -> Table:
+    """One row per tag that a remote was not told of yet."""
+    table = _table("REMOTE", "TAG", "STATE", "AGE", "TRIED", "SENT", "WHY")
+    for answer in answers:
+        for entry in (answer.document or {}).get("entries", []):
+            progress = entry.get("progress") or {}
+            sent = ""
+            if progress:
+                sent = f"{_size(progress.get('bytes_sent'))} of {_size(progress.get('bytes'))}"
+            table.add_row(
+                str(entry.get("remote", "")),
+                f"{entry.get('repository', '')}:{entry.get('tag', '')}",
+                str(entry.get("state", "")),
+                f"{entry.get('age_seconds', 0.0):.0f}s",
+                str(entry.get("attempts", "")),
+                sent,
+                str(progress.get("step") or entry.get("failure", "")),
+            )
+    return table
+
+
+def rule_table(answers: Sequence[AdminAnswer]) -> Table:
+    """One row per rule of each index."""
+    table = _table("INDEX", "PATTERN", "REMOTE", "CHANGES SINCE START")
+    for answer in answers:
+        for rule in (answer.document or {}).get("rules", []):
+            table.add_row(
+                answer.address,
+                str(rule.get("pattern", "")),
+                str(rule.get("remote", "")),
+                str(rule.get("matched", "")),
+            )
     return table
 
 

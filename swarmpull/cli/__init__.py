@@ -22,11 +22,11 @@ from swarmpull.cli.options import (
     EXIT_UNAVAILABLE,
     fail,
 )
+from swarmpull.cli.replication import replication
 from swarmpull.cli.roles import rates, status
 from swarmpull.cli.running import run
 from swarmpull.cli.simulation import simulate
 from swarmpull.cli.storage import store
-from swarmpull.cli.tags import tags
 from swarmpull.cli.transfers import pull, push
 from swarmpull.errors import ConfigError, SwarmpullError
 
@@ -86,9 +86,9 @@ for _command in (
     config,
     push,
     pull,
-    tags,
     status,
     rates,
+    replication,
     store,
     certs,
     setup,

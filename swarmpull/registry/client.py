@@ -484,6 +484,18 @@ async def put_rates(
     return await _ask_all(addresses, partial(_put_rates, json.dumps(change).encode()))
 
 
+async def get_replications(addresses: Sequence[str]) -> list[AdminAnswer]:
+    """What indexes replicate to other clusters, by their admin listeners; in the order of the addresses."""
+    return await _ask_all(addresses, _get_replication)
+
+
+async def change_replications(
+    addresses: Sequence[str], change: Mapping[str, object]
+) -> list[AdminAnswer]:
+    """Have indexes try again, or send everything anew; returns what each of them did."""
+    return await _ask_all(addresses, partial(_change_replication, json.dumps(change).encode()))
+
+
 async def _ask_all(
     addresses: Sequence[str], ask: Callable[[RegistryClient], Awaitable[dict[str, Any]]]
 ) -> list[AdminAnswer]:
@@ -531,6 +543,23 @@ async def _get_rates(client: RegistryClient) -> dict[str, Any]:
 async def _put_rates(change: bytes, client: RegistryClient) -> dict[str, Any]:
     answer = await client.put_document("/rates", change, limit=_DOCUMENT_BYTES_MAX)
     return _admin_document(answer, "upload_rate", "has no rates")
+
+
+async def _get_replication(client: RegistryClient) -> dict[str, Any]:
+    try:
+        answer = await _get_json(client, "/replication")
+    except RequestRefused as exc:
+        if exc.status != HTTPStatus.NOT_FOUND:
+            raise
+        reason = "replicates nothing: name the admin listener of an index that has replications"
+        raise _NotAdmin(reason) from exc
+    return _admin_document(answer, "remotes", "has no remotes")
+
+
+async def _change_replication(change: bytes, client: RegistryClient) -> dict[str, Any]:
+    answer = await client.put_document("/replication", change, limit=_DOCUMENT_BYTES_MAX)
+    document: dict[str, Any] = json.loads(answer.content)
+    return document
 
 
 async def _get_json(client: RegistryClient, path: str) -> Document:

@@ -305,6 +305,22 @@ class OriginClient:
         key = str(metainfo.digest)
         await self._ring.call(key, api.ADOPT_BLOB, request, timeout=timeout, unable=NO_ROOM)
 
+    async def read_manifest(self, digest: Digest, namespace: str) -> bytes:
+        """The bytes of a manifest.  Raises BlobNotFound, BackendUnavailable."""
+        request = api.BlobRequest(digest, namespace)
+        reply = await self._ring.call(
+            str(digest), api.READ_MANIFEST, request, timeout=WRITE_TIMEOUT, unable=NO_ROOM
+        )
+        return reply.content
+
+    async def hand_over(self, request: api.HandOverRequest) -> api.HandOverReply:
+        """Have a blob handed to another cluster, or hear how far that is.
+
+        Raises what `swarmpull.roles.hand_over.HandOvers.hand_over` does.
+        """
+        timeout = request.seconds + WRITE_TIMEOUT
+        return await self._ring.call(str(request.digest), api.HAND_OVER, request, timeout=timeout)
+
     async def put_manifest(
         self,
         repository: str,
@@ -312,15 +328,15 @@ class OriginClient:
         media_type: str,
         content: bytes,
         *,
+        stamp: api.Stamp | None = None,
         by: str = "",
-        expect: str | None = None,
         timeout: float = WRITE_TIMEOUT,
     ) -> PutManifestReply:
-        """Push a manifest.
+        """Push a manifest.  Raises ManifestInvalid, ManifestReferencesMissing.
 
-        Raises ManifestInvalid, ManifestReferencesMissing, TagChanged, TagImmutable.
+        ``stamp`` and ``by`` are of a change of the tag that was made in another cluster.
         """
-        request = api.PutManifestRequest(repository, reference, media_type, content, by, expect)
+        request = api.PutManifestRequest(repository, reference, media_type, content, stamp, by)
         key = str(Digest.of(content))
         return await self._ring.call(
             key, api.PUT_MANIFEST, request, timeout=timeout, unable=NO_ROOM
@@ -408,10 +424,10 @@ class IndexClient:
         await self._write(repository, api.DELETE_MANIFEST, request)
 
     async def delete_tag(
-        self, repository: str, tag: str, *, by: str = "", expect: str | None = None
+        self, repository: str, tag: str, *, stamp: api.Stamp | None = None, by: str = ""
     ) -> None:
-        """Raises ManifestNotFound, TagChanged, TagImmutable."""
-        request = api.DeleteTagRequest(repository, tag, by=by, expect=expect)
+        """Raises ManifestNotFound; not for a deletion that was made in another cluster, with its stamp."""
+        request = api.DeleteTagRequest(repository, tag, stamp, by)
         await self._write(repository, api.DELETE_TAG, request)
 
     async def link_blob(self, repository: str, digest: Digest) -> None:
@@ -437,6 +453,10 @@ class IndexClient:
         """A page of repository names in byte order."""
         request = api.ListRequest("", after, limit)
         return await self._read("", api.LIST_REPOSITORIES, request)
+
+    async def describe_cluster(self) -> api.ClusterDescription:
+        """Which origins this cluster has."""
+        return await self._read("", api.DESCRIBE_CLUSTER, api.Empty())
 
     async def list_referrers(self, repository: str, digest: Digest) -> tuple[Descriptor, ...]:
         """The manifests whose subject is ``digest``; none for a digest that is not known."""

@@ -1,13 +1,15 @@
 """The index: which manifest a tag names, and what belongs to a repository.
 
-All state is in the backend (`swarmpull.roles.catalog`); an index that is lost is replaced by starting
+All state is in the backend (`swarmpull.roles.catalog`), but for what other clusters were not told of yet
+(`swarmpull.roles.replicator`), which another index has, too; an index that is lost is replaced by starting
 another one.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -15,19 +17,29 @@ import attrs
 import structlog
 import trio
 
-from swarmpull.config import Config, IndexConfig
+from swarmpull.config import ClusterConfig, Config, IndexConfig
 from swarmpull.errors import BackendUnavailable, SwarmpullError
+from swarmpull.ring.membership import Membership
 from swarmpull.roles.addresses import RoleAddresses
 from swarmpull.roles.catalog import Catalog
+from swarmpull.roles.cluster import OriginClient
 from swarmpull.roles.config_changes import ConfigChanges
+from swarmpull.roles.foreign_pools import ForeignPools
+from swarmpull.roles.remotes import Remote, Rules
+from swarmpull.roles.replicator import Replicator
+from swarmpull.roles.ring_client import RingClient, open_ring
 from swarmpull.roles.security import open_tls
 from swarmpull.roles.serving import serve_role
+from swarmpull.roles.standby import Standby
+from swarmpull.roles.tag_copy import TagCopier
 from swarmpull.store.backends import open_backend
 from swarmpull.store.backends.impatient import ImpatientBackend
+from swarmpull.store.remote_queue import open_remote_queue
 from swarmpull.telemetry import Metrics
 from swarmpull.wire import api
 from swarmpull.wire.api import Empty
-from swarmpull.wire.rpc import Method, RpcContext, RpcService
+from swarmpull.wire.rpc import Method, RpcContext, RpcPool, RpcService, open_rpc_pool
+from swarmpull.wire.tls import Tls
 
 log = structlog.get_logger()
 
@@ -47,8 +59,13 @@ _BUCKETS: Final = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0)
 class Index:
     """The answers of one index: what `swarmpull.wire.api` asks of a catalog."""
 
-    def __init__(self, catalog: Catalog, metrics: Metrics) -> None:
+    def __init__(
+        self, catalog: Catalog, metrics: Metrics, origins: Membership, cluster: ClusterConfig
+    ) -> None:
+        """``origins`` are those of ``cluster``, to be told to other clusters."""
         self._catalog = catalog
+        self._origins = origins
+        self._cluster = cluster
         self._requests = metrics.counter(
             "index_requests_total",
             "Requests by method, and by the class of the error or ok.",
@@ -73,7 +90,20 @@ class Index:
         self._register(service, api.LIST_TAGS, self._list_tags)
         self._register(service, api.LIST_REPOSITORIES, self._list_repositories)
         self._register(service, api.LIST_REFERRERS, self._list_referrers)
+        self._register(service, api.DESCRIBE_CLUSTER, self._describe_cluster)
         return service
+
+    def replicate(self, service: RpcService, replicator: Replicator) -> None:
+        """Serve what indexes ask one another about replication."""
+
+        async def keep(request: api.KeepChangesRequest, _: RpcContext) -> api.KeepChangesReply:
+            return await replicator.keep(request)
+
+        async def kept(request: api.ChangesKeptRequest, _: RpcContext) -> api.ChangesKeptReply:
+            return replicator.kept(request)
+
+        self._register(service, api.KEEP_CHANGES, keep)
+        self._register(service, api.CHANGES_KEPT, kept)
 
     def _register(
         self,
@@ -160,6 +190,11 @@ class Index:
         found = await self._catalog.list_referrers(request.repository, request.digest)
         return api.ReferrersReply(found)
 
+    async def _describe_cluster(self, _: Empty, __: RpcContext) -> api.ClusterDescription:
+        members, ill = self._origins.members, self._origins.unhealthy()
+        healthy = tuple(each for each in members if each not in ill)
+        return api.ClusterDescription(healthy or members, self._cluster.weights)
+
 
 def _name_of(context: RpcContext) -> str:
     """Who asked, as the history of a tag has it."""
@@ -200,42 +235,96 @@ class BackendWatch:
         return ""
 
 
+@asynccontextmanager
+async def _open_replicator(
+    config: Config,
+    settings: IndexConfig,
+    catalog: Catalog,
+    origins: Membership,
+    indexes: Membership,
+    pool: RpcPool,
+    tls: Tls | None,
+    metrics: Metrics,
+) -> AsyncIterator[Replicator | None]:
+    """What replicates to other clusters, at work for the block; None when no rule wants that.
+
+    Raises:
+        StartupError: its queue cannot be used.
+    """
+    if not config.replications:
+        yield None
+        return
+    async with (
+        open_remote_queue(settings.data_dir, "index") as queue,
+        trio.open_nursery() as nursery,
+    ):
+        pools = ForeignPools(nursery, tls)
+        wanted = {rule.remote for rule in config.replications}
+        replicator = Replicator(
+            queue,
+            Rules(config.replications),
+            [Remote(each, pools.of(each.name)) for each in config.remotes if each.name in wanted],
+            TagCopier(OriginClient(RingClient(pool, origins))),
+            catalog,
+            Standby(pool, indexes, metrics),
+            metrics,
+        )
+        catalog.tags.watchers.append(replicator)
+        nursery.start_soon(replicator.run)
+        yield replicator
+        nursery.cancel_scope.cancel()
+
+
 async def run_index(
     config: Config,
     settings: IndexConfig,
     *,
     drain: trio.Event,
-    changes: ConfigChanges | None = None,  # noqa: ARG001 - an index calls nobody
+    changes: ConfigChanges | None = None,
     task_status: trio.TaskStatus[RoleAddresses] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve until ``drain`` is set and the requests under way have ended.
 
     Raises:
-        StartupError: a listener cannot be bound, or the backend cannot be used at all.
+        StartupError: a listener cannot be bound, or the backend or the queue cannot be used at all.
     """
     metrics = Metrics()
     backend = await open_backend(settings.backend.url)
-    catalog = Catalog(
-        ImpatientBackend(backend, OBJECT_PATIENCE), _source(settings), settings.immutable
-    )
+    catalog = Catalog(ImpatientBackend(backend, OBJECT_PATIENCE), _source(settings))
     watch = BackendWatch(catalog)
     async with (
         open_tls("index", config.tls, metrics) as tls,
+        open_rpc_pool(tls=tls) as pool,
         trio.open_nursery() as background,
     ):
         await background.start(watch.run)
-        await serve_role(
-            "index",
-            settings,
-            Index(catalog, metrics).service(),
-            tls=tls,
-            metrics=metrics,
-            readiness=lambda: [watch.trouble] if watch.trouble else [],
-            status=partial(_status, watch),
-            drain=drain,
-            grace=config.drain_timeout,
-            task_status=task_status,
-        )
+        weights = config.cluster.weights_by_member()
+        origins = open_ring(pool, config.cluster.origins, "origin", weights)
+        indexes = open_ring(pool, config.cluster.indexes, "index", weights)
+        if changes is not None:
+            changes.follow(origins=origins, indexes=indexes)
+        for ring in (origins, indexes):
+            background.start_soon(ring.run)
+        async with _open_replicator(
+            config, settings, catalog, origins, indexes, pool, tls, metrics
+        ) as replicator:
+            index = Index(catalog, metrics, origins, config.cluster)
+            service = index.service()
+            if replicator is not None:
+                index.replicate(service, replicator)
+            await serve_role(
+                "index",
+                settings,
+                service,
+                tls=tls,
+                metrics=metrics,
+                readiness=lambda: [watch.trouble] if watch.trouble else [],
+                status=partial(_status, watch),
+                drain=drain,
+                grace=config.drain_timeout,
+                replication=replicator,
+                task_status=task_status,
+            )
         background.cancel_scope.cancel()
 
 

@@ -13,11 +13,16 @@ import trio
 
 from swarmpull.config import ClusterConfig, Config, OriginConfig
 from swarmpull.digest import Digest
-from swarmpull.errors import ProtocolError
+from swarmpull.errors import BackendUnavailable, ManifestInvalid, ProtocolError
 from swarmpull.registry.app import create_registry_app
-from swarmpull.registry.manifests import Manifest, parse_manifest, under_digest
+from swarmpull.registry.manifests import (
+    MANIFEST_BYTES_MAX,
+    Manifest,
+    parse_manifest,
+    under_digest,
+)
 from swarmpull.registry.names import UpstreamNames, is_repository
-from swarmpull.registry.service import BlobReader, StoredManifest, Terms
+from swarmpull.registry.service import BlobReader, StoredManifest
 from swarmpull.ring.membership import Membership
 from swarmpull.ring.repair import ABSENT, NOT_QUEUED, WRITTEN
 from swarmpull.roles.addresses import RoleAddresses
@@ -25,6 +30,8 @@ from swarmpull.roles.backend_watch import BackendWatch
 from swarmpull.roles.cluster import IndexClient
 from swarmpull.roles.cold_blobs import ColdBlobs
 from swarmpull.roles.config_changes import ConfigChanges
+from swarmpull.roles.foreign_pools import ForeignPools
+from swarmpull.roles.hand_over import HandOvers
 from swarmpull.roles.hash_log import HashPolls, complete_growth
 from swarmpull.roles.origin_backends import open_backends
 from swarmpull.roles.origin_content import OriginContent
@@ -146,9 +153,17 @@ class OriginRegistry(Repositories):
         return True
 
     async def put_manifest(
-        self, repository: str, reference: str, manifest: Manifest, terms: Terms
+        self,
+        repository: str,
+        reference: str,
+        manifest: Manifest,
+        stamp: api.Stamp | None = None,
+        by: str = "",
     ) -> None:
-        """Check what it refers to, accept its bytes, and only then let the index know it."""
+        """Check what it refers to, accept its bytes, and only then let the index know it.
+
+        ``stamp`` and ``by`` are of a change of the tag that was made in another cluster.
+        """
         self.check_push(repository)
         await self._index.check_references(
             repository, blobs=manifest.blobs, manifests=manifest.manifests
@@ -173,8 +188,8 @@ class OriginRegistry(Repositories):
                 subject=manifest.subject,
                 blobs=manifest.blobs,
                 manifests=manifest.manifests,
-                by=terms.by,
-                expect=terms.expect if is_tag else None,
+                stamp=stamp,
+                by=by,
             )
         )
         log.info(
@@ -183,6 +198,21 @@ class OriginRegistry(Repositories):
             reference=reference,
             digest=str(manifest.digest),
         )
+
+    async def is_here(self, repository: str, digest: Digest, length: int) -> bool:
+        """Make a blob that this origin, or its backend, has part of a repository; False if neither has it."""
+        self.check_push(repository)
+        if self._content.store.has(digest):
+            await self.accept_blob(repository, digest)
+            return True
+        try:
+            if not await self._content.is_in_backend(digest, repository, length):
+                return False
+        except BackendUnavailable:
+            # Whatever it has cannot be known now; what is accepted will be compared with it later.
+            return False
+        await self._index.link_blob(repository, digest)
+        return True
 
     async def delete_blob(self, repository: str, digest: Digest) -> None:
         """Take a blob out of a repository; its bytes stay for the other repositories."""
@@ -199,8 +229,10 @@ class OriginCalls:
         registry: OriginRegistry,
         upstreams: UpstreamManifests,
         host: SwarmHost,
+        hand_overs: HandOvers,
     ) -> None:
         self._content = content
+        self._hand_overs = hand_overs
         self._write_back = write_back
         self._registry = registry
         self._upstreams = upstreams
@@ -218,6 +250,9 @@ class OriginCalls:
         service.register(api.HELD_BLOB, self.held_blob)
         service.register(api.QUEUED, self.queued)
         service.register(api.PUT_MANIFEST, self.put_manifest)
+        service.register(api.OFFER_BLOB, self.offer_blob)
+        service.register(api.HAND_OVER, self.hand_over)
+        service.register(api.READ_MANIFEST, self.read_manifest)
         service.register(api.MOUNT_BLOB, self.mount_blob)
         service.register(api.RESOLVE_UPSTREAM, self.resolve_upstream)
         service.register(api.GET_UPSTREAM_MANIFEST, self.get_upstream_manifest)
@@ -341,9 +376,36 @@ class OriginCalls:
         )
         if ":" in request.reference:
             manifest = under_digest(manifest, Digest.parse(request.reference))
-        terms = Terms(request.by, request.expect)
-        await self._registry.put_manifest(request.repository, request.reference, manifest, terms)
+        await self._registry.put_manifest(
+            request.repository, request.reference, manifest, request.stamp, request.by
+        )
         return api.PutManifestReply(manifest.digest, manifest.subject)
+
+    async def read_manifest(
+        self, request: api.BlobRequest, _context: RpcContext
+    ) -> api.ManifestReply:
+        """The bytes of a manifest, whatever is in them."""
+        _check_namespace(request.namespace)
+        with self._content.store.hold(request.digest, Pin.READING):
+            length = await self._content.stat(request.digest, request.namespace)
+            if length > MANIFEST_BYTES_MAX:
+                reason = f"{request.digest} has {length} bytes, {MANIFEST_BYTES_MAX} are allowed"
+                raise ManifestInvalid(reason)
+            await self._content.ensure_local(request.digest, request.namespace)
+            return api.ManifestReply(await self._read_whole(request.digest))
+
+    async def offer_blob(self, request: api.OfferRequest, context: RpcContext) -> api.OfferReply:
+        """Whether this origin has to fetch a blob to have it in a repository."""
+        _check_namespace(request.namespace)
+        is_here = await self._registry.is_here(request.namespace, request.digest, request.length)
+        return api.OfferReply(not is_here, self._contact(context))
+
+    async def hand_over(
+        self, request: api.HandOverRequest, _context: RpcContext
+    ) -> api.HandOverReply:
+        """Have an origin of another cluster adopt a blob, or say how far that is."""
+        _check_namespace(request.namespace)
+        return await self._hand_overs.hand_over(request)
 
     async def mount_blob(self, request: api.MountRequest, _context: RpcContext) -> api.Found:
         self._registry.check_push(request.repository)
@@ -466,7 +528,8 @@ async def run_origin(
             nursery.start_soon(each.run)
         host.recall, host.urge = cold.recall, cold.urge_for_readers
         registry = OriginRegistry(content, write_back, index, upstreams, upstream_names(config))
-        calls = OriginCalls(content, write_back, registry, upstreams, host)
+        hand_overs = HandOvers(content, host, ForeignPools(nursery, tls), nursery, metrics)
+        calls = OriginCalls(content, write_back, registry, upstreams, host, hand_overs)
         nursery.start_soon(calls.end_polls, drain)
         await serve_role(
             "origin",

@@ -7,7 +7,7 @@ back through `PeerConnections.send`, `send_piece`, `close` and `dial`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from itertools import count
@@ -29,7 +29,7 @@ from swarmpull.errors import (
 from swarmpull.identity import Identity
 from swarmpull.roles.buffers import PieceBuffers
 from swarmpull.roles.peer_link import CONNECTION_ERRORS, PeerLink
-from swarmpull.roles.rates import Rates
+from swarmpull.roles.rates import Rates, Toll
 from swarmpull.roles.swarm_metrics import SwarmMetrics
 from swarmpull.roles.uplink import Uplink
 from swarmpull.swarm import bitfield
@@ -104,7 +104,11 @@ class ConnectionHost(Protocol):
 
 
 class PeerConnections:
-    """All peer connections of a host."""
+    """All peer connections of a host.
+
+    Attributes:
+        tolls: what is sent of a torrent to a peer, by its id, beyond what the rates of the host allow.
+    """
 
     def __init__(
         self,
@@ -117,7 +121,7 @@ class PeerConnections:
         tls: Tls | None = None,
     ) -> None:
         self._tls = tls
-        self._entrance = Entrance(tls, _say_untrusted, refuse_peer, listener="peer")
+        self._entrance = Entrance(tls, _say_untrusted, self._refuse, listener="peer")
         self._host = host
         self._scheduler = scheduler
         self._nursery = nursery
@@ -125,6 +129,7 @@ class PeerConnections:
         self._rates = rates
         self._metrics = metrics
         self._uplink = Uplink()
+        self.tolls: dict[tuple[Digest, str], Toll] = {}
         self._links: dict[int, PeerLink] = {}
         self._numbers = count(1)
         buffers.reclaim = self._end_the_most_silent
@@ -231,6 +236,10 @@ class PeerConnections:
         if reached is None or not await self._call(*reached, digest, contact):
             self._host.dispatch(ev.DialFailed(digest, contact.peer_id))
 
+    def _refuse(self, other: Identity) -> str:
+        """Why no pieces are exchanged with somebody; empty when they are."""
+        return "" if self._tls is None else refuse_peer(other, self._tls.identity.cluster)
+
     async def _call(
         self, stream: PeerStream, other: Identity | None, digest: Digest, contact: PeerContact
     ) -> bool:
@@ -289,7 +298,7 @@ class PeerConnections:
             set_keepalive(plain, dead_after=DEAD_AFTER)
             if self._tls is not None:
                 stream, other = await self._tls.connect(plain)
-                if refusal := self._tls.refuse(other) or refuse_peer(other):
+                if refusal := self._tls.refuse_visitor(other, stream) or self._refuse(other):
                     raise TlsError(refusal)
             return PeerStream(stream), other
         except BaseException:
@@ -336,6 +345,7 @@ class PeerConnections:
             self._rates,
             self._uplink,
             self._metrics,
+            self.tolls,
             hello.digest,
             contact,
         )
@@ -367,6 +377,7 @@ class _Owner:
     rates: Rates
     uplink: Uplink
     metrics: SwarmMetrics
+    tolls: Mapping[tuple[Digest, str], Toll]
     digest: Digest
     contact: PeerContact
 
@@ -396,14 +407,28 @@ class _Owner:
         return self.scheduler.expects(connection, index)
 
     def may_send_now(self, connection: int) -> bool:
-        return self.rates.upload.is_unlimited and self.uplink.has_turn(connection)
+        toll = self._toll()
+        is_free = self.rates.upload.is_unlimited and (toll is None or toll.bucket.is_unlimited)
+        return is_free and self.uplink.has_turn(connection)
 
     async def may_send(self, connection: int, size: int) -> int:
+        toll = self._toll()
+        if toll is not None:
+            size = await toll.bucket.take_some(size)
         await self.uplink.turn(connection)
-        return await self.rates.upload.take_some(size)
+        if self.rates.upload.is_unlimited or toll is None:
+            return await self.rates.upload.take_some(size)
+        await self.rates.upload.take(size)
+        return size
 
     def chunk_sent(self, connection: int, size: int) -> None:
         self.uplink.sent(connection, size)
+        toll = self._toll()
+        if toll is not None:
+            toll.sent += size
+
+    def _toll(self) -> Toll | None:
+        return self.tolls.get((self.digest, self.contact.peer_id))
 
     def may_receive_now(self) -> bool:
         return self.rates.download.is_unlimited

@@ -46,6 +46,19 @@ class Rates:
         return {"upload_rate": self.upload, "download_rate": self.download}
 
 
+@attrs.define(eq=False)
+class Toll:
+    """What may be sent to one peer, and how much was.
+
+    Attributes:
+        bucket: of its rate; several peers may share one.
+        sent: bytes so far.
+    """
+
+    bucket: TokenBucket
+    sent: int = 0
+
+
 def _shown(rate: float) -> float | None:
     if rate == math.inf:
         return None

@@ -33,6 +33,8 @@ from swarmpull.wire.tls import Contexts, Tls, TlsFiles, load_contexts, load_serv
 log = structlog.get_logger()
 
 DAY: Final = 86400.0
+# The roles that replicate between clusters; the empty one stands for all, when configurations are checked.
+TALK_TO_OTHERS: Final = frozenset({"index", "origin", ""})
 # From so many days before a certificate expires the log says so, once a day.
 EXPIRY_WARNING_DAYS: Final = 14
 
@@ -47,9 +49,10 @@ async def open_tls(role: str, config: TlsConfig, metrics: Metrics) -> AsyncItera
     if not config.is_on:
         yield None
         return
-    load = partial(_load, role, TlsFiles(config.ca, config.cert, config.key))
+    load = partial(_load, role, config)
+    paths = (config.ca, config.cert, config.key, *filter(None, _trusted(role, config).values()))
     try:
-        files = await WatchedFiles.open((config.ca, config.cert, config.key), load)
+        files = await WatchedFiles.open(paths, load)
     except CertificateError as error:
         raise StartupError(
             str(error), "swarmpull certs makes certificates, see docs/security.md"
@@ -147,9 +150,18 @@ def peer_tls(tls: Tls | None, config: TlsConfig) -> Tls | None:
     return tls if config.peer == "on" else None
 
 
-def _load(role: str, files: TlsFiles) -> Contexts:
-    contexts = load_contexts(files)
-    if role not in contexts.identity.roles:
+def _trusted(role: str, config: TlsConfig) -> dict[str, str]:
+    """The other clusters that a role talks to, and the files with their authorities."""
+    if role in TALK_TO_OTHERS:
+        return {each.cluster: each.ca for each in config.trusted}
+    return {}
+
+
+def _load(role: str, config: TlsConfig) -> Contexts:
+    """``role`` may be empty: any that the certificate has."""
+    files = TlsFiles(config.ca, config.cert, config.key)
+    contexts = load_contexts(files, _trusted(role, config))
+    if role and role not in contexts.identity.roles:
         raise CertificateError(
             f"{files.cert} is of {contexts.identity}, which is no {role}: "
             f"issue one with swarmpull certs issue --role {role}",
@@ -171,10 +183,9 @@ def problems_with_files(
 ) -> Iterator[Problem]:
     """What is wrong with the files that the configuration names, for a process with these roles; blocking."""
     if config.tls.is_on:
-        files = TlsFiles(config.tls.ca, config.tls.cert, config.tls.key)
         for role in sorted(roles) or [""]:
             try:
-                _load(role, files) if role else load_contexts(files)
+                _load(role, config.tls)
             except CertificateError as error:
                 yield Problem(error.key, provenance.get(error.key, ""), error.reason)
                 break

@@ -13,7 +13,7 @@ import structlog
 import trio
 
 from swarmpull.config import AgentConfig, IndexConfig, OriginConfig, TrackerConfig
-from swarmpull.registry.admin import RateControl, create_admin_app
+from swarmpull.registry.admin import RateControl, ReplicationControl, create_admin_app
 from swarmpull.registry.asgi import AsgiApp
 from swarmpull.registry.server import serve_http
 from swarmpull.roles.addresses import RoleAddresses
@@ -46,6 +46,7 @@ async def serve_role(
     registry: AsgiApp | None = None,
     more: Mapping[str, AsgiApp] | None = None,
     rates: RateControl | None = None,
+    replication: ReplicationControl | None = None,
     bound: Mapping[str, str] | None = None,
     on_drain: Callable[[], Awaitable[None]] | None = None,
     task_status: trio.TaskStatus[RoleAddresses] = trio.TASK_STATUS_IGNORED,
@@ -58,14 +59,13 @@ async def serve_role(
         role: its name.
         settings: with the addresses to bind.
         service, tls: the RPC methods, if the role has any, and how callers are known; None: in plain.
-        metrics: for the admin listener.
         readiness: the reasons why the role is not ready; while draining it is not in any case.
         status: for the admin listener; gets role, ready and reasons added.
         drain: once set, nothing new is accepted.
         grace: seconds that requests under way, and then ``on_drain``, have together.
         registry: the registry application, if the role has one.
         more: further applications by the section of ``settings`` with their listener.
-        rates: for the admin listener to show and change, if the role has any.
+        metrics, rates, replication: for the admin listener, the latter two if the role has any.
         bound: listeners that the role has bound itself, to be reported with the others.
         on_drain: called when the requests under way have ended, which may need what this ends.
         task_status: started when everything is bound.
@@ -84,7 +84,7 @@ async def serve_role(
         if service is not None:
             service.register(api.PING, _answer_ping, at_once=_pong)
             servers["rpc"] = partial(serve_rpc, service, tls=tls)
-        pages = _admin_app(role, metrics, readiness, status, drain, rates)
+        pages = _admin_app(role, metrics, readiness, status, drain, rates, replication)
         admin, listen = await _http(files, role, settings, "admin", pages), settings.admin.listen
         to_the_end = await files.enter_async_context(trio.open_nursery())
         at = await to_the_end.start(
@@ -111,6 +111,7 @@ def _admin_app(
     status: Callable[[], Mapping[str, object]],
     drain: trio.Event,
     rates: RateControl | None,
+    replication: ReplicationControl | None,
 ) -> AsgiApp:
     def reasons() -> list[str]:
         return [*(["the role is draining"] if drain.is_set() else []), *readiness()]
@@ -120,7 +121,11 @@ def _admin_app(
         return {"role": role, "ready": not found, "reasons": found, **status()}
 
     app = create_admin_app(
-        readiness=reasons, metrics=metrics.render, status=full_status, rates=rates
+        readiness=reasons,
+        metrics=metrics.render,
+        status=full_status,
+        rates=rates,
+        replication=replication,
     )
     return cast("AsgiApp", app)
 

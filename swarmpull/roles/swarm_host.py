@@ -12,8 +12,8 @@ import math
 import os
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Final
 
@@ -37,7 +37,7 @@ from swarmpull.roles.buffers import PieceBuffers
 from swarmpull.roles.downloads import Download
 from swarmpull.roles.hash_log import AskForHashes, follow_growth, log_of
 from swarmpull.roles.peer_connections import ArrivedPiece, PeerConnections
-from swarmpull.roles.rates import Rates
+from swarmpull.roles.rates import Rates, Toll
 from swarmpull.roles.shared_work import SharedWork
 from swarmpull.roles.small_blobs import SmallBlob
 from swarmpull.roles.swarm_metrics import SwarmMetrics
@@ -247,8 +247,9 @@ class SwarmHost:
             return
         download = self._under_way(digest)
         if download is None:
-            job = partial(self._begin_from, source, metainfo, namespace)
-            download = await self._starting.run(digest, job)
+            download = await self._starting.run(
+                digest, partial(self._begin, metainfo, namespace, announce=False)
+            )
         if not _agree(download.metainfo, metainfo):
             # Of two that disagree about the pieces one is wrong; the blob's own digest will tell.
             raise InvalidMetainfo(
@@ -256,6 +257,17 @@ class SwarmHost:
             )
         self.dispatch(ev.PeersFound(digest, (source,)))
         await download.wait()
+
+    @contextmanager
+    def toll(self, digest: Digest, peer_id: str, toll: Toll) -> Iterator[None]:
+        """For the block, limit and count what a peer is sent of a blob."""
+        key = (digest, peer_id)
+        self._connections.tolls[key] = toll
+        try:
+            yield
+        finally:
+            if self._connections.tolls.get(key) is toll:
+                del self._connections.tolls[key]
 
     async def drain(self) -> None:
         """Refuse new work, let what is being sent end, leave the swarms.
@@ -445,14 +457,6 @@ class SwarmHost:
             have=partial_blob.have.bit_count(),
         )
         self._add_torrent(download, namespace, announce=announce, fed=fed)
-        return download
-
-    async def _begin_from(
-        self, source: PeerContact, metainfo: Metainfo, namespace: str, digest: Digest
-    ) -> Download:
-        """Begin a download of which a peer is known; it goes on when the caller has given up."""
-        download = await self._begin(metainfo, namespace, digest, announce=False)
-        self.dispatch(ev.PeersFound(digest, (source,)))
         return download
 
     async def _give_up_unread(self, download: Download) -> None:

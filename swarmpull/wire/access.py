@@ -2,7 +2,8 @@
 
 The part of a method's name before the dot is the role that serves it, and has to stand in the certificate
 of whoever is called; a name without a dot is served by all.  What is not listed may not be called by
-anybody.  Without TLS nobody is known, and everybody may call everything.
+anybody.  Roles of other clusters have a table of their own.  Without TLS nobody is known, and everybody may
+call everything.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from swarmpull.wire import api
 
 _AGENT: Final = frozenset({"agent"})
 _ORIGIN: Final = frozenset({"origin"})
+_INDEX: Final = frozenset({"index"})
 _HOSTS: Final = _AGENT | _ORIGIN
 _LOOKING: Final = _HOSTS | {"client"}
 _SEEKING: Final = _HOSTS | {"tracker"}
@@ -33,6 +35,10 @@ CALLERS: Final[dict[str, frozenset[str]]] = {
     api.ADOPT_BLOB.name: _HOSTS,
     api.PUT_MANIFEST.name: _HOSTS,
     api.MOUNT_BLOB.name: _HOSTS,
+    # The index has images replicated to other clusters, whose origins are offered what it lacks there.
+    api.OFFER_BLOB.name: _ORIGIN,
+    api.HAND_OVER.name: _INDEX,
+    api.READ_MANIFEST.name: _INDEX,
     # Replicas believe what they are told about rank and queue.
     api.REPLICATE_BLOB.name: _ORIGIN,
     api.HELD_BLOB.name: _ORIGIN,
@@ -49,20 +55,42 @@ CALLERS: Final[dict[str, frozenset[str]]] = {
     api.CHECK_REFERENCES.name: _HOSTS,
     api.RECORD_MANIFEST.name: _ORIGIN,
     api.LINK_BLOB.name: _ORIGIN,
+    # Indexes among themselves, about what other clusters have to be told.
+    api.DESCRIBE_CLUSTER.name: _INDEX,
+    api.KEEP_CHANGES.name: _INDEX,
+    api.CHANGES_KEPT.name: _INDEX,
     # Deletions go from the registry that was asked straight to the index.
     api.DELETE_MANIFEST.name: _HOSTS,
     api.DELETE_TAG.name: _HOSTS,
     api.UNLINK_BLOB.name: _HOSTS,
 }
-# Who exchanges pieces.
+# What the roles of another cluster may call, one that is trusted: all that replication needs.
+FOREIGN_CALLERS: Final[dict[str, frozenset[str]]] = {
+    api.PING.name: _INDEX | _ORIGIN,
+    api.DESCRIBE_CLUSTER.name: _INDEX,
+    api.TAG_LOG.name: _INDEX,
+    api.CHECK_REFERENCES.name: _INDEX,
+    api.DELETE_TAG.name: _INDEX,
+    api.PUT_MANIFEST.name: _INDEX,
+    api.OFFER_BLOB.name: _ORIGIN,
+    api.ADOPT_BLOB.name: _ORIGIN,
+}
+# Who exchanges pieces, and who of another cluster.
 PEERS: Final = _HOSTS
+FOREIGN_PEERS: Final = _ORIGIN
 
 
-def refuse_caller(caller: Identity, method: str) -> str:
-    """Why a caller may not call a method, and what to do; empty when it may."""
-    allowed = CALLERS.get(method, frozenset())
+def refuse_caller(caller: Identity, method: str, cluster: str) -> str:
+    """Why a caller may not call a method of a role of ``cluster``, and what to do; empty when it may."""
+    is_foreign = caller.cluster != cluster
+    allowed = (FOREIGN_CALLERS if is_foreign else CALLERS).get(method, frozenset())
     if caller.roles & allowed:
         return ""
+    if is_foreign:
+        return (
+            f"the certificate of {caller} does not allow {method} in cluster {cluster}: another cluster may "
+            "replicate to it, and nothing else"
+        )
     whose = " or ".join(sorted(allowed)) or "nobody"
     return (
         f"the certificate of {caller} does not allow {method}, which is for {whose}: "
@@ -81,10 +109,14 @@ def refuse_server(server: Identity, method: str) -> str:
     )
 
 
-def refuse_peer(peer: Identity) -> str:
-    """Why no pieces are exchanged with a peer; empty when they are."""
-    if peer.roles & PEERS:
+def refuse_peer(peer: Identity, cluster: str) -> str:
+    """Why no pieces are exchanged between a peer and a role of ``cluster``; empty when they are."""
+    if peer.roles & (PEERS if peer.cluster == cluster else FOREIGN_PEERS):
         return ""
+    if peer.cluster != cluster:
+        return (
+            f"the certificate of {peer} is of no origin, and only those of other clusters are peers"
+        )
     return f"the certificate of {peer} is of no agent or origin: issue one with that --role"
 
 

@@ -317,18 +317,104 @@ class QueuedReply:
 
 
 @attrs.frozen
-class PutManifestRequest:
-    """Push a manifest; ``reference`` is a tag or the manifest's own digest.
+class Stamp:
+    """When a tag was changed, in ns since 1970, and which index made the change; they sort in that order.
 
-    ``by`` and ``expect`` as in `RecordManifestRequest`.
+    A change keeps its stamp in every cluster that it is replicated to.
+    """
+
+    time: int
+    source: str
+
+
+@attrs.frozen
+class OfferRequest:
+    """Another cluster wants an origin to have a blob: does it need the bytes?
+
+    Attributes:
+        digest: the blob.
+        namespace: the repository that it is to be part of.
+        length: in bytes.
+    """
+
+    digest: Digest
+    namespace: str
+    length: int
+
+
+@attrs.frozen
+class OfferReply:
+    """Whether the bytes are wanted; if not, the blob is part of the repository from now on.
+
+    ``taker`` is the peer that will fetch them.
+    """
+
+    wanted: bool
+    taker: PeerContact
+
+
+@attrs.frozen
+class HandOverRequest:
+    """Have an origin of another cluster adopt a blob of this one.
+
+    Attributes:
+        digest: the blob.
+        namespace: the repository that it belongs to, here and there.
+        remote: the other cluster, by its name in the configuration.
+        owners: its origins, the first one to be tried first.
+        rate: bytes per second at which the callee sends to that cluster in all; None: as fast as it goes.
+        seconds: for which the reply may wait; ask again as long as there is progress.
+    """
+
+    digest: Digest
+    namespace: str
+    remote: str
+    owners: tuple[str, ...]
+    rate: float | None
+    seconds: float
+
+
+@attrs.frozen
+class HandOverReply:
+    """How far it is.
+
+    Attributes:
+        done: the other cluster has the blob.
+        sent: bytes that were sent there, by calls about this blob that are under way or were the last ones.
+        length: of the blob.
+    """
+
+    done: bool
+    sent: int
+    length: int
+
+
+@attrs.frozen
+class ManifestReply:
+    """The bytes of a manifest, exactly as pushed."""
+
+    content: bytes = attrs.field(repr=False)
+
+
+@attrs.frozen
+class PutManifestRequest:
+    """Push a manifest.
+
+    Attributes:
+        repository: where.
+        reference: a tag, or the manifest's own digest.
+        media_type: of the content.
+        content: exactly as it is to be kept.
+        stamp: of a change of the tag that was made in another cluster, as in `RecordManifestRequest`.
+        by: who pushed it there.
     """
 
     repository: str
     reference: str
     media_type: str
     content: bytes = attrs.field(repr=False)
+    stamp: Stamp | None = None
     by: str = ""
-    expect: str | None = None
 
 
 @attrs.frozen
@@ -357,6 +443,12 @@ REPLICATE_BLOB: Final = Method("origin.replicate_blob", ReplicateRequest, Replic
 HELD_BLOB: Final = Method("origin.held_blob", HeldRequest, HeldReply)
 QUEUED: Final = Method("origin.queued", QueuedRequest, QueuedReply)
 PUT_MANIFEST: Final = Method("origin.put_manifest", PutManifestRequest, PutManifestReply)
+# Raises PushRefused.
+OFFER_BLOB: Final = Method("origin.offer_blob", OfferRequest, OfferReply)
+# Raises BlobNotFound, and what the origins of the other cluster do.
+HAND_OVER: Final = Method("origin.hand_over", HandOverRequest, HandOverReply)
+# Raises BlobNotFound, ManifestInvalid for what is too long to be a manifest.
+READ_MANIFEST: Final = Method("origin.read_manifest", BlobRequest, ManifestReply)
 
 
 # --- index ------------------------------------------------------------------------------------
@@ -383,17 +475,6 @@ class ReferenceRequest:
 
     repository: str
     reference: str
-
-
-@attrs.frozen
-class Stamp:
-    """When a tag was changed, in ns since 1970, and which index made the change; they sort in that order.
-
-    A change keeps its stamp in every cluster that it is replicated to.
-    """
-
-    time: int
-    source: str
 
 
 @attrs.frozen
@@ -427,14 +508,12 @@ class DeleteTagRequest:
         reference: the tag.
         stamp: of a deletion that was made in another cluster; it counts if it is later than what is here.
         by: who asked for it.
-        expect: as in `RecordManifestRequest`.
     """
 
     repository: str
     reference: str
     stamp: Stamp | None = None
     by: str = ""
-    expect: str | None = None
 
 
 @attrs.frozen
@@ -451,8 +530,6 @@ class RecordManifestRequest:
         stamp: of a change of the tag that was made in another cluster; the tag moves if it is later than what
             the tag is here.
         by: who pushed it.
-        expect: the digest that the tag has to name, ``*`` for any; empty when it must not be there; None when
-            it does not matter.  A tag that names this manifest already does in any case.
     """
 
     repository: str
@@ -463,7 +540,6 @@ class RecordManifestRequest:
     manifests: tuple[Digest, ...] = ()
     stamp: Stamp | None = None
     by: str = ""
-    expect: str | None = None
 
 
 @attrs.frozen
@@ -507,6 +583,70 @@ class ListReply:
 
 
 @attrs.frozen
+class ChangeForRemote:
+    """A tag that has changed, and a remote cluster that is to know; ``stamp`` is that of the change."""
+
+    remote: str
+    repository: str
+    tag: str
+    stamp: Stamp
+
+
+@attrs.frozen
+class KeepChangesRequest:
+    """Another index of the cluster is to stand by: to have these changes in its queue, too.
+
+    Attributes:
+        process: of the caller.
+        changes: 1000 at most.
+    """
+
+    process: str
+    changes: tuple[ChangeForRemote, ...]
+
+
+@attrs.frozen
+class KeepChangesReply:
+    """They are in its queue, on its disk; or nothing was done: the caller has called itself."""
+
+    itself: bool = False
+
+
+@attrs.frozen
+class ChangesKeptRequest:
+    """Does another index see to these changes?
+
+    Attributes:
+        process: of the caller.
+        changes: 1000 at most.
+    """
+
+    process: str
+    changes: tuple[ChangeForRemote, ...]
+
+
+@attrs.frozen
+class ChangesKeptReply:
+    """For each of them whether it is in the queue of the callee, and not there as a standby."""
+
+    kept: tuple[bool, ...] = ()
+    itself: bool = False
+
+
+@attrs.frozen
+class ClusterDescription:
+    """What an index says of its cluster to another one that replicates to it.
+
+    Attributes:
+        origins: ``host:port`` of the origins that are healthy as far as it knows.
+        weights: of some of them, as ``host:port=weight``.
+    """
+
+    origins: tuple[str, ...]
+    weights: tuple[str, ...] = ()
+
+
+@attrs.frozen
 class ReferrersReply:
     manifests: tuple[Descriptor, ...]
 
@@ -543,5 +683,8 @@ HAS_BLOB: Final = Method("index.has_blob", DigestInRepository, Found)
 # Raises RepositoryNotFound.
 LIST_TAGS: Final = Method("index.list_tags", ListRequest, ListReply)
 LIST_REPOSITORIES: Final = Method("index.list_repositories", ListRequest, ListReply)
+DESCRIBE_CLUSTER: Final = Method("index.describe_cluster", Empty, ClusterDescription)
 # An unknown digest has no referrers; that is not an error.
 LIST_REFERRERS: Final = Method("index.list_referrers", DigestInRepository, ReferrersReply)
+KEEP_CHANGES: Final = Method("index.keep_changes", KeepChangesRequest, KeepChangesReply)
+CHANGES_KEPT: Final = Method("index.changes_kept", ChangesKeptRequest, ChangesKeptReply)

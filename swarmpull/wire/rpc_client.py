@@ -303,7 +303,7 @@ class _Connection:
         if tls is None:
             return stream
         secured, self.server = await tls.connect(stream)
-        if refusal := tls.refuse(self.server):
+        if refusal := tls.refuse(self.server, secured):
             await trio.aclose_forcefully(secured)
             raise TlsError(refusal)
         return secured

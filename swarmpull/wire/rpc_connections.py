@@ -69,7 +69,9 @@ class ServedConnections:
     def __init__(self, service: RpcService, limits: RpcLimits, entrance: Entrance) -> None:
         self.limits = limits
         self.entrance = entrance
-        self.answers = Answers(service, limits.body_bytes_max, entrance.complain)
+        self.answers = Answers(
+            service, limits.body_bytes_max, entrance.complain, lambda: entrance.cluster
+        )
         self._by_descriptor: dict[int, _Connection] = {}
         self._poll = select.epoll()
         self._arriving = 0

@@ -84,7 +84,15 @@ class RpcService:
 class Answers:
     """Requests in, reply frames out, for the connections of one server."""
 
-    def __init__(self, service: RpcService, body_bytes_max: int, complain: Complain) -> None:
+    def __init__(
+        self,
+        service: RpcService,
+        body_bytes_max: int,
+        complain: Complain,
+        cluster: Callable[[], str] = str,
+    ) -> None:
+        """``cluster`` gives our own, by our certificate; empty without TLS."""
+        self._cluster = cluster
         self._service = service
         self._body_bytes_max = body_bytes_max
         self._complain = complain
@@ -95,7 +103,7 @@ class Answers:
         if served is None:
             return _failure(request, f"{request.method!r} is not a method of this role")
         if context.caller is not None and (
-            refusal := refuse_caller(context.caller, request.method)
+            refusal := refuse_caller(context.caller, request.method, self._cluster())
         ):
             self._complain(context.remote_host, refusal)
             return _failure(request, f"refused: {refusal}")

@@ -1,7 +1,8 @@
 """Mutual TLS between roles: contexts made from three files, handshakes, and what went wrong in words.
 
 Both sides show a certificate, and both check that it is signed by the cluster's authority, counts now, and
-is of the same cluster (`swarmpull.identity`); the name of the host is not looked at, because roles are
+is of the same cluster (`swarmpull.identity`), or of one that is trusted, for which other authorities may
+vouch than for ours; the name of the host is not looked at, because roles are
 dialled by whatever address the tracker or DNS gave.  What the other side may do is for its roles to say
 (`swarmpull.wire.access`).  Only TLS 1.3 is spoken.
 
@@ -12,11 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import attrs
 import structlog
@@ -42,6 +44,11 @@ RECORD_BYTES_MAX: Final = 16384 + 256 + 5
 _RECORD_PAYLOAD: Final = 16384
 _RECEIVE_BYTES: Final = 64 * 1024
 _HANDSHAKE_RECORD: Final = b"\x16"
+_PEM: Final = re.compile(
+    "-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL | re.ASCII
+)
+# Of `ssl`'s own certificates, which have no public name before 3.13.
+_ENCODING_DER: Final = 2
 
 
 # --- contexts -------------------------------------------------------------------------------------
@@ -60,17 +67,25 @@ class TlsFiles:
 class Contexts:
     """What connections are made with, for both ends, and what they say about us.
 
-    ``expires_at``: when our certificate ceases to count, in seconds since 1970.
+    Attributes:
+        server, client: of connections that come in, and that we dial.
+        identity: who we are.
+        expires_at: when our certificate ceases to count, in seconds since 1970.
+        authorities: the certificates, in DER, of those who may vouch for each cluster that is known; empty
+            where there is only our own, and all whom the contexts trust may.
     """
 
     server: ssl.SSLContext
     client: ssl.SSLContext
     identity: Identity
     expires_at: float
+    authorities: Mapping[str, frozenset[bytes]] = attrs.Factory(dict)
 
 
-def load_contexts(files: TlsFiles) -> Contexts:
+def load_contexts(files: TlsFiles, trusted: Mapping[str, str] | None = None) -> Contexts:
     """Read and try the files; blocking.
+
+    ``trusted`` are other clusters, and for each the file with its authorities, or nothing if they are ours.
 
     The two ends shake hands with each other in memory, which finds what the others would: a key of another
     certificate, a wrong authority, a certificate that has expired.
@@ -78,12 +93,13 @@ def load_contexts(files: TlsFiles) -> Contexts:
     Raises:
         CertificateError: they cannot be used; names key and file.
     """
-    server = _context(ssl.PROTOCOL_TLS_SERVER, files)
-    client = _context(ssl.PROTOCOL_TLS_CLIENT, files)
+    extra = {cluster: file for cluster, file in (trusted or {}).items() if file}
+    server = _context(ssl.PROTOCOL_TLS_SERVER, files, extra)
+    client = _context(ssl.PROTOCOL_TLS_CLIENT, files, extra)
     # Nobody resumes sessions, and tickets that are not read turn a close into a reset.
     server.num_tickets = 0
     try:
-        shown = _own_certificate(server, client)
+        shown, authority = _own_certificate(server, client)
         identity = identity_of(shown)
     except ssl.SSLCertVerificationError as error:
         reason = f"{files.cert} is refused by {files.ca}: {error.verify_message}"
@@ -92,10 +108,31 @@ def load_contexts(files: TlsFiles) -> Contexts:
         raise CertificateError(f"{files.cert} is of no use: {error.reason}", "tls.cert") from error
     except TlsError as error:
         raise CertificateError(f"{files.cert} {error.reason}", "tls.cert") from error
-    return Contexts(server, client, identity, ssl.cert_time_to_seconds(str(shown["notAfter"])))
+    expires_at = ssl.cert_time_to_seconds(str(shown["notAfter"]))
+    authorities: dict[str, frozenset[bytes]] = {}
+    if trusted:
+        own = _certificates("tls.ca", files.ca)
+        for cluster in trusted:
+            file = extra.get(cluster)
+            authorities[cluster] = own if file is None else _certificates("tls.trusted", file)
+        authorities[identity.cluster] = own
+        if authority not in own:
+            reason = f"{files.cert} is signed by an authority of another cluster, not by one of {files.ca}"
+            raise CertificateError(reason, "tls.cert")
+    return Contexts(server, client, identity, expires_at, authorities)
 
 
-def _context(protocol: int, files: TlsFiles) -> ssl.SSLContext:
+def _certificates(name: str, path: str) -> frozenset[bytes]:
+    """Those of a file, in DER.  Raises CertificateError."""
+    try:
+        return frozenset(ssl.PEM_cert_to_DER_cert(pem) for pem in _PEM.findall(_read(name, path)))
+    except ValueError as error:
+        raise CertificateError(f"{path} holds no certificate in PEM", name) from error
+
+
+def _context(
+    protocol: int, files: TlsFiles, trusted: Mapping[str, str] | None = None
+) -> ssl.SSLContext:
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False
@@ -104,6 +141,12 @@ def _context(protocol: int, files: TlsFiles) -> ssl.SSLContext:
         context.load_verify_locations(cadata=_read("tls.ca", files.ca))
     except (ssl.SSLError, ValueError) as error:
         raise CertificateError(f"{files.ca} holds no certificate in PEM", "tls.ca") from error
+    for cluster, file in (trusted or {}).items():
+        try:
+            context.load_verify_locations(cadata=_read("tls.trusted", file))
+        except (ssl.SSLError, ValueError) as error:
+            reason = f"{file}, of cluster {cluster}, holds no certificate in PEM"
+            raise CertificateError(reason, "tls.trusted") from error
     load_certificate(context, ("tls.cert", files.cert), ("tls.key", files.key))
     return context
 
@@ -153,7 +196,10 @@ def _read(name: str, path: str) -> str:
         raise CertificateError(f"{path} cannot be read: {error.strerror}", name) from error
 
 
-def _own_certificate(server: ssl.SSLContext, client: ssl.SSLContext) -> dict[str, object]:
+def _own_certificate(
+    server: ssl.SSLContext, client: ssl.SSLContext
+) -> tuple[dict[str, object], bytes]:
+    """Our certificate as others see it, and the one that vouches for it in the end, in DER."""
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = (
         client.wrap_bio(to_client, to_server),
@@ -164,7 +210,17 @@ def _own_certificate(server: ssl.SSLContext, client: ssl.SSLContext) -> dict[str
         for end in ends:
             with contextlib.suppress(ssl.SSLWantReadError):
                 end.do_handshake()
-    return _shown_by(ends[1])
+    return _shown_by(ends[1]), _authority_of(ends[1])
+
+
+def _authority_of(connection: ssl.SSLSocket | ssl.SSLObject) -> bytes:
+    """The certificate, in DER, on which the trust in the other side's rests."""
+    # Public since 3.13; in 3.11 and 3.12 the same of the object inside.
+    public = getattr(connection, "get_verified_chain", None)
+    if public is not None:
+        return bytes(public()[-1])
+    inside: Any = connection._sslobj  # type: ignore[union-attr]  # noqa: SLF001 - see above
+    return bytes(inside.get_verified_chain()[-1].public_bytes(_ENCODING_DER))
 
 
 def _shown_by(connection: ssl.SSLSocket | ssl.SSLObject) -> dict[str, object]:
@@ -417,8 +473,14 @@ async def speaks_tls(stream: trio.SocketStream) -> bool:
 class Tls:
     """The certificates of one role; new connections use those that the files hold just now."""
 
-    def __init__(self, files: WatchedFiles[Contexts]) -> None:
+    def __init__(self, files: WatchedFiles[Contexts], partner: str = "") -> None:
+        """``partner``: the cluster that is dialled, if it is another one than our own."""
         self._files = files
+        self._partner = partner
+
+    def towards(self, cluster: str) -> Tls:
+        """The same certificates, to dial the roles of another cluster with."""
+        return Tls(self._files, cluster)
 
     @property
     def identity(self) -> Identity:
@@ -431,15 +493,16 @@ class Tls:
             TlsError: the other side is not to be trusted, or does not trust us.
             trio.BrokenResourceError: the connection is lost.
         """
-        return await self._greet(stream, self._files.current.server, server_side=True)
+        return await self._greet(stream, self._files.current, server_side=True)
 
     async def connect(self, stream: trio.SocketStream) -> tuple[TlsStream, Identity]:
         """The same for a connection that we dialled."""
-        return await self._greet(stream, self._files.current.client, server_side=False)
+        return await self._greet(stream, self._files.current, server_side=False)
 
     async def _greet(
-        self, stream: trio.SocketStream, context: ssl.SSLContext, *, server_side: bool
+        self, stream: trio.SocketStream, contexts: Contexts, *, server_side: bool
     ) -> tuple[TlsStream, Identity]:
+        context = contexts.server if server_side else contexts.client
         secured = TlsStream(take_socket(stream, context, server_side=server_side))
         try:
             await secured.shake_hands()
@@ -451,13 +514,37 @@ class Tls:
             await trio.aclose_forcefully(secured)
             raise
 
-    def refuse(self, other: Identity) -> str:
-        """Why somebody with a valid certificate is still a stranger; empty when it is none."""
-        if other.cluster == self.identity.cluster:
+    def refuse(self, other: Identity, stream: TlsStream) -> str:
+        """Why whoever is there, at the other end of ``stream``, is not whom we dial; empty when it is."""
+        wanted = self._partner or self.identity.cluster
+        if other.cluster == wanted:
+            return self._refuse_authority(other, stream)
+        return (
+            f"the certificate of {other} is of another cluster than {wanted}: "
+            "name addresses of one cluster only"
+        )
+
+    def _refuse_authority(self, other: Identity, stream: TlsStream) -> str:
+        """Why the certificate of a cluster that we know is not believed; empty when it is."""
+        authorities = self._files.current.authorities
+        if not authorities or _authority_of(stream.socket) in authorities.get(other.cluster, ()):
             return ""
         return (
-            f"the certificate of {other} is of another cluster than {self.identity.cluster}: "
-            "name addresses of one cluster only"
+            f"the certificate of {other} is signed by an authority that may not vouch for that cluster: "
+            "tls.ca and the ca of tls.trusted say which may"
+        )
+
+    def refuse_visitor(self, other: Identity, stream: TlsStream) -> str:
+        """Why whoever is there, with a valid certificate, is still a stranger; empty when it is none.
+
+        Those of other clusters that are trusted are none; what they may do is for their roles to say.
+        """
+        contexts = self._files.current
+        if other.cluster == contexts.identity.cluster or other.cluster in contexts.authorities:
+            return self._refuse_authority(other, stream)
+        return (
+            f"the certificate of {other} is of another cluster than {contexts.identity.cluster}, and "
+            "tls.trusted does not name it"
         )
 
 
@@ -504,6 +591,11 @@ class Entrance:
         self._about = about
         self._complaints = Complaints()
 
+    @property
+    def cluster(self) -> str:
+        """Our own, by our certificate; empty without any."""
+        return "" if self._tls is None else self._tls.identity.cluster
+
     async def admit(self, stream: trio.SocketStream) -> tuple[AnyStream, Identity | None] | None:
         """The stream to be served, and who is there if that is known; None if nobody is to be served.
 
@@ -548,7 +640,7 @@ class Entrance:
         if not await speaks_tls(stream):
             await self._turn_away(stream, NOT_BOTH)
         secured, caller = await tls.accept(stream)
-        reason = tls.refuse(caller) or self._refuse(caller)
+        reason = tls.refuse_visitor(caller, secured) or self._refuse(caller)
         if reason:
             await self._turn_away(secured, reason)
         return secured, caller

@@ -669,3 +669,60 @@ def test_a_gap_in_the_numbers_is_reported() -> None:
     assert said == [
         "upstreams.1: there is no upstreams.0: entries are counted from 0 without a gap  (-o)"
     ]
+
+
+def test_rules_of_replication_that_can_match_nothing_are_reported(write) -> None:
+    file = write(
+        """
+[[upstreams]]
+name = "docker.io"
+url = "registry+https://registry-1.docker.io"
+[[origin.namespaces]]
+pattern = "team/*"
+url = "file:///mnt/team"
+[[remotes]]
+name = "west"
+indexes = ["west:7400"]
+[[remotes]]
+name = "west"
+indexes = []
+[[replications]]
+pattern = "team/**"
+remote = "west"
+[[replications]]
+pattern = "team/**"
+remote = "west"
+[[replications]]
+pattern = "docker.io/**"
+remote = "west"
+[[replications]]
+pattern = "_private/*"
+remote = "west"
+[[replications]]
+pattern = "other/**"
+remote = "north"
+"""
+    )
+    said = "\n".join(problems(Sources(file), roles=frozenset({"index"})))
+    for text in (
+        "remotes.1.indexes: must name at least one",
+        "replications.1.pattern: is there already for remote west: team/**  (cluster.toml:18)",
+        "replications.2.pattern: matches nothing but repositories of upstream docker.io",
+        "replications.3.pattern: matches nothing that may be the name of a repository: _private/*",
+        "replications.4.pattern: matches nothing that origin.namespaces lets be pushed (team/*)",
+        "replications.4.remote: must be the name of one of the remotes: north",
+        "cluster.origins: must name at least one: an index with replications cannot work without",
+        "cluster.indexes: must name at least one: an index with replications cannot work without",
+    ):
+        assert text in said, said
+    assert "replications.0" not in said
+
+
+def test_trust_means_nothing_without_certificates() -> None:
+    trusted = options("tls.trusted.0.cluster=west", "tls.trusted.1.cluster=west")
+    said = problems(Sources(overrides=trusted))
+    assert said == [
+        "tls.trusted.0.cluster: means nothing without tls.ca, tls.cert and tls.key: plain connections "
+        "trust everybody  (-o)",
+        "tls.trusted.1.cluster: must not be that of tls.trusted.0 too: west  (-o)",
+    ]

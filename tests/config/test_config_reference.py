@@ -71,16 +71,25 @@ def test_the_document_lists_every_key_with_its_default_and_meaning() -> None:
     assert listed == reference(), "run: python tests/config/test_config_reference.py"
 
 
-@pytest.mark.parametrize("name", ["cluster.toml", "mirror.toml", "tls-cluster.toml"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cluster.toml",
+        "mirror.toml",
+        "replication-east.toml",
+        "replication-west.toml",
+        "tls-cluster.toml",
+    ],
+)
 def test_the_examples_are_valid(name: str, tmp_path: Path) -> None:
     example = EXAMPLES / name
     if not EXAMPLES.is_dir():
         pytest.skip("the examples are in the source tree only")
-    load(Sources(file=example), roles=frozenset({"origin", "agent"}))
+    load(Sources(file=example), roles=frozenset({"origin", "agent", "index"}))
     # What is only shown must be right too: the lines of its own comments that are TOML.
     shown = re.sub(r"(?m)^#   (?=[a-z_.]+ = )", "", example.read_text())
     (tmp_path / name).write_text(shown)
-    load(Sources(file=tmp_path / name), roles=frozenset({"origin", "agent"}))
+    load(Sources(file=tmp_path / name), roles=frozenset({"origin", "agent", "index"}))
 
 
 def test_every_key_has_a_help_line() -> None:

@@ -26,6 +26,7 @@ from swarmpull.errors import (
     RepositoryUnmatched,
     UpstreamBusy,
 )
+from swarmpull.patterns import compile_pattern
 from swarmpull.roles import cold_fetch
 from swarmpull.roles.backend_watch import BackendWatch
 from swarmpull.roles.cold_blobs import ColdBlobs, Elsewhere
@@ -35,7 +36,7 @@ from swarmpull.store.backends import open_backend
 from swarmpull.store.backends import paced as paced_module
 from swarmpull.store.backends.base import ObjectStat, blob_key
 from swarmpull.store.backends.directory import DirectoryBackend
-from swarmpull.store.backends.namespaces import Namespace, Namespaces, compile_pattern
+from swarmpull.store.backends.namespaces import Namespace, Namespaces
 from swarmpull.store.backends.paced import PacedBackend
 from swarmpull.store.blobs import BlobStore
 from swarmpull.store.token_bucket import BURST_BYTES_MIN, TokenBucket

@@ -8,14 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import attrs
 
 from swarmpull.errors import PushRefused, RepositoryUnmatched
+from swarmpull.patterns import compile_pattern
 from swarmpull.store.backends.base import Backend
-
-
-def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """A pattern of repositories: ``*`` is anything but ``/``, ``**`` anything; it matches whole names."""
-    parts = re.split(r"(\*\*|\*)", pattern)
-    wild = {"*": "[^/]*", "**": ".*"}
-    return re.compile("".join(wild.get(part) or re.escape(part) for part in parts), re.ASCII)
 
 
 @attrs.frozen

@@ -1,0 +1,166 @@
+"""An origin hands blobs to the origins of other clusters.
+
+The other origin says whether it needs the bytes.  If so it is asked to adopt the blob, the call that a push
+to an agent uses, with this origin as the seeder: it fetches by verified piece, and after any interruption
+goes on from what it has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Final
+
+import attrs
+import structlog
+import trio
+
+from swarmpull.digest import Digest
+from swarmpull.errors import RpcUnavailable, StoreFull, StoreUnavailable, SwarmpullError
+from swarmpull.roles.cluster import ADOPT_TIMEOUT, LOOKUP_TIMEOUT
+from swarmpull.roles.foreign_pools import ForeignPools
+from swarmpull.roles.origin_content import OriginContent
+from swarmpull.roles.rates import Toll
+from swarmpull.roles.shared_work import SharedWork
+from swarmpull.roles.swarm_host import SwarmHost
+from swarmpull.store.holds import Pin
+from swarmpull.store.token_bucket import TokenBucket
+from swarmpull.telemetry import Metrics
+from swarmpull.wire import api
+
+log = structlog.get_logger()
+
+# Blobs that are handed over at the same time, to all clusters; the others wait.
+HAND_OVERS_MAX: Final = 16
+# How long one call may wait, in seconds.
+WAIT_MAX: Final = 10.0
+# Origins of the other cluster that are tried for one blob.
+OWNERS_MAX: Final = 8
+
+
+@attrs.define(eq=False)
+class _HandOver:
+    """One that is under way: how far it is."""
+
+    length: int
+    toll: Toll
+
+
+class HandOvers:
+    """The hand-overs of one origin.
+
+    They go on when whoever asked for them leaves: another index may ask for the same a moment later.
+    """
+
+    def __init__(
+        self,
+        content: OriginContent,
+        host: SwarmHost,
+        pools: ForeignPools,
+        nursery: trio.Nursery,
+        metrics: Metrics,
+    ) -> None:
+        self._content = content
+        self._host = host
+        self._pools = pools
+        self._work: SharedWork[api.HandOverReply] = SharedWork(nursery)
+        self._places = trio.CapacityLimiter(HAND_OVERS_MAX)
+        self._buckets: dict[str, TokenBucket] = {}
+        self._under_way: dict[tuple[Digest, str, str], _HandOver] = {}
+        self._sent = metrics.counter(
+            "origin_handed_over_bytes_total",
+            "Bytes of blobs that were sent to origins of other clusters.",
+            ["remote"],
+        )
+
+    async def hand_over(self, request: api.HandOverRequest) -> api.HandOverReply:
+        """Have an origin of another cluster adopt a blob; answer when it has, or how far it is.
+
+        Raises:
+            BlobNotFound: this cluster does not have the blob.
+            RpcUnavailable: none of the origins there answers.
+            SwarmpullError: what they say: PushRefused, StoreFull, DownloadFailed...
+        """
+        key = (request.digest, request.namespace, request.remote)
+        seconds = request.seconds if 0 <= request.seconds <= WAIT_MAX else WAIT_MAX
+        self._bucket(request.remote).set_rate(request.rate or math.inf)
+        with trio.move_on_after(seconds):
+            return await self._work.run(key, partial(self._hand_over, request))
+        now = self._under_way.get(key)
+        if now is None:
+            # It waits for its place, or has just ended.
+            return api.HandOverReply(done=False, sent=0, length=0)
+        return api.HandOverReply(done=False, sent=now.toll.sent, length=now.length)
+
+    async def _hand_over(
+        self, request: api.HandOverRequest, key: tuple[Digest, str, str]
+    ) -> api.HandOverReply:
+        async with self._places:
+            with (
+                self._content.store.hold(request.digest, Pin.SENDING),
+                self._counted(request, key) as progress,
+            ):
+                progress.length = await self._content.stat(request.digest, request.namespace)
+                await self._to_any(request, progress)
+        return api.HandOverReply(done=True, sent=progress.toll.sent, length=progress.length)
+
+    @contextmanager
+    def _counted(
+        self, request: api.HandOverRequest, key: tuple[Digest, str, str]
+    ) -> Iterator[_HandOver]:
+        progress = _HandOver(0, Toll(self._bucket(request.remote)))
+        self._under_way[key] = progress
+        try:
+            yield progress
+        finally:
+            del self._under_way[key]
+            self._sent.labels(request.remote).inc(progress.toll.sent)
+
+    async def _to_any(self, request: api.HandOverRequest, progress: _HandOver) -> None:
+        """Hand it to the first origin that can have it.  One that is full or silent is passed over."""
+        failure: SwarmpullError | None = None
+        for owner in request.owners[:OWNERS_MAX]:
+            try:
+                await self._to(owner, request, progress)
+            except (RpcUnavailable, StoreFull, StoreUnavailable) as error:
+                log.info(
+                    "hand_over_passed_on",
+                    digest=str(request.digest),
+                    remote=request.remote,
+                    owner=owner,
+                    reason=str(error),
+                )
+                # What is wrong with the owner tells more than that another one does not answer.
+                if failure is None or isinstance(failure, RpcUnavailable):
+                    failure = error
+            else:
+                return
+        raise failure or RpcUnavailable(
+            request.remote, api.ADOPT_BLOB.name, "none of its origins is known"
+        )
+
+    async def _to(self, owner: str, request: api.HandOverRequest, progress: _HandOver) -> None:
+        digest, namespace = request.digest, request.namespace
+        pool = self._pools.of(request.remote)
+        offer = api.OfferRequest(digest, namespace, progress.length)
+        reply = await pool.call(owner, api.OFFER_BLOB, offer, timeout=LOOKUP_TIMEOUT)
+        if not reply.wanted:
+            return
+        await self._content.ensure_local(digest, namespace)
+        metainfo = await self._content.store.metainfo(digest)
+        self._host.seed(metainfo, namespace)
+        adopt = api.AdoptRequest(metainfo, namespace, self._host.contact)
+        with self._host.toll(digest, reply.taker.peer_id, progress.toll):
+            await pool.call(owner, api.ADOPT_BLOB, adopt, timeout=ADOPT_TIMEOUT)
+        log.info(
+            "blob_handed_over",
+            digest=str(digest),
+            remote=request.remote,
+            owner=owner,
+            sent=progress.toll.sent,
+        )
+
+    def _bucket(self, remote: str) -> TokenBucket:
+        return self._buckets.setdefault(remote, TokenBucket())

@@ -1,0 +1,252 @@
+"""What two clusters of real roles do when an index dies, a remote refuses, or a rule is new."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import trio
+
+from swarmpull.config import (
+    Address,
+    BackendConfig,
+    IndexConfig,
+    ListenerConfig,
+    NamespaceConfig,
+    RemoteConfig,
+    ReplicationConfig,
+)
+from swarmpull.digest import Digest
+from swarmpull.roles import replicator
+from swarmpull.roles.index import run_index
+from swarmpull.wire.api import RESOLVE, ReferenceRequest
+from tests.ports import free_ports
+
+from .roles import LISTEN, Cluster, cluster_under, whole_cluster
+
+CONFIG, LAYER = b"{}", b"layer" * 10_000
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes seconds takes a moment."""
+    monkeypatch.setattr(replicator, "STANDBY_INTERVAL", 0.2)
+    monkeypatch.setattr(replicator, "BACKOFF_MAX", 0.5)
+    monkeypatch.setattr("swarmpull.store.retry_schedule.PROBE_MAX", 0.3)
+
+
+@attrs.define
+class East:
+    """A cluster with an origin and two indexes, that replicates to another one."""
+
+    cluster: Cluster
+    ports: tuple[int, ...]
+
+    async def start_index(self, number: int) -> None:
+        settings = IndexConfig(
+            rpc=ListenerConfig(listen=Address("127.0.0.1", self.ports[number])),
+            admin=LISTEN,
+            backend=BackendConfig(url=(self.cluster.root / "index-backend").as_uri()),
+            name=f"index-{number}",
+            data_dir=self.cluster.root / f"index-{number}",
+        )
+        await self.cluster.start(f"index-{number}", run_index, settings)
+
+    def replicate(self, remote_index: str, pattern: str = "team/**") -> None:
+        """The rule of every index that is started from now on."""
+        self.cluster.config = attrs.evolve(
+            self.cluster.config,
+            remotes=(RemoteConfig(name="west", indexes=(remote_index,)),),
+            replications=(ReplicationConfig(pattern=pattern, remote="west"),),
+        )
+
+    async def replication(self, number: int) -> dict[str, Any]:
+        address = self.cluster.roles[f"index-{number}"].address("admin")
+        return (await self.cluster.client.get(f"http://{address}/replication")).json()
+
+    async def change(self, number: int, document: object) -> Any:
+        address = self.cluster.roles[f"index-{number}"].address("admin")
+        reply = await self.cluster.client.put(f"http://{address}/replication", json=document)
+        return reply.json()
+
+    async def push(self) -> Digest:
+        return Digest.of(await self.cluster.push_image("origin", "team/app", CONFIG, LAYER))
+
+
+@asynccontextmanager
+async def east_under(
+    root: Path, *, remote_index: str = "", indexes: int = 2
+) -> AsyncIterator[East]:
+    async with cluster_under(root) as cluster:
+        ports = free_ports(indexes)
+        addresses = tuple(f"127.0.0.1:{port}" for port in ports)
+        cluster._learn(indexes=addresses)
+        east = East(cluster, ports)
+        origin_port = free_ports(1)[0]
+        cluster._learn(origins=(f"127.0.0.1:{origin_port}",))
+        if remote_index:
+            east.replicate(remote_index)
+        for number in range(indexes):
+            await east.start_index(number)
+        await cluster.start_origin(port=origin_port)
+        await cluster.start_tracker()
+        yield east
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    """Return when ``condition`` holds; it may be a coroutine function."""
+    while not await condition():  # noqa: ASYNC110 - of other roles
+        await trio.sleep(0.02)
+
+
+async def digest_at(west: Cluster, reference: str = "v1") -> Digest:
+    request = ReferenceRequest("team/app", reference)
+    address = west.roles["index"].address("rpc")
+    return (await west.pool.call(address, RESOLVE, request, timeout=10.0)).digest
+
+
+async def test_a_standby_takes_over_from_an_index_that_has_died(tmp_path: Path) -> None:
+    (west_port,) = free_ports(1)
+    async with east_under(tmp_path / "east", remote_index=f"127.0.0.1:{west_port}") as east:
+        digest = await east.push()
+        documents = [await east.replication(number) for number in range(2)]
+        assert sorted((each["queued"], each["standby"]) for each in documents) == [(0, 1), (1, 0)]
+
+        async def has_failed() -> bool:
+            return (await east.replication(owner))["entries"][0]["attempts"] > 0
+
+        owner = 0 if documents[0]["queued"] else 1
+        await until(has_failed)
+        await east.cluster.roles[f"index-{owner}"].kill()
+        async with cluster_under(tmp_path / "west") as west:
+            settings = IndexConfig(
+                rpc=ListenerConfig(listen=Address("127.0.0.1", west_port)),
+                admin=LISTEN,
+                backend=BackendConfig(url=(tmp_path / "west-index").as_uri()),
+            )
+            west._learn(indexes=(f"127.0.0.1:{west_port}",))
+            origin = await west.start_origin()
+            west._learn(origins=(origin.address("rpc"),))
+            await west.start("index", run_index, settings)
+            await west.start_tracker()
+
+            async def is_idle() -> bool:
+                document = await east.replication(1 - owner)
+                return not document["queued"] and not document["standby"]
+
+            await until(is_idle)
+            assert await digest_at(west) == digest
+            # The one that died does no harm when it is back: the tag is there.
+            await east.start_index(owner)
+
+            async def has_drained() -> bool:
+                return not (await east.replication(owner))["queued"]
+
+            await until(has_drained)
+            assert await digest_at(west) == digest
+
+
+async def test_what_a_remote_refuses_is_set_aside_until_somebody_says_so(tmp_path: Path) -> None:
+    async with cluster_under(tmp_path / "west") as west:
+        await west.start_index()
+        west.namespaces = (
+            NamespaceConfig(pattern="other/*", url=(tmp_path / "west" / "other").as_uri()),
+        )
+        origin = await west.start_origin()
+        await west.start_tracker()
+        # The index of west does not know its origins yet.
+        await west.roles["index"].stop()
+        await west.start_index()
+        origin_port = int(origin.address("rpc").rpartition(":")[2])
+        remote = west.roles["index"].address("rpc")
+        async with east_under(tmp_path / "east", remote_index=remote, indexes=1) as east:
+            digest = await east.push()
+
+            async def is_set_aside() -> bool:
+                return bool((await east.replication(0))["set_aside"])
+
+            await until(is_set_aside)
+            (entry,) = (await east.replication(0))["entries"]
+            assert "none of the patterns" in entry["failure"]
+            assert entry["state"] == "set aside"
+
+            await origin.stop()
+            west.namespaces = ()
+            await west.start_origin(port=origin_port)
+            assert await east.change(0, {"retry": {"tag": "other"}}) == {"retried": 0}
+            assert "errors" in await east.change(0, {"retry": {"digest": "x"}})
+            assert await east.change(0, {"retry": {"repository": "team/app"}}) == {"retried": 1}
+
+            async def is_idle() -> bool:
+                return not (await east.replication(0))["queued"]
+
+            await until(is_idle)
+            assert await digest_at(west) == digest
+
+
+async def test_a_rule_that_is_new_sends_what_is_there_when_it_is_asked_to(tmp_path: Path) -> None:
+    async with (
+        whole_cluster(tmp_path / "west") as west,
+        east_under(tmp_path / "east", indexes=1) as east,
+    ):
+        # Started before there was an origin, so it describes none: the remote says which it has.
+        digest = await east.push()
+        await east.cluster.roles["index-0"].stop()
+        east.cluster.config = attrs.evolve(
+            east.cluster.config,
+            remotes=(
+                RemoteConfig(
+                    name="west",
+                    indexes=(west.roles["index"].address("rpc"),),
+                    origins=(west.roles["origin"].address("rpc"),),
+                ),
+            ),
+            replications=(ReplicationConfig(pattern="team/*", remote="west"),),
+        )
+        await east.start_index(0)
+        assert not (await east.replication(0))["queued"]
+
+        assert await east.change(0, {"sync": "**"}) == {"syncing": "**"}
+
+        await east.cluster.counted("index-0", 'replication_copied_total{remote="west"}', 1)
+        assert await digest_at(west) == digest
+        rules = (await east.replication(0))["rules"]
+        assert rules == [{"pattern": "team/*", "remote": "west", "matched": 0}]
+
+
+async def test_one_backend_for_both_needs_no_bytes(tmp_path: Path) -> None:
+    """Clusters that share what keeps blobs: only names are made."""
+    async with whole_cluster(tmp_path / "west") as west:
+        remote = west.roles["index"].address("rpc")
+        async with east_under(tmp_path / "east", indexes=1) as east:
+            await east.cluster.roles["index-0"].stop()
+            await east.cluster.roles["origin"].stop()
+            # The same directory behind the origins of both.
+            (tmp_path / "east" / "backend").rename(tmp_path / "unused")
+            (tmp_path / "east" / "backend").symlink_to(tmp_path / "west" / "backend")
+            east.replicate(remote)
+            east.cluster.config = attrs.evolve(
+                east.cluster.config,
+                remotes=(
+                    RemoteConfig(
+                        name="west",
+                        indexes=(remote,),
+                        origins=(west.roles["origin"].address("rpc"),),
+                    ),
+                ),
+            )
+            await east.start_index(0)
+            port = int(east.cluster.config.cluster.origins[0].rpartition(":")[2])
+            await east.cluster.start_origin(port=port)
+            for blob in (CONFIG, LAYER):
+                assert (await east.cluster.push_blob("origin", "team/app", blob)).status_code == 201
+            await east.cluster.written_back()
+            digest = await east.push()
+            await east.cluster.counted("index-0", 'replication_copied_total{remote="west"}', 1)
+
+            assert await digest_at(west) == digest
+            assert (await west.status("origin"))["bytes_received"]["origin"] == 0
