@@ -59,18 +59,26 @@ class Answer:
 
 @attrs.define
 class Waits:
-    """The longest time without a byte, in seconds, of requests that belong together."""
+    """The longest time without a byte, in seconds, of requests that belong together.
+
+    Attributes:
+        longest: so far; ``request``: the one that it was of.
+    """
 
     longest: float = 0.0
-    since: float = attrs.field(factory=trio.current_time)
+    request: str = ""
+    _since: float = attrs.field(factory=trio.current_time)
+    _current: str = ""
 
-    def begin(self) -> None:
-        self.since = trio.current_time()
+    def begin(self, request: str) -> None:
+        self._since, self._current = trio.current_time(), request
 
     def end(self) -> None:
         """A byte has come, or none will."""
         now = trio.current_time()
-        self.longest, self.since = max(self.longest, now - self.since), now
+        if now - self._since > self.longest:
+            self.longest, self.request = now - self._since, self._current
+        self._since = now
 
 
 class Http:
@@ -149,7 +157,7 @@ class Http:
             content=body,
             extensions={"timeout": TIMEOUTS},
         )
-        self.waits.begin()
+        self.waits.begin(f"{method} {target}")
         try:
             async with contextlib.AsyncExitStack() as stack:
                 response = await self._begin(stack, send, repeat=method in ("GET", "HEAD"))

@@ -144,9 +144,9 @@ class Clients:
                 await attempt(client, self._cluster.registry(host))
             except RequestFailed as error:
                 outcome, detail = error.how, error.detail
-            wait = client.waits.longest
+            wait, request = client.waits.longest, client.waits.request
         self._record.attempts.append(
-            Attempt(kind, host, str(image), started, self.now(), outcome, wait, detail)
+            Attempt(kind, host, str(image), started, self.now(), outcome, wait, detail, request)
         )
         return outcome == OK
 

@@ -17,6 +17,8 @@ OK: Final = "ok"
 # Outcomes of an attempt that never reached anybody: the host is not there.
 REFUSED: Final = "refused"
 WRONG: Final = "wrong"
+# Attempts that are shown because they waited for longest.
+SLOWEST_SHOWN: Final = 3
 
 
 @attrs.frozen
@@ -49,6 +51,7 @@ class Attempt:
         outcome: ok, or how it failed (`tests.chaos.client.RequestFailed`).
         wait: the longest time without a byte, in seconds.
         detail: of a failure.
+        request: in which the longest wait was.
     """
 
     kind: str
@@ -59,6 +62,7 @@ class Attempt:
     outcome: str
     wait: float
     detail: str = ""
+    request: str = ""
 
 
 @attrs.define
@@ -195,6 +199,14 @@ def count(record: Record, kind: str, windows: Sequence[Window]) -> Counts:
         stall=max((each.wait for each in others), default=0.0),
         stall_excused=max((each.wait for each in excused), default=0.0),
     )
+
+
+def slowest(record: Record, windows: Sequence[Window]) -> list[Attempt]:
+    """The attempts with the longest waits at hosts to which nothing was done, the longest first."""
+    spared = [
+        each for each in record.attempts if not is_excused(each, record.disturbances, windows)
+    ]
+    return sorted(spared, key=lambda each: -each.wait)[:SLOWEST_SHOWN]
 
 
 def violations(record: Record, windows: Sequence[Window]) -> list[str]:

@@ -69,7 +69,7 @@ def _seconds(value: float | None) -> str:
 
 
 def details(result: Result) -> list[str]:
-    """What came after each step, and every violation."""
+    """What came after each step, what took longest, and every violation."""
     lines = [
         f"{result.scenario}: {result.title}",
         f"  pushes {_summary(result.pushes)}",
@@ -80,5 +80,10 @@ def details(result: Result) -> list[str]:
         f"  {each.at:6.1f} s  {each.step:42} ready {_seconds(each.ready):>7}, "
         f"first pull {_seconds(each.pull):>7}, first push {_seconds(each.push):>7}"
         for each in result.recoveries
+    ]
+    lines += [
+        f"  {each.wait:6.1f} s  waited by a {each.kind} at {each.host} that began at {each.started:.1f} s: "
+        f"{each.request}"
+        for each in result.slowest
     ]
     return [*lines, *(f"  VIOLATION {line}" for line in result.violations)]

@@ -20,11 +20,13 @@ from .network import open_hosts
 from .records import (
     PULL,
     PUSH,
+    Attempt,
     Counts,
     Record,
     Recovery,
     count,
     recoveries,
+    slowest,
     stretched,
     violations,
 )
@@ -62,6 +64,7 @@ class Result:
         health: seconds from the end of the faults until all roles were ready; None if they never were.
         backend: seconds until the backend had everything, too; None if that was not waited for.
         lost: acknowledged pushes that could not be read.
+        slowest: the attempts that waited for longest without an excuse.
     """
 
     scenario: str
@@ -77,6 +80,7 @@ class Result:
     health: float | None
     backend: float | None
     recoveries: Sequence[Recovery]
+    slowest: Sequence[Attempt]
     violations: Sequence[str]
 
 
@@ -161,5 +165,6 @@ async def _play(cluster: Cluster, scenario: Scenario, options: Options) -> Resul
         health=health,
         backend=backend,
         recoveries=recoveries(record),
+        slowest=slowest(record, excused),
         violations=violations(record, excused),
     )

@@ -12,6 +12,7 @@ from .records import (
     Record,
     count,
     recoveries,
+    slowest,
     stretched,
     violations,
 )
@@ -127,3 +128,11 @@ def test_a_recovery_is_counted_by_requests_that_began_after_the_step() -> None:
     first, second = recoveries(record)
     assert (round(first.ready or 0, 6), first.pull, first.push) == (0.2, 3.5, 2.0)
     assert (second.ready, second.pull, second.push) == (None, None, None)
+
+
+def test_the_longest_waits_are_those_without_an_excuse() -> None:
+    record = Record(attempts=[attempt(wait=each) for each in (1.0, 5.0, 2.0, 4.0)])
+    record.attempts.append(attempt(host="agent-2", wait=9.0))
+    record.disturb("agent-2", 0.0)
+
+    assert [each.wait for each in slowest(record, [])] == [5.0, 4.0, 2.0]
