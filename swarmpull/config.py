@@ -168,6 +168,11 @@ _UPSTREAM_NAME: Final = re.compile(r"[a-z0-9]+(?:[.-][a-z0-9]+)*(?::[0-9]{1,5})?
 _PATTERN: Final = re.compile(r"[a-z0-9._*-]+(?:/[a-z0-9._*-]+)*", re.ASCII)
 
 
+def _patterns(_: object, attribute: attrs.Attribute[Any], value: tuple[str, ...]) -> None:
+    for entry in value:
+        _pattern(_, attribute, entry)
+
+
 def _upstream_name(_: object, attribute: attrs.Attribute[Any], value: str) -> None:
     if _UPSTREAM_NAME.fullmatch(value) is None:
         raise ValueError(
@@ -702,6 +707,15 @@ class IndexConfig:
             "What names this index in the history of tags and in the order of changes; every index of "
             "every cluster has another one.",
             default="host name and port of index.rpc.listen",
+        ),
+    )
+    immutable: tuple[str, ...] = attrs.field(
+        default=(),
+        validator=_patterns,
+        metadata=_meaning(
+            "Repositories whose tags are neither moved nor deleted once they are there: a list of names in "
+            "which * stands for anything but '/' and ** for anything. The same at every index.",
+            default="none",
         ),
     )
     data_dir: Path = attrs.field(

@@ -176,6 +176,44 @@ class ManifestInvalid(SwarmpullError):
 
 
 @attrs.define(slots=False)
+class TagChanged(SwarmpullError):
+    """A tag is not what it has to be for a change that was asked for on that condition.
+
+    Attributes:
+        expected: the digest; ``*`` for any, empty when the tag must not be there.
+        actual: the digest that it has; empty when it is not there.
+    """
+
+    repository: str
+    tag: str
+    expected: str
+    actual: str
+
+    def __str__(self) -> str:
+        actual = self.actual or "not there"
+        expected = {"": "absent", "*": "there"}.get(self.expected, self.expected)
+        return (
+            f"tag {self.tag} of repository {self.repository} is {actual}, and was to be {expected}: "
+            "nothing was changed; look at it again and decide anew"
+        )
+
+
+@attrs.define(slots=False)
+class TagImmutable(SwarmpullError):
+    """The tags of a repository are neither moved nor deleted."""
+
+    repository: str
+    tag: str
+    digest: str
+
+    def __str__(self) -> str:
+        return (
+            f"tag {self.tag} of repository {self.repository} is {self.digest} and stays that: the repository "
+            "is immutable (index.immutable); use another tag"
+        )
+
+
+@attrs.define(slots=False)
 class UploadNotFound(SwarmpullError):
     """No upload session of that id is open in this repository."""
 
@@ -409,6 +447,8 @@ REMOTE_ERRORS: Final[dict[str, type[SwarmpullError]]] = {
         ManifestNotFound,
         ManifestReferencesMissing,
         ManifestInvalid,
+        TagChanged,
+        TagImmutable,
         PushRefused,
         StoreFull,
         StoreUnavailable,

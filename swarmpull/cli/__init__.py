@@ -27,6 +27,7 @@ from swarmpull.cli.roles import rates, status
 from swarmpull.cli.running import run
 from swarmpull.cli.simulation import simulate
 from swarmpull.cli.storage import store
+from swarmpull.cli.tags import tags
 from swarmpull.cli.transfers import pull, push
 from swarmpull.errors import ConfigError, SwarmpullError
 
@@ -86,6 +87,7 @@ for _command in (
     config,
     push,
     pull,
+    tags,
     status,
     rates,
     replication,

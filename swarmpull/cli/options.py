@@ -236,6 +236,15 @@ def login_of(user: str | None, password_file: IO[str] | None) -> Login | None:
     return Login(user, password_file.readline().rstrip("\r\n"))
 
 
+def registry_of(image: ImageName, registry: str | None) -> str | None:
+    """The registry that is part of the name, if any; it must not contradict the option."""
+    if image.registry is None:
+        return registry
+    if registry is not None:
+        raise click.UsageError(f"{image.registry} is part of the name: leave out --registry.")
+    return image.registry
+
+
 @contextmanager
 def progress_bars(*, quiet: bool) -> Iterator[ProgressOf]:
     """Progress bars on standard error, for as long as the block lasts."""

@@ -17,6 +17,7 @@ from swarmpull.cli.options import (
     quiet_option,
     read_digest_or_image,
     read_image,
+    registry_of,
     registry_option,
     user_option,
 )
@@ -57,7 +58,7 @@ def push(
     if image is None:
         work = partial(_push_file, source)
     else:
-        registry = _registry_of(image, registry)
+        registry = registry_of(image, registry)
         work = partial(_push_image, source, image)
     click.echo(_transfer(work, registry, login, quiet=quiet))
 
@@ -117,7 +118,7 @@ def pull(
         return
     if output == "-":
         raise click.UsageError("An image is written to a directory: name one with -o.")
-    registry = _registry_of(name, registry)
+    registry = registry_of(name, registry)
     work = partial(_pull_image, name, Path(output))
     click.echo(_transfer(work, registry, login, quiet=quiet))
 
@@ -138,15 +139,6 @@ async def _pull_image(
     from swarmpull.registry.layouts import pull_image
 
     return str((await pull_image(client, image, directory, progress)).digest)
-
-
-def _registry_of(image: ImageName, registry: str | None) -> str | None:
-    """The registry that is part of the name, if any; it must not contradict the option."""
-    if image.registry is None:
-        return registry
-    if registry is not None:
-        raise click.UsageError(f"{image.registry} is part of the name: leave out --registry.")
-    return image.registry
 
 
 def _transfer(

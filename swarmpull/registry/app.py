@@ -59,6 +59,8 @@ _HANDLERS: Final[dict[tuple[Endpoint, str], Handler]] = {
     (Endpoint.CATALOG, "HEAD"): images.list_repositories,
     (Endpoint.TAGS, "GET"): images.list_tags,
     (Endpoint.TAGS, "HEAD"): images.list_tags,
+    (Endpoint.TAG_LOG, "GET"): images.tag_log,
+    (Endpoint.TAG_LOG, "HEAD"): images.tag_log,
     (Endpoint.REFERRERS, "GET"): images.list_referrers,
     (Endpoint.REFERRERS, "HEAD"): images.list_referrers,
     (Endpoint.MANIFEST, "GET"): images.get_manifest,

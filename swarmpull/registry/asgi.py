@@ -28,6 +28,8 @@ Send = Callable[[Message], Awaitable[None]]
 AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers = tuple[tuple[str, str], ...]
 
+# The key of a scope under which the name is, when there was one with the right password.
+USER: Final = "swarmpull.user"
 # Seconds without a byte of a request body after which the client counts as gone: it holds an upload session
 # that its own retry needs.
 BODY_IDLE_TIMEOUT: Final = 60.0
@@ -56,6 +58,7 @@ class Request:
     Attributes:
         method: in upper case.
         body_idle_timeout: seconds to wait for the next bytes of the body.
+        sender: who sent it: the name that a password was asked for, and the address.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Request:
     ) -> None:
         self.method: str = scope["method"]
         self.body_idle_timeout = body_idle_timeout
+        self.sender = _sender_of(scope)
         self._receive = receive
         self._headers = _join_headers(scope["headers"])
         self._query = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True)
@@ -117,6 +121,12 @@ class Request:
         """Return when the client has hung up; what it still sends until then is forgotten."""
         while (await self._receive())["type"] != "http.disconnect":
             pass
+
+
+def _sender_of(scope: Scope) -> str:
+    address = str((scope.get("client") or ("unknown",))[0])
+    user = scope.get(USER)
+    return f"{user} at {address}" if user else address
 
 
 def _join_headers(lines: list[tuple[bytes, bytes]]) -> dict[str, str]:

@@ -104,6 +104,15 @@ def translate(error: SwarmpullError) -> RegistryError:
     if isinstance(error, errors.ManifestReferencesMissing):
         details = tuple({"digest": digest} for digest in error.missing)
         return RegistryError(Code.MANIFEST_BLOB_UNKNOWN, 400, str(error), details)
+    if isinstance(error, errors.TagChanged):
+        # The specification has no word for it; the status says it.
+        return RegistryError(
+            Code.DENIED, 412, str(error), ({"tag": error.tag, "digest": error.actual},)
+        )
+    if isinstance(error, errors.TagImmutable):
+        return RegistryError(
+            Code.DENIED, 409, str(error), ({"tag": error.tag, "digest": error.digest},)
+        )
     if isinstance(error, errors.UpstreamBusy):
         headers = (("Retry-After", str(math.ceil(error.retry_after))),)
         return RegistryError(Code.TOOMANYREQUESTS, 429, str(error), headers=headers)

@@ -22,7 +22,16 @@ import structlog
 import trio
 
 from swarmpull.errors import CertificateError
-from swarmpull.registry.asgi import AsgiApp, Receive, Request, Response, Scope, Send, send_response
+from swarmpull.registry.asgi import (
+    USER,
+    AsgiApp,
+    Receive,
+    Request,
+    Response,
+    Scope,
+    Send,
+    send_response,
+)
 from swarmpull.registry.errors import Code, RegistryError
 from swarmpull.watched_files import WatchedFiles
 
@@ -175,6 +184,7 @@ async def _check(passwords: Passwords, header: str | None, scope: Scope) -> None
         client = scope.get("client") or ("unknown",)
         log.warning("password_wrong", name=name[:80], remote=client[0], path=scope["path"][:200])
         raise _unauthorized("the name or the password is wrong")
+    scope[USER] = name[:80]
 
 
 def parse_basic(header: str | None) -> tuple[str, bytes]:

@@ -21,11 +21,14 @@ from swarmpull.registry.manifests import (
     under_digest,
 )
 from swarmpull.registry.names import is_tag, parse_reference
-from swarmpull.wire.api import Descriptor, ListReply
+from swarmpull.registry.service import Terms
+from swarmpull.wire.api import Descriptor, ListReply, TagChange
 
 # Names in one answer: 1 MiB of the longest tags.  More come by the Link header.
 PAGE_MAX: Final = 8192
 _COUNT: Final = re.compile(r"[0-9]{1,9}", re.ASCII)
+# A digest in quotes, or anything.
+_ONE_ETAG: Final = re.compile(r'\s*(?:"([a-z0-9]+:[0-9a-f]+)"|\*)\s*', re.ASCII)
 _JSON: Final = ("Content-Type", "application/json")
 # RFC 7234, section 5.5.1; its successor has no other header to say so.
 _STALE: Final = ("Warning", '110 swarmpull "Response is Stale"')
@@ -65,21 +68,28 @@ async def head_manifest(call: Call) -> Response:
 async def put_manifest(call: Call) -> Response:
     """Push a manifest under a tag or its digest, and under each ``tag=`` of the query besides.
 
+    ``If-Match: "DIGEST"`` (or ``*``): only if the tag is that manifest (or is there); ``If-None-Match: *``:
+    only if it is not there.  What the tag is already it may be put to again: the answer may have been lost.
+
     Raises:
-        RegistryError: 413 for more than MANIFEST_BYTES_MAX, MANIFEST_INVALID for a tag outside the grammar.
+        TagChanged: it is not so.
+        TagImmutable: the repository does not let it move.
+        RegistryError: 413 for more than MANIFEST_BYTES_MAX, MANIFEST_INVALID for a tag outside the grammar,
+            400 for another condition.
         InvalidDigest, DigestMismatch, ManifestInvalid, ManifestReferencesMissing, PushRefused: as they say.
     """
     repository, reference = call.route.repository, _new_reference(call.route.argument)
     tags = [_check_tag(tag) for tag in call.request.queries("tag")]
+    terms = _terms(call, is_one_tag=isinstance(reference, str) and not tags)
     content = await _read_manifest(call.request)
     content_type = call.request.header("content-type") or ""
     # 4 MiB take half a second.
     manifest = await trio.to_thread.run_sync(parse_manifest, content, content_type)
     if isinstance(reference, Digest):
         manifest = under_digest(manifest, reference)
-    await call.service.put_manifest(repository, str(reference), manifest)
+    await call.service.put_manifest(repository, str(reference), manifest, terms)
     for tag in tags:
-        await call.service.put_manifest(repository, tag, manifest)
+        await call.service.put_manifest(repository, tag, manifest, terms)
     location = ("Location", f"/v2/{repository}/manifests/{manifest.digest}")
     digest = ("Docker-Content-Digest", str(manifest.digest))
     subject = () if manifest.subject is None else (("OCI-Subject", str(manifest.subject)),)
@@ -87,13 +97,39 @@ async def put_manifest(call: Call) -> Response:
 
 
 async def delete_manifest(call: Call) -> Response:
-    """Remove a tag, or a manifest with its tags.  Raises ManifestNotFound, InvalidDigest."""
+    """Remove a tag, or a manifest with its tags; a tag also on a condition, as it is put.
+
+    Raises ManifestNotFound, InvalidDigest, TagChanged, TagImmutable, RegistryError.
+    """
     repository, reference = call.route.repository, _existing_reference(call)
+    terms = _terms(call, is_one_tag=":" not in reference)
     if ":" in reference:
         await call.service.delete_manifest(repository, Digest.parse(reference))
     else:
-        await call.service.delete_tag(repository, reference)
+        await call.service.delete_tag(repository, reference, terms)
     return Response(202)
+
+
+def _terms(call: Call, *, is_one_tag: bool) -> Terms:
+    """Who asks, and the condition on which the one tag is changed.  Raises RegistryError for another one."""
+    match, none_match = (call.request.header(name) for name in ("if-match", "if-none-match"))
+    if match is None and none_match is None:
+        return Terms(call.request.sender)
+    if not is_one_tag:
+        raise RegistryError(
+            Code.UNSUPPORTED, 400, "If-Match and If-None-Match are for the change of one tag"
+        )
+    expect = _ONE_ETAG.fullmatch(match or "")
+    if match is None and (none_match or "").strip() == "*":
+        return Terms(call.request.sender, "")
+    if none_match is not None or expect is None:
+        raise RegistryError(
+            Code.UNSUPPORTED,
+            400,
+            'a tag is changed on the condition If-Match: "DIGEST", If-Match: * or If-None-Match: *, '
+            "and no other",
+        )
+    return Terms(call.request.sender, expect[1] or "*")
 
 
 def _existing_reference(call: Call) -> str:
@@ -166,6 +202,30 @@ async def list_tags(call: Call) -> Response:
     # Asking for one even where none is wanted tells whether the repository exists.
     reply = await call.service.list_tags(repository, after=after, limit=max(count, 1))
     return _listing(f"/v2/{repository}/tags/list", {"name": repository}, "tags", reply, count)
+
+
+async def tag_log(call: Call) -> Response:
+    """The last changes of a tag, the latest first.  Raises ManifestNotFound, RepositoryNotFound."""
+    repository, tag = call.route.repository, call.route.argument
+    if not is_tag(tag):
+        raise ManifestNotFound(repository, shorten(tag))
+    changes = await call.service.tag_log(repository, tag)
+    document = {
+        "name": repository,
+        "tag": tag,
+        "changes": [_change(each) for each in changes[::-1]],
+    }
+    return Response(200, (_JSON,), json.dumps(document).encode())
+
+
+def _change(change: TagChange) -> dict[str, Any]:
+    """``time`` is in ns since 1970: the stamp by which changes are put in order."""
+    return {
+        "time": change.stamp.time,
+        "source": change.stamp.source,
+        "digest": None if change.digest is None else str(change.digest),
+        "by": change.by,
+    }
 
 
 async def list_repositories(call: Call) -> Response:

@@ -26,6 +26,7 @@ class Endpoint(enum.Enum):
     UPLOADS = "uploads"
     UPLOAD = "upload"
     TAGS = "tags"
+    TAG_LOG = "tag log"
     REFERRERS = "referrers"
     GENERIC_BLOB = "generic blob"
 
@@ -38,6 +39,7 @@ _METHODS: Final[dict[Endpoint, tuple[str, ...]]] = {
     Endpoint.UPLOADS: ("POST",),
     Endpoint.UPLOAD: ("GET", "PATCH", "PUT", "DELETE"),
     Endpoint.TAGS: ("GET", "HEAD"),
+    Endpoint.TAG_LOG: ("GET", "HEAD"),
     Endpoint.REFERRERS: ("GET", "HEAD"),
     Endpoint.GENERIC_BLOB: ("GET", "HEAD", "PUT"),
 }
@@ -49,6 +51,8 @@ _TAILS: Final[tuple[tuple[tuple[str | None, ...], Endpoint], ...]] = (
     (("blobs", None), Endpoint.BLOB),
     (("manifests", None), Endpoint.MANIFEST),
     (("tags", "list"), Endpoint.TAGS),
+    # No component of a repository begins with "_": that is for extensions.
+    (("_swarmpull", "history", None), Endpoint.TAG_LOG),
     (("referrers", None), Endpoint.REFERRERS),
 )
 

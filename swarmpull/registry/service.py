@@ -15,7 +15,7 @@ import attrs
 from swarmpull.digest import Digest
 from swarmpull.registry.manifests import Manifest
 from swarmpull.store.uploads import UploadStore
-from swarmpull.wire.api import Descriptor, ListReply
+from swarmpull.wire.api import Descriptor, ListReply, Stamp, TagChange
 
 
 class BlobReader(Protocol):
@@ -32,6 +32,22 @@ class BlobReader(Protocol):
         Raises DownloadFailed, StoreUnavailable: the response is then cut.
         """
         ...
+
+
+@attrs.frozen
+class Terms:
+    """Who asks for a change of a tag, and what the tag has to be for it.
+
+    Attributes:
+        by: for the history of the tag.
+        expect: the digest that the tag has to name, ``*`` for any; empty when it must not be there; None when
+            it does not matter.
+        stamp: of a change that was made in another cluster.
+    """
+
+    by: str = ""
+    expect: str | None = None
+    stamp: Stamp | None = None
 
 
 @attrs.frozen
@@ -94,16 +110,22 @@ class RegistryService(Protocol):
         """Make a blob of repository ``source`` part of ``repository`` too; False if it has none."""
         ...
 
-    async def put_manifest(self, repository: str, reference: str, manifest: Manifest) -> None:
-        """Raises ManifestReferencesMissing."""
+    async def put_manifest(
+        self, repository: str, reference: str, manifest: Manifest, terms: Terms
+    ) -> None:
+        """Raises ManifestReferencesMissing, TagChanged, TagImmutable."""
         ...
 
     async def delete_manifest(self, repository: str, digest: Digest) -> None:
-        """Remove a manifest and the tags that point to it.  Raises ManifestNotFound."""
+        """Remove a manifest and the tags that point to it.  Raises ManifestNotFound, TagImmutable."""
         ...
 
-    async def delete_tag(self, repository: str, tag: str) -> None:
-        """Raises ManifestNotFound."""
+    async def delete_tag(self, repository: str, tag: str, terms: Terms) -> None:
+        """Raises ManifestNotFound, TagChanged, TagImmutable."""
+        ...
+
+    async def tag_log(self, repository: str, tag: str) -> tuple[TagChange, ...]:
+        """The last changes of a tag, the latest at the end.  Raises ManifestNotFound, RepositoryNotFound."""
         ...
 
     async def delete_blob(self, repository: str, digest: Digest) -> None:

@@ -25,7 +25,7 @@ from swarmpull.registry.app import create_registry_app
 from swarmpull.registry.asgi import AsgiApp
 from swarmpull.registry.manifests import Manifest
 from swarmpull.registry.names import UpstreamNames
-from swarmpull.registry.service import BlobReader, StoredManifest
+from swarmpull.registry.service import BlobReader, StoredManifest, Terms
 from swarmpull.roles.addresses import RoleAddresses
 from swarmpull.roles.cluster import ORIGIN_RING, Cluster, IndexClient, OriginClient, TrackerClient
 from swarmpull.roles.config_changes import ConfigChanges
@@ -226,9 +226,16 @@ class AgentRegistry(Repositories):
             self._host.seed(metainfo, repository or "")
             await self._origins.adopt_blob(metainfo, repository or "", self._host.contact)
 
-    async def put_manifest(self, repository: str, reference: str, manifest: Manifest) -> None:
+    async def put_manifest(
+        self, repository: str, reference: str, manifest: Manifest, terms: Terms
+    ) -> None:
         await self._origins.put_manifest(
-            repository, reference, manifest.media_type, manifest.content
+            repository,
+            reference,
+            manifest.media_type,
+            manifest.content,
+            by=terms.by,
+            expect=terms.expect,
         )
 
     async def delete_blob(self, repository: str, digest: Digest) -> None:

@@ -10,7 +10,7 @@ process.  `catalog_tags` has what is done with tags.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Final, TypeVar
@@ -30,6 +30,7 @@ from swarmpull.errors import (
     RepositoryNotFound,
     SwarmpullError,
 )
+from swarmpull.patterns import compile_pattern
 from swarmpull.registry.errors import shorten
 from swarmpull.registry.names import is_tag
 from swarmpull.roles.catalog_objects import (
@@ -86,9 +87,20 @@ class Catalog:
         tags: where changes of tags can be watched.
     """
 
-    def __init__(self, backend: Backend, source: str = "index") -> None:
-        """``source`` names this process in the stamps of changes."""
-        self.tags = CatalogTags(backend, source)
+    def __init__(
+        self, backend: Backend, source: str = "index", immutable: Sequence[str] = ()
+    ) -> None:
+        """A catalog in a backend.
+
+        Args:
+            backend: where.
+            source: names this process in the stamps of changes.
+            immutable: patterns of the repositories whose tags are neither moved nor deleted.
+        """
+        patterns = [compile_pattern(pattern) for pattern in immutable]
+        self.tags = CatalogTags(
+            backend, source, lambda name: any(each.fullmatch(name) for each in patterns)
+        )
         self._backend = backend
         self._locks: dict[str, _SharedLock] = {}
 
@@ -199,6 +211,8 @@ class Catalog:
             ManifestReferencesMissing: the repository lacks what the manifest refers to.
             ManifestInvalid: the tag is outside the grammar, or the entry is too long.
             PushRefused: the name cannot be kept, or the subject has too many referrers.
+            TagChanged: the tag is not what is expected.
+            TagImmutable: the tag is there, and of an immutable repository.
         """
         repository, digest = request.repository, request.manifest.digest
         check_writable(repository)
@@ -215,11 +229,16 @@ class Catalog:
                 await self._backend.put_bytes(key, b"{}")
             if request.tag is not None:
                 await self.tags.put(
-                    repository, request.tag, digest, stamp=request.stamp, by=request.by
+                    repository,
+                    request.tag,
+                    digest,
+                    stamp=request.stamp,
+                    by=request.by,
+                    expect=request.expect,
                 )
 
     async def delete_manifest(self, repository: str, digest: Digest, *, by: str = "") -> None:
-        """Remove a manifest and every tag that points to it.  Raises ManifestNotFound."""
+        """Remove a manifest and every tag that points to it.  Raises ManifestNotFound, TagImmutable."""
         check_known(repository)
         async with self._exclusive(repository):
             try:
@@ -242,6 +261,8 @@ class Catalog:
         Raises:
             ManifestNotFound, RepositoryNotFound: there is no such tag.
             PushRefused: the name cannot be kept.
+            TagChanged: the tag is not what is expected.
+            TagImmutable: the repository is immutable.
         """
         repository, tag = request.repository, request.reference
         if request.stamp is None:
@@ -252,7 +273,9 @@ class Catalog:
             raise ManifestNotFound(repository, shorten(tag))
         async with self._exclusive(repository):
             try:
-                await self.tags.delete(repository, tag, stamp=request.stamp, by=request.by)
+                await self.tags.delete(
+                    repository, tag, stamp=request.stamp, by=request.by, expect=request.expect
+                )
             except ManifestNotFound:
                 await self._check_exists(repository)
                 raise

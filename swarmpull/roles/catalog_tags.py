@@ -15,7 +15,14 @@ from typing import Final, Protocol
 import attrs
 
 from swarmpull.digest import Digest
-from swarmpull.errors import BackendUnavailable, ManifestNotFound, ObjectNotFound, ObjectReplaced
+from swarmpull.errors import (
+    BackendUnavailable,
+    ManifestNotFound,
+    ObjectNotFound,
+    ObjectReplaced,
+    TagChanged,
+    TagImmutable,
+)
 from swarmpull.roles.catalog_objects import changes_key, tag_key, unpacked
 from swarmpull.roles.tag_log import (
     LOG_BYTES_MAX,
@@ -60,11 +67,23 @@ class CatalogTags:
         watchers: are told of changes, in this order.
     """
 
-    def __init__(self, backend: Backend, source: str) -> None:
-        """``source`` names this process in the stamps of its changes: no other one may have it."""
+    def __init__(
+        self,
+        backend: Backend,
+        source: str,
+        is_immutable: Callable[[str], bool] = lambda _repository: False,
+    ) -> None:
+        """Tags in a backend.
+
+        Args:
+            backend: where.
+            source: names this process in the stamps of its changes: no other one may have it.
+            is_immutable: whether the tags of a repository are neither moved nor deleted.
+        """
         self.watchers: list[TagWatcher] = []
         self._backend = backend
         self._source = source
+        self._is_immutable = is_immutable
 
     async def log(self, repository: str, tag: str) -> TagLog:
         """The changes of a tag; none of one that never was."""
@@ -89,15 +108,28 @@ class CatalogTags:
         return unpacked(self._backend, key, data, unpack_marker)
 
     async def put(
-        self, repository: str, tag: str, digest: Digest, *, stamp: Stamp | None, by: str
+        self,
+        repository: str,
+        tag: str,
+        digest: Digest,
+        *,
+        stamp: Stamp | None = None,
+        by: str = "",
+        expect: str | None = None,
     ) -> None:
         """Make a tag name a manifest; if ``stamp`` is set, only if it is later than what is there.
 
-        Without a stamp, a tag that names the manifest already stays as it is.
+        Without a stamp, a tag that names the manifest already stays as it is, whatever ``expect`` is: the
+        answer to the put that made it so may have been lost.
+
+        Raises:
+            TagChanged: it is not what is expected.
+            TagImmutable: it is there, and of an immutable repository.
         """
 
         async def make(log: TagLog) -> TagChange | None:
             if stamp is not None or log.digest != digest:
+                _check_expected(repository, tag, log, expect)
                 return self._made(log, digest, stamp, by)
             # The one that made it so may have been cut off before the listing.
             await self._list(repository, tag)
@@ -105,14 +137,26 @@ class CatalogTags:
 
         await self._change(repository, tag, make)
 
-    async def delete(self, repository: str, tag: str, *, stamp: Stamp | None, by: str) -> None:
+    async def delete(
+        self,
+        repository: str,
+        tag: str,
+        *,
+        stamp: Stamp | None = None,
+        by: str = "",
+        expect: str | None = None,
+    ) -> None:
         """Remove a tag; if ``stamp`` is set, only if it is later, and one that is not there, too.
 
         Raises:
             ManifestNotFound: there is no such tag.
+            TagChanged: it is not what is expected.
+            TagImmutable: it is there, and of an immutable repository.
         """
 
         async def make(log: TagLog) -> TagChange:
+            if log.digest is not None:
+                _check_expected(repository, tag, log, expect)
             if stamp is not None or log.digest is not None:
                 return self._made(log, None, stamp, by)
             # Another delete may have been cut off before the listing.
@@ -122,7 +166,7 @@ class CatalogTags:
         await self._change(repository, tag, make)
 
     async def delete_if(self, repository: str, tag: str, digest: Digest, *, by: str) -> None:
-        """Remove a tag if it names this manifest."""
+        """Remove a tag if it names this manifest.  Raises TagImmutable."""
 
         async def make(log: TagLog) -> TagChange | None:
             return self._made(log, None, None, by) if log.digest == digest else None
@@ -151,12 +195,14 @@ class CatalogTags:
     async def _write(
         self, repository: str, tag: str, log: TagLog, version: str, change: TagChange
     ) -> None:
-        """Raises ObjectReplaced when the log is not of that version any more."""
+        """Raises ObjectReplaced when the log is not of that version any more; TagImmutable."""
         changed = log.with_change(change)
         if changed == log:
             await self._settle(repository, tag, log)
             return
         counts = changed.latest == change
+        if log.digest not in (None, changed.digest) and self._is_immutable(repository):
+            raise TagImmutable(repository, tag, str(log.digest))
         if counts:
             for watcher in self.watchers:
                 await watcher.changing(repository, tag, change)
@@ -207,3 +253,11 @@ class CatalogTags:
             await self._backend.delete(tag_key(repository, tag))
         except ObjectNotFound:
             return  # it was not there
+
+
+def _check_expected(repository: str, tag: str, log: TagLog, expect: str | None) -> None:
+    """Raises TagChanged when the tag is not what it has to be."""
+    actual = "" if log.digest is None else str(log.digest)
+    if expect is None or expect == actual or (expect == "*" and actual):
+        return
+    raise TagChanged(repository, tag, expect, actual)

@@ -330,13 +330,18 @@ class OriginClient:
         *,
         stamp: api.Stamp | None = None,
         by: str = "",
+        expect: str | None = None,
         timeout: float = WRITE_TIMEOUT,
     ) -> PutManifestReply:
-        """Push a manifest.  Raises ManifestInvalid, ManifestReferencesMissing.
+        """Push a manifest.
+
+        Raises ManifestInvalid, ManifestReferencesMissing, TagChanged, TagImmutable.
 
         ``stamp`` and ``by`` are of a change of the tag that was made in another cluster.
         """
-        request = api.PutManifestRequest(repository, reference, media_type, content, stamp, by)
+        request = api.PutManifestRequest(
+            repository, reference, media_type, content, stamp, by, expect
+        )
         key = str(Digest.of(content))
         return await self._ring.call(
             key, api.PUT_MANIFEST, request, timeout=timeout, unable=NO_ROOM
@@ -424,10 +429,19 @@ class IndexClient:
         await self._write(repository, api.DELETE_MANIFEST, request)
 
     async def delete_tag(
-        self, repository: str, tag: str, *, stamp: api.Stamp | None = None, by: str = ""
+        self,
+        repository: str,
+        tag: str,
+        *,
+        stamp: api.Stamp | None = None,
+        by: str = "",
+        expect: str | None = None,
     ) -> None:
-        """Raises ManifestNotFound; not for a deletion that was made in another cluster, with its stamp."""
-        request = api.DeleteTagRequest(repository, tag, stamp, by)
+        """Raises ManifestNotFound, TagChanged, TagImmutable.
+
+        A deletion that was made in another cluster has its stamp, and may be of a tag that is not here.
+        """
+        request = api.DeleteTagRequest(repository, tag, stamp, by, expect)
         await self._write(repository, api.DELETE_TAG, request)
 
     async def link_blob(self, repository: str, digest: Digest) -> None:

@@ -290,7 +290,9 @@ async def run_index(
     """
     metrics = Metrics()
     backend = await open_backend(settings.backend.url)
-    catalog = Catalog(ImpatientBackend(backend, OBJECT_PATIENCE), _source(settings))
+    catalog = Catalog(
+        ImpatientBackend(backend, OBJECT_PATIENCE), _source(settings), settings.immutable
+    )
     watch = BackendWatch(catalog)
     async with (
         open_tls("index", config.tls, metrics) as tls,

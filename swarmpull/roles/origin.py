@@ -22,7 +22,7 @@ from swarmpull.registry.manifests import (
     under_digest,
 )
 from swarmpull.registry.names import UpstreamNames, is_repository
-from swarmpull.registry.service import BlobReader, StoredManifest
+from swarmpull.registry.service import BlobReader, StoredManifest, Terms
 from swarmpull.ring.membership import Membership
 from swarmpull.ring.repair import ABSENT, NOT_QUEUED, WRITTEN
 from swarmpull.roles.addresses import RoleAddresses
@@ -153,17 +153,9 @@ class OriginRegistry(Repositories):
         return True
 
     async def put_manifest(
-        self,
-        repository: str,
-        reference: str,
-        manifest: Manifest,
-        stamp: api.Stamp | None = None,
-        by: str = "",
+        self, repository: str, reference: str, manifest: Manifest, terms: Terms
     ) -> None:
-        """Check what it refers to, accept its bytes, and only then let the index know it.
-
-        ``stamp`` and ``by`` are of a change of the tag that was made in another cluster.
-        """
+        """Check what it refers to, accept its bytes, and only then let the index know it."""
         self.check_push(repository)
         await self._index.check_references(
             repository, blobs=manifest.blobs, manifests=manifest.manifests
@@ -188,8 +180,9 @@ class OriginRegistry(Repositories):
                 subject=manifest.subject,
                 blobs=manifest.blobs,
                 manifests=manifest.manifests,
-                stamp=stamp,
-                by=by,
+                stamp=terms.stamp,
+                by=terms.by,
+                expect=terms.expect if is_tag else None,
             )
         )
         log.info(
@@ -376,9 +369,8 @@ class OriginCalls:
         )
         if ":" in request.reference:
             manifest = under_digest(manifest, Digest.parse(request.reference))
-        await self._registry.put_manifest(
-            request.repository, request.reference, manifest, request.stamp, request.by
-        )
+        terms = Terms(request.by, request.expect, request.stamp)
+        await self._registry.put_manifest(request.repository, request.reference, manifest, terms)
         return api.PutManifestReply(manifest.digest, manifest.subject)
 
     async def read_manifest(

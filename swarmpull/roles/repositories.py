@@ -8,8 +8,9 @@ from swarmpull.config import Config
 from swarmpull.digest import Digest
 from swarmpull.errors import BlobNotFound, ManifestNotFound, RepositoryNotFound, RpcUnavailable
 from swarmpull.registry.names import UpstreamNames
+from swarmpull.registry.service import Terms
 from swarmpull.roles.cluster import IndexClient
-from swarmpull.wire.api import Descriptor, ListReply
+from swarmpull.wire.api import Descriptor, ListReply, TagChange
 
 log = structlog.get_logger()
 
@@ -29,8 +30,11 @@ class Repositories:
     async def delete_manifest(self, repository: str, digest: Digest) -> None:
         await self._index.delete_manifest(repository, digest)
 
-    async def delete_tag(self, repository: str, tag: str) -> None:
-        await self._index.delete_tag(repository, tag)
+    async def delete_tag(self, repository: str, tag: str, terms: Terms) -> None:
+        await self._index.delete_tag(repository, tag, by=terms.by, expect=terms.expect)
+
+    async def tag_log(self, repository: str, tag: str) -> tuple[TagChange, ...]:
+        return (await self._index.tag_log(repository, tag)).changes
 
     async def list_tags(self, repository: str, *, after: str, limit: int) -> ListReply:
         return await self._index.list_tags(repository, after=after, limit=limit)

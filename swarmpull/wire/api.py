@@ -406,7 +406,8 @@ class PutManifestRequest:
         media_type: of the content.
         content: exactly as it is to be kept.
         stamp: of a change of the tag that was made in another cluster, as in `RecordManifestRequest`.
-        by: who pushed it there.
+        by: who pushed it, here or there.
+        expect: as in `RecordManifestRequest`.
     """
 
     repository: str
@@ -415,6 +416,7 @@ class PutManifestRequest:
     content: bytes = attrs.field(repr=False)
     stamp: Stamp | None = None
     by: str = ""
+    expect: str | None = None
 
 
 @attrs.frozen
@@ -508,12 +510,14 @@ class DeleteTagRequest:
         reference: the tag.
         stamp: of a deletion that was made in another cluster; it counts if it is later than what is here.
         by: who asked for it.
+        expect: as in `RecordManifestRequest`.
     """
 
     repository: str
     reference: str
     stamp: Stamp | None = None
     by: str = ""
+    expect: str | None = None
 
 
 @attrs.frozen
@@ -530,6 +534,8 @@ class RecordManifestRequest:
         stamp: of a change of the tag that was made in another cluster; the tag moves if it is later than what
             the tag is here.
         by: who pushed it.
+        expect: the digest that the tag has to name, ``*`` for any; empty when it must not be there; None when
+            it does not matter.  A tag that names this manifest already does in any case.
     """
 
     repository: str
@@ -540,6 +546,7 @@ class RecordManifestRequest:
     manifests: tuple[Digest, ...] = ()
     stamp: Stamp | None = None
     by: str = ""
+    expect: str | None = None
 
 
 @attrs.frozen

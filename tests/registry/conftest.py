@@ -16,6 +16,7 @@ from swarmpull.digest import Digest
 from swarmpull.registry.app import RegistryLimits, create_registry_app
 from swarmpull.registry.manifests import parse_manifest
 from swarmpull.registry.server import serve_http
+from swarmpull.registry.service import Terms
 from swarmpull.store.blobs import BlobStore, open_store
 
 from .images import Image
@@ -61,7 +62,7 @@ class Registry:
             await self.add_blob(repository, blob)
         manifest = parse_manifest(image.manifest, image.media_type)
         for reference in (*references, str(image.digest)):
-            await self.service.put_manifest(repository, reference, manifest)
+            await self.service.put_manifest(repository, reference, manifest, Terms())
 
 
 @pytest.fixture

@@ -17,10 +17,10 @@ from swarmpull.errors import (
     RepositoryNotFound,
 )
 from swarmpull.registry.manifests import Manifest
-from swarmpull.registry.service import BlobReader, StoredManifest
+from swarmpull.registry.service import BlobReader, StoredManifest, Terms
 from swarmpull.store.blobs import BlobStore
 from swarmpull.store.uploads import UploadStore
-from swarmpull.wire.api import Descriptor, ListReply
+from swarmpull.wire.api import Descriptor, ListReply, Stamp, TagChange
 
 
 @attrs.define
@@ -39,6 +39,7 @@ class IndexedService:
         takes_pushes: whether it has upload sessions.
         asked: what was asked of it, as ``operation argument``, to see what a request sets off.
         upstreams: the value of ``ns`` of each request that had one.
+        terms: of each change of a tag or manifest.
         wrap: what a blob is read through.
     """
 
@@ -47,6 +48,7 @@ class IndexedService:
         self.takes_pushes = True
         self.asked: list[str] = []
         self.upstreams: list[str | None] = []
+        self.terms: list[Terms] = []
         self.wrap: Callable[[BlobReader], BlobReader] = lambda reader: reader
         self.repositories: defaultdict[str, Repository] = defaultdict(Repository)
 
@@ -114,8 +116,11 @@ class IndexedService:
         self.repositories[repository].blobs.add(digest)
         return True
 
-    async def put_manifest(self, repository: str, reference: str, manifest: Manifest) -> None:
+    async def put_manifest(
+        self, repository: str, reference: str, manifest: Manifest, terms: Terms
+    ) -> None:
         target = self.repositories[repository]
+        self.terms.append(terms)
         missing = [digest for digest in manifest.blobs if digest not in target.blobs]
         missing += [digest for digest in manifest.manifests if digest not in target.manifests]
         if missing:
@@ -130,8 +135,16 @@ class IndexedService:
         del target.manifests[digest]
         target.tags = {tag: found for tag, found in target.tags.items() if found != digest}
 
-    async def delete_tag(self, repository: str, tag: str) -> None:
+    async def tag_log(self, repository: str, tag: str) -> tuple[TagChange, ...]:
         self.manifest(repository, tag)
+        digest = self.repositories[repository].tags[tag]
+        return tuple(
+            TagChange(Stamp(n, "index1"), each, "me") for n, each in enumerate([None, digest])
+        )
+
+    async def delete_tag(self, repository: str, tag: str, terms: Terms) -> None:
+        self.manifest(repository, tag)
+        self.terms.append(terms)
         del self.repositories[repository].tags[tag]
 
     async def delete_blob(self, repository: str, digest: Digest) -> None:

@@ -18,6 +18,8 @@ from swarmpull.errors import (
     ManifestNotFound,
     PushRefused,
     RepositoryNotFound,
+    TagChanged,
+    TagImmutable,
 )
 from swarmpull.roles.catalog import Catalog
 from swarmpull.roles.tag_log import CHANGES_MAX, LOG_BYTES_MAX, TagLog, pack_log, unpack_log
@@ -353,3 +355,93 @@ async def test_a_tag_that_others_make_and_delete_for_ever_is_given_up(catalog, m
     monkeypatch.setattr(catalog.tags, "_read", flickering_read)
     with pytest.raises(BackendUnavailable, match="again and again"):
         await catalog.tags.put("app", "v1", digest(0), stamp=Stamp(FAR, "x"), by="")
+
+
+# --- conditions, immutable repositories -------------------------------------------------------
+
+
+async def test_a_put_on_a_condition_happens_if_the_tag_is_that(catalog):
+    await catalog.record_manifest(put(1, expect=""))
+    await catalog.record_manifest(put(2, expect=str(digest(1))))
+    await catalog.record_manifest(put(3, expect="*"))
+
+    assert await digests(catalog) == [digest(1), digest(2), digest(3)]
+
+
+@pytest.mark.parametrize("expect", ["", str(digest(9))])
+async def test_a_change_on_a_condition_that_does_not_hold_changes_nothing(catalog, expect):
+    await catalog.record_manifest(put(1))
+
+    for change in (
+        lambda: catalog.record_manifest(put(2, expect=expect)),
+        lambda: catalog.delete_tag(delete(expect=expect)),
+    ):
+        with pytest.raises(TagChanged) as caught:
+            await change()
+        assert (caught.value.expected, caught.value.actual) == (expect, str(digest(1)))
+    assert await digests(catalog) == [digest(1)]
+
+
+async def test_a_tag_that_has_to_be_there_and_is_not(catalog):
+    for expect in ("*", str(digest(1))):
+        with pytest.raises(TagChanged) as caught:
+            await catalog.record_manifest(put(1, expect=expect))
+        assert caught.value.actual == ""
+    assert await catalog.resolve("app", str(digest(1)))
+    assert await tags(catalog) == ()
+
+
+async def test_a_put_that_is_repeated_succeeds_on_its_condition(catalog):
+    """The answer to the first may have been lost."""
+    await catalog.record_manifest(put(1, expect=""))
+    await catalog.record_manifest(put(1, expect=""))
+
+    assert await digests(catalog) == [digest(1)]
+
+
+async def test_of_puts_on_one_condition_one_happens(tmp_path):
+    url = (tmp_path / "backend").as_uri()
+    catalogs = [Catalog(Slow(await open_backend(url)), f"index{n}") for n in range(2)]
+    happened = []
+
+    async def create(catalog: Catalog, number: int) -> None:
+        with suppress(TagChanged):
+            await catalog.record_manifest(put(number, expect=""))
+            happened.append(digest(number))
+
+    async with trio.open_nursery() as nursery:
+        for number in range(6):
+            nursery.start_soon(create, catalogs[number % 2], number)
+
+    assert await digests(catalogs[0]) == happened
+    assert len(happened) == 1
+
+
+async def test_tags_of_an_immutable_repository_stay(backend):
+    catalog = Catalog(backend, "index1", ("other", "ap*"))
+    await catalog.record_manifest(put(1))
+    await catalog.record_manifest(put(1))
+
+    changes = [
+        lambda: catalog.record_manifest(put(2)),
+        lambda: catalog.record_manifest(put(2, stamp=Stamp(FAR, "z"))),
+        lambda: catalog.delete_tag(delete()),
+        lambda: catalog.delete_manifest("app", digest(1)),
+    ]
+    for change in changes:
+        with pytest.raises(TagImmutable) as caught:
+            await change()
+        assert caught.value.digest == str(digest(1))
+    assert await digests(catalog) == [digest(1)]
+    assert (await catalog.resolve("app", "v1")).digest == digest(1)
+
+    await catalog.record_manifest(put(2, "v2"))
+    assert await tags(catalog) == ("v1", "v2")
+
+
+async def test_other_repositories_are_not_immutable(backend):
+    catalog = Catalog(backend, "index1", ("app/*", "ap"))
+    await catalog.record_manifest(put(1))
+    await catalog.record_manifest(put(2))
+
+    assert (await catalog.resolve("app", "v1")).digest == digest(2)
