@@ -173,6 +173,11 @@ def _patterns(_: object, attribute: attrs.Attribute[Any], value: tuple[str, ...]
         _pattern(_, attribute, entry)
 
 
+def _lease(_: object, attribute: attrs.Attribute[Any], value: Duration) -> None:
+    if value > 60.0:
+        raise ValueError(f"'{attribute.name}' must be at most 60s: every change may wait for it")
+
+
 def _upstream_name(_: object, attribute: attrs.Attribute[Any], value: str) -> None:
     if _UPSTREAM_NAME.fullmatch(value) is None:
         raise ValueError(
@@ -707,6 +712,15 @@ class IndexConfig:
             "What names this index in the history of tags and in the order of changes; every index of "
             "every cluster has another one.",
             default="host name and port of index.rpc.listen",
+        ),
+    )
+    lease: Duration = attrs.field(
+        default=Duration(1.0),
+        validator=_lease,
+        metadata=_meaning(
+            "How long an index may keep what it has read of a tag, and so how long a change waits for an "
+            "index that does not answer; 0s to ask the backend every time. The same at every index, and "
+            "only kept where cluster.indexes is set."
         ),
     )
     immutable: tuple[str, ...] = attrs.field(

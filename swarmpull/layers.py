@@ -573,7 +573,7 @@ _MEMBERS: Final = {
     "cluster.indexes": "index.rpc.listen",
     "cluster.origins": "origin.rpc.listen",
 }
-# Which lists a role cannot do without.  The index calls nobody.
+# Which lists a role cannot do without.  An index that knows no others keeps nothing of what it reads.
 _NEEDED: Final[dict[str, tuple[str, ...]]] = {
     "agent": ("cluster.trackers", "cluster.indexes", "cluster.origins"),
     "origin": ("cluster.trackers", "cluster.indexes", "cluster.origins"),

@@ -25,6 +25,8 @@ from swarmpull.roles.catalog import Catalog
 from swarmpull.roles.cluster import OriginClient
 from swarmpull.roles.config_changes import ConfigChanges
 from swarmpull.roles.foreign_pools import ForeignPools
+from swarmpull.roles.index_cache import ResolveCache
+from swarmpull.roles.index_peers import IndexPeers
 from swarmpull.roles.remotes import Remote, Rules
 from swarmpull.roles.replicator import Replicator
 from swarmpull.roles.ring_client import RingClient, open_ring
@@ -60,10 +62,18 @@ class Index:
     """The answers of one index: what `swarmpull.wire.api` asks of a catalog."""
 
     def __init__(
-        self, catalog: Catalog, metrics: Metrics, origins: Membership, cluster: ClusterConfig
+        self,
+        catalog: Catalog,
+        cache: ResolveCache,
+        peers: IndexPeers,
+        metrics: Metrics,
+        origins: Membership,
+        cluster: ClusterConfig,
     ) -> None:
         """``origins`` are those of ``cluster``, to be told to other clusters."""
         self._catalog = catalog
+        self._cache = cache
+        self._peers = peers
         self._origins = origins
         self._cluster = cluster
         self._requests = metrics.counter(
@@ -74,11 +84,15 @@ class Index:
         self._seconds = metrics.histogram(
             "index_request_seconds", "Time to answer a request.", _BUCKETS, ["method"]
         )
+        # Those that the cache answers; looking up labels takes as long as the rest.
+        self._cached = self._requests.labels("resolve", "ok")
+        self._cached_seconds = self._seconds.labels("resolve")
 
     def service(self) -> RpcService:
         """Every ``index.*`` method."""
         service = RpcService()
-        self._register(service, api.RESOLVE, self._resolve)
+        self._register(service, api.RESOLVE, self._resolve, at_once=self._resolve_at_once)
+        service.register(api.FORGET, self._forget, at_once=self._forget_at_once)
         self._register(service, api.TAG_LOG, self._tag_log)
         self._register(service, api.CHECK_REFERENCES, self._check_references)
         self._register(service, api.RECORD_MANIFEST, self._record_manifest)
@@ -110,6 +124,8 @@ class Index:
         service: RpcService,
         method: Method[Req, Rep],
         answer: Callable[[Req, RpcContext], Awaitable[Rep]],
+        *,
+        at_once: Callable[[Req, RpcContext], bytes | None] | None = None,
     ) -> None:
         name = method.name.removeprefix("index.")
 
@@ -129,10 +145,25 @@ class Index:
                 self._seconds.labels(name).observe(trio.current_time() - started_at)
             return reply
 
-        service.register(method, handle)
+        service.register(method, handle, at_once=at_once)
 
     async def _resolve(self, request: api.ReferenceRequest, _: RpcContext) -> api.Descriptor:
-        return await self._catalog.resolve(request.repository, request.reference)
+        return await self._cache.resolve(
+            request.repository, request.reference, self._catalog.resolve
+        )
+
+    def _resolve_at_once(self, request: api.ReferenceRequest, _: RpcContext) -> bytes | None:
+        packed = self._cache.get(request.repository, request.reference)
+        if packed is not None:
+            self._cached.inc()
+            self._cached_seconds.observe(0.0)
+        return packed
+
+    def _forget_at_once(self, request: api.ForgetRequest, _: RpcContext) -> api.ForgetReply:
+        return self._peers.forget(request)
+
+    async def _forget(self, request: api.ForgetRequest, _: RpcContext) -> api.ForgetReply:
+        return self._peers.forget(request)
 
     async def _check_references(self, request: api.CheckReferencesRequest, _: RpcContext) -> Empty:
         await self._catalog.check_references(request.repository, request.blobs, request.manifests)
@@ -146,6 +177,9 @@ class Index:
     ) -> Empty:
         request = attrs.evolve(request, by=request.by or _name_of(context))
         await self._catalog.record_manifest(request)
+        if request.tag is not None:
+            # Also if nothing was changed: whoever did change it may have died before it told the others.
+            await self._peers.spread(request.repository, (request.tag,))
         log.info(
             "manifest_recorded",
             repository=request.repository,
@@ -157,12 +191,14 @@ class Index:
     async def _delete_manifest(self, request: api.DigestInRepository, context: RpcContext) -> Empty:
         by = _name_of(context)
         await self._catalog.delete_manifest(request.repository, request.digest, by=by)
+        await self._peers.spread(request.repository)
         log.info("manifest_deleted", repository=request.repository, digest=str(request.digest))
         return Empty()
 
     async def _delete_tag(self, request: api.DeleteTagRequest, context: RpcContext) -> Empty:
         request = attrs.evolve(request, by=request.by or _name_of(context))
         await self._catalog.delete_tag(request)
+        await self._peers.spread(request.repository, (request.reference,))
         log.info("tag_deleted", repository=request.repository, tag=request.reference)
         return Empty()
 
@@ -305,12 +341,17 @@ async def run_index(
         indexes = open_ring(pool, config.cluster.indexes, "index", weights)
         if changes is not None:
             changes.follow(origins=origins, indexes=indexes)
-        for ring in (origins, indexes):
-            background.start_soon(ring.run)
+        background.start_soon(origins.run)
+        # Before the first change: the others have to be told of it.
+        await background.start(indexes.run)
+        # Without knowing the others it can keep nothing that they may change.
+        cache = ResolveCache(float(settings.lease) if config.cluster.indexes else 0.0)
+        peers = IndexPeers(pool, indexes, cache)
+        background.start_soon(_close_cache, cache, drain)
         async with _open_replicator(
             config, settings, catalog, origins, indexes, pool, tls, metrics
         ) as replicator:
-            index = Index(catalog, metrics, origins, config.cluster)
+            index = Index(catalog, cache, peers, metrics, origins, config.cluster)
             service = index.service()
             if replicator is not None:
                 index.replicate(service, replicator)
@@ -321,7 +362,7 @@ async def run_index(
                 tls=tls,
                 metrics=metrics,
                 readiness=lambda: [watch.trouble] if watch.trouble else [],
-                status=partial(_status, watch),
+                status=partial(_status, watch, cache),
                 drain=drain,
                 grace=config.drain_timeout,
                 replication=replicator,
@@ -335,12 +376,25 @@ def _source(settings: IndexConfig) -> str:
     return settings.name or f"{socket.gethostname()}:{settings.rpc.listen.port}"
 
 
-def _status(watch: BackendWatch) -> dict[str, Any]:
+async def _close_cache(cache: ResolveCache, drain: trio.Event) -> None:
+    """Whoever drains is soon not told any more of what others change."""
+    await drain.wait()
+    cache.close()
+
+
+def _status(watch: BackendWatch, cache: ResolveCache) -> dict[str, Any]:
     return {
         "backend": {
             "url": watch.catalog.backend_name,
             "available": not watch.trouble,
             "trouble": watch.trouble,
             "conditional_puts": watch.catalog.conditional,
+        },
+        "cache": {
+            "lease": cache.lease,
+            "entries": len(cache),
+            "bytes": cache.size,
+            "hits": cache.hits,
+            "misses": cache.misses,
         },
     }

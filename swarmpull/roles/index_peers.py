@@ -1,0 +1,137 @@
+"""The other indexes of the cluster, as one that changes something needs them.
+
+An index does not have to be told which member of the ring it is: it calls all alike, and finds the name of
+its own process in the answer.
+"""
+
+from __future__ import annotations
+
+import math
+import uuid
+from typing import Final
+
+import structlog
+import trio
+
+from swarmpull.errors import RpcUnavailable, SwarmpullError
+from swarmpull.ring.membership import Membership
+from swarmpull.roles.index_cache import ResolveCache
+from swarmpull.wire import api
+from swarmpull.wire.listen import parse_address
+from swarmpull.wire.rpc import RpcPool
+
+log = structlog.get_logger()
+
+# Two clocks that both run at their own speed.
+MARGIN: Final = 1.05
+# Until a member that does not answer is tried once more, in seconds.
+PAUSE: Final = 0.05
+# Seconds for which an address that was found to be this process counts as such: it may move to another host.
+OWN_BELIEVED: Final = 60.0
+# Seconds between two lines in the log about a member that does not answer.
+LOG_INTERVAL: Final = 60.0
+
+
+class IndexPeers:
+    """Tells the other indexes what they have to forget.
+
+    Attributes:
+        process: names this process among the indexes.
+        members: the indexes of the cluster, with this one.
+    """
+
+    def __init__(self, pool: RpcPool, members: Membership, cache: ResolveCache) -> None:
+        self.process = uuid.uuid4().hex
+        self.members = members
+        self._pool = pool
+        self._cache = cache
+        self._lease = cache.lease
+        self._own: dict[str, float] = {}
+        self._logged_at = -math.inf
+
+    @property
+    def others(self) -> list[str]:
+        """The members that are not known to be this process."""
+        now = trio.current_time()
+        self._own = {each: at for each, at in self._own.items() if now < at + OWN_BELIEVED}
+        return [each for each in self.members.members if each not in self._own]
+
+    def forget(self, request: api.ForgetRequest) -> api.ForgetReply:
+        """What another index asks for."""
+        self._cache.forget(request.repository, request.references)
+        return api.ForgetReply(self.process)
+
+    async def spread(self, repository: str, references: tuple[str, ...] = ()) -> None:
+        """Return when no index keeps what these references were before; see `ResolveCache.forget`.
+
+        A member that answers has dropped it, one whose address refuses connections keeps nothing, and for one
+        that is silent its lease is waited for.
+        """
+        self._cache.forget(repository, references)
+        if not self._lease:
+            return
+        request = api.ForgetRequest(repository, references)
+        deadline = trio.current_time() + self._lease * MARGIN
+        others = self.others
+        if not self.members.members:
+            # Their names could not be resolved yet.
+            await trio.sleep_until(deadline)
+        if len(others) == 1:
+            await self._tell(others[0], request, deadline)
+            return
+        async with trio.open_nursery() as nursery:
+            for address in others:
+                nursery.start_soon(self._tell, address, request, deadline)
+
+    async def _tell(self, address: str, request: api.ForgetRequest, deadline: float) -> None:
+        reason = ""
+        with trio.move_on_at(deadline):
+            while True:
+                try:
+                    reply = await self._pool.call(
+                        address, api.FORGET, request, timeout=deadline - trio.current_time()
+                    )
+                except RpcUnavailable as error:
+                    reason = error.reason
+                except SwarmpullError:
+                    return  # of a version that keeps nothing
+                else:
+                    if reply.process == self.process:
+                        self._own[address] = trio.current_time()
+                    return
+                if await _is_refused(address):
+                    return
+                await trio.sleep(PAUSE)
+        self._complain(address, reason)
+
+    def _complain(self, address: str, reason: str) -> None:
+        now = trio.current_time()
+        if now - self._logged_at > LOG_INTERVAL:
+            self._logged_at = now
+            log.warning(
+                "index_silent",
+                index=address,
+                reason=reason or "no answer",
+                waited=round(self._lease * MARGIN, 2),
+            )
+
+
+async def _is_refused(address: str) -> bool:
+    """Whether nobody listens there: a process that ended, and what it kept with it."""
+    host, port = parse_address(address)
+    try:
+        targets = await trio.socket.getaddrinfo(host, port, type=trio.socket.SOCK_STREAM)
+    except OSError:
+        return False
+    return all([await _refuses(*target) for target in targets])
+
+
+async def _refuses(family: int, kind: int, protocol: int, _name: str, target: object) -> bool:
+    with trio.socket.socket(family, kind, protocol) as attempt:
+        try:
+            await attempt.connect(target)
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+    return False
