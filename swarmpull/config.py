@@ -45,7 +45,7 @@ _HOST: Final = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?", re.A
 _HOST_PORT: Final = re.compile(r"(?:\[([^\[\]]+)\]|([^\[\]:]+)):([0-9]{1,5})", re.ASCII)
 _WILDCARDS: Final = ("0.0.0.0", "::")
 # The sections of a role that listen for HTTP.
-HTTP_SECTIONS: Final = ("registry", "mirror", "admin")
+HTTP_SECTIONS: Final = ("registry", "mirror", "api", "admin")
 
 
 @attrs.frozen(order=True)
@@ -233,6 +233,13 @@ def _remote_members(instance: object, attribute: attrs.Attribute[Any], value: An
     _cluster_list(instance, attribute, value)
 
 
+def _notified(_: object, attribute: attrs.Attribute[Any], value: str) -> None:
+    if re.fullmatch(r"origins|all|[1-9][0-9]{0,8}|[1-9][0-9]?%|100%", value, re.ASCII) is None:
+        raise ValueError(
+            f"'{attribute.name}' must be origins, all, a number or a percentage of agents: {value!r}"
+        )
+
+
 def _pattern(_: object, attribute: attrs.Attribute[Any], value: str) -> None:
     if _PATTERN.fullmatch(value) is None:
         raise ValueError(
@@ -339,6 +346,20 @@ class PeerListenerConfig(ListenerConfig):
         metadata=_meaning(
             "Host name or IP address that other peers dial, without a port; "
             "empty: the address at which the tracker sees this host.",
+        ),
+    )
+
+
+@attrs.frozen(kw_only=True)
+class ApiConfig(RegistryConfig):
+    """The HTTP API of an index."""
+
+    notified: str = attrs.field(
+        default="origins",
+        validator=_notified,
+        metadata=_meaning(
+            "Where images go that registries say were pushed (POST /registry/notifications): origins, or to "
+            "agents: all, a number, or a share such as 5%."
         ),
     )
 
@@ -593,6 +614,12 @@ class AgentConfig:
         default=Path("swarmpull-data/agent"),
         metadata=_meaning("Directory of the agent's cache.", default="<data_dir>/agent"),
     )
+    preheat: bool = attrs.field(
+        default=True,
+        metadata=_meaning(
+            "Get images ahead of pulls when an index says so; the agent keeps a call open at each index."
+        ),
+    )
     unread_timeout: Lifetime = attrs.field(
         default=NEVER,
         metadata=_meaning(
@@ -701,6 +728,10 @@ class IndexConfig:
     admin: HttpListenerConfig = attrs.field(
         factory=partial(_admin_listener, 7540),
         metadata=_meaning("Health, readiness, metrics and status of the index."),
+    )
+    api: ApiConfig = attrs.field(
+        factory=lambda: ApiConfig(listen=Address("127.0.0.1", 7450)),
+        metadata=_meaning("Preheating over HTTP, and what registries tell of pushes."),
     )
     backend: BackendConfig = attrs.field(
         factory=_default_backend,

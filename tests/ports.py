@@ -36,6 +36,7 @@ class ClusterPorts:
     tracker_admin: int
     index_rpc: int
     index_admin: int
+    index_api: int
 
     @property
     def admin(self) -> tuple[int, ...]:
@@ -58,6 +59,7 @@ class ClusterPorts:
             "tracker.admin.listen": self.tracker_admin,
             "index.rpc.listen": self.index_rpc,
             "index.admin.listen": self.index_admin,
+            "index.api.listen": self.index_api,
         }
         return {key: f"127.0.0.1:{port}" for key, port in ports.items()}
 
@@ -99,7 +101,7 @@ class PortAllocator:
         raise AssertionError(f"no {count} consecutive ports of {PORTS} are free")
 
     def cluster(self, agents: int) -> ClusterPorts:
-        run: Iterator[int] = iter(self.run_of(3 * agents + 8))
+        run: Iterator[int] = iter(self.run_of(3 * agents + 9))
         registry, peer, admin = ([next(run) for _ in range(agents)] for _ in range(3))
         each = zip(registry, peer, admin, strict=True)
         return ClusterPorts(tuple(AgentPorts(*ports) for ports in each), *run)

@@ -22,6 +22,7 @@ from swarmpull.cli.options import (
     EXIT_UNAVAILABLE,
     fail,
 )
+from swarmpull.cli.preheating import preheat
 from swarmpull.cli.replication import replication
 from swarmpull.cli.roles import rates, status
 from swarmpull.cli.running import run
@@ -88,6 +89,7 @@ for _command in (
     push,
     pull,
     tags,
+    preheat,
     status,
     rates,
     replication,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import Final
 
@@ -27,6 +27,7 @@ from swarmpull.registry.manifests import Manifest
 from swarmpull.registry.names import UpstreamNames
 from swarmpull.registry.service import BlobReader, StoredManifest, Terms
 from swarmpull.roles.addresses import RoleAddresses
+from swarmpull.roles.agent_preheat import AgentPreheating
 from swarmpull.roles.cluster import ORIGIN_RING, Cluster, IndexClient, OriginClient, TrackerClient
 from swarmpull.roles.config_changes import ConfigChanges
 from swarmpull.roles.repositories import Repositories, upstream_names
@@ -43,6 +44,7 @@ from swarmpull.swarm.peers import PeerKind
 from swarmpull.telemetry import Metrics
 from swarmpull.wire.api import AnnounceReply, AnnounceRequest, Descriptor, Growth, HashesRequest
 from swarmpull.wire.rpc import open_rpc_pool
+from swarmpull.wire.tls import Tls
 
 log = structlog.get_logger()
 
@@ -241,6 +243,32 @@ class AgentRegistry(Repositories):
     async def delete_blob(self, repository: str, digest: Digest) -> None:
         await self._index.unlink_blob(repository, digest)
 
+    # --- for preheating -----------------------------------------------------------------------
+
+    async def keep_manifest(self, repository: str, digest: Digest) -> None:
+        """Have a manifest on the disk, as a pull has it."""
+        await self.get_manifest(repository, str(digest), upstream=None)
+
+    async def keep_blob(self, repository: str, digest: Digest) -> None:
+        """Have a blob on the disk."""
+        while not self._store.has(digest):
+            finder = self._finder
+            download = await self._host.download(digest, repository, finder.find, finder.follow)
+            # Somebody reads it, so it goes on.
+            reader = download.reader()
+            try:
+                await download.wait()
+            finally:
+                if reader is not None:
+                    reader.close()
+
+    def received(self, digest: Digest) -> int:
+        """Bytes of a blob that are on the disk."""
+        download = self._host.downloading(digest)
+        if download is not None:
+            return download.partial.have.bit_count() * download.metainfo.piece_length
+        return self._store.stat(digest).length if self._store.has(digest) else 0
+
     @asynccontextmanager
     async def _open(self, namespace: str, digest: Digest) -> AsyncIterator[BlobReader]:
         """A blob of this host's store, or one on its way into it."""
@@ -282,6 +310,27 @@ async def _seed(digest: Digest, store: BlobStore, host: SwarmHost) -> bool:
     return True
 
 
+def _swarm_of(
+    store: BlobStore,
+    cluster: Cluster,
+    settings: AgentConfig,
+    config: Config,
+    metrics: Metrics,
+    tls: Tls | None,
+) -> AbstractAsyncContextManager[SwarmHost]:
+    return open_swarm_host(
+        store,
+        PeerKind.AGENT,
+        settings.peer,
+        config.swarm,
+        metrics,
+        announce=cluster.tracker.announce,
+        watch=cluster.tracker.watch,
+        unread_timeout=settings.unread_timeout,
+        tls=peer_tls(tls, config.tls),
+    )
+
+
 def _mirror(registry: AgentRegistry, stands_for: str) -> dict[str, AsgiApp]:
     """The listener that stands for an upstream, if there is to be one."""
     if not stands_for:
@@ -310,17 +359,7 @@ async def run_agent(
         cluster = Cluster(pool, config.cluster, changes)
         async with (
             open_role_store("agent", settings.data_dir, settings.store, metrics) as store,
-            open_swarm_host(
-                store,
-                PeerKind.AGENT,
-                settings.peer,
-                config.swarm,
-                metrics,
-                announce=cluster.tracker.announce,
-                watch=cluster.tracker.watch,
-                unread_timeout=settings.unread_timeout,
-                tls=peer_tls(tls, config.tls),
-            ) as host,
+            _swarm_of(store, cluster, settings, config, metrics, tls) as host,
             trio.open_nursery() as nursery,
         ):
             cluster.tracker.on_lost = host.tracker_lost
@@ -337,6 +376,10 @@ async def run_agent(
                 upstream_names(config),
                 push=settings.registry.push,
             )
+            if settings.preheat:
+                members = cluster.indexes.members
+                preheating = AgentPreheating(registry, host.contact, members, pool, metrics)
+                nursery.start_soon(preheating.run, drain)
             await serve_role(
                 "agent",
                 settings,

@@ -37,6 +37,7 @@ from swarmpull.wire.api import (
     WatchRequest,
 )
 from swarmpull.wire.listen import parse_address
+from swarmpull.wire.preheat_api import GET_MANIFEST
 from swarmpull.wire.rpc import Method, RpcPool
 
 log = structlog.get_logger()
@@ -384,6 +385,16 @@ class OriginClient:
         return await self._ring.call(
             repository, api.GET_UPSTREAM_MANIFEST, request, timeout=timeout
         )
+
+    async def get_manifest(
+        self, repository: str, reference: str, *, timeout: float = UPSTREAM_TIMEOUT
+    ) -> UpstreamManifestReply:
+        """A manifest of the cluster or of an upstream with its content.
+
+        Raises ManifestNotFound, RepositoryNotFound, and what `resolve_upstream` does.
+        """
+        request = api.ReferenceRequest(repository, reference)
+        return await self._ring.call(repository, GET_MANIFEST, request, timeout=timeout)
 
 
 class IndexClient:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Any, Final, TypeVar
 
 import attrs
@@ -27,6 +26,7 @@ from swarmpull.roles.config_changes import ConfigChanges
 from swarmpull.roles.foreign_pools import ForeignPools
 from swarmpull.roles.index_cache import ResolveCache
 from swarmpull.roles.index_peers import IndexPeers
+from swarmpull.roles.preheat import start_preheating
 from swarmpull.roles.remotes import Remote, Rules
 from swarmpull.roles.replicator import Replicator
 from swarmpull.roles.ring_client import RingClient, open_ring
@@ -353,6 +353,10 @@ async def run_index(
         ) as replicator:
             index = Index(catalog, cache, peers, metrics, origins, config.cluster)
             service = index.service()
+            preheating = start_preheating(
+                config, settings, origins, pool, drain, metrics, background
+            )
+            preheating.register(service)
             if replicator is not None:
                 index.replicate(service, replicator)
             await serve_role(
@@ -362,7 +366,8 @@ async def run_index(
                 tls=tls,
                 metrics=metrics,
                 readiness=lambda: [watch.trouble] if watch.trouble else [],
-                status=partial(_status, watch, cache),
+                status=lambda: {**_status(watch, cache), "preheating": preheating.status()},
+                more={"api": preheating.app()},
                 drain=drain,
                 grace=config.drain_timeout,
                 replication=replicator,

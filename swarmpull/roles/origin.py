@@ -57,6 +57,7 @@ from swarmpull.swarm.peers import PeerContact, PeerKind
 from swarmpull.telemetry import Metrics
 from swarmpull.wire import api
 from swarmpull.wire.api import Descriptor
+from swarmpull.wire.preheat_api import GET_MANIFEST
 from swarmpull.wire.rpc import RpcContext, RpcPool, RpcService, open_rpc_pool
 from swarmpull.wire.tls import Tls
 
@@ -249,6 +250,7 @@ class OriginCalls:
         service.register(api.MOUNT_BLOB, self.mount_blob)
         service.register(api.RESOLVE_UPSTREAM, self.resolve_upstream)
         service.register(api.GET_UPSTREAM_MANIFEST, self.get_upstream_manifest)
+        service.register(GET_MANIFEST, self.get_manifest)
         return service
 
     async def stat_blob(self, request: api.BlobRequest, _context: RpcContext) -> api.BlobStatReply:
@@ -416,6 +418,16 @@ class OriginCalls:
     ) -> api.UpstreamManifestReply:
         _check_namespace(request.repository)
         return await self._upstreams.get(request.repository, request.reference)
+
+    async def get_manifest(
+        self, request: api.ReferenceRequest, _context: RpcContext
+    ) -> api.UpstreamManifestReply:
+        """A manifest of whatever repository."""
+        _check_namespace(request.repository)
+        found = await self._registry.get_manifest(
+            request.repository, request.reference, upstream=None
+        )
+        return api.UpstreamManifestReply(found.descriptor, found.content)
 
 
 def _sane(seconds: float) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Final
 
 from swarmpull.identity import CERTIFICATE_ROLES, Identity
-from swarmpull.wire import api
+from swarmpull.wire import api, preheat_api
 
 _AGENT: Final = frozenset({"agent"})
 _ORIGIN: Final = frozenset({"origin"})
@@ -28,8 +28,11 @@ CALLERS: Final[dict[str, frozenset[str]]] = {
     api.HASHES.name: _HOSTS,
     # Trackers ask origins for metainfo, agents do when no tracker answers, origins ask one another.
     api.STAT_BLOB.name: _SEEKING | {"client"},
-    api.GET_METAINFO.name: _SEEKING,
-    api.HASHES_OF_ORIGIN.name: _SEEKING,
+    # An index that preheats asks for them as well.
+    api.GET_METAINFO.name: _SEEKING | {"index"},
+    api.HASHES_OF_ORIGIN.name: _SEEKING | {"index"},
+    preheat_api.GET_MANIFEST.name: frozenset({"index"}),
+    preheat_api.AWAIT_JOBS.name: _AGENT,
     api.URGE.name: _SEEKING,
     # What an agent that takes pushes passes on.
     api.ADOPT_BLOB.name: _HOSTS,

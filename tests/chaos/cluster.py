@@ -31,7 +31,7 @@ from .tls import Certificates
 
 PORTS: Final = {
     "tracker": {"rpc": 7300, "admin": 7530},
-    "index": {"rpc": 7400, "admin": 7540},
+    "index": {"rpc": 7400, "admin": 7540, "api": 7450},
     "origin": {"registry": 5100, "rpc": 7200, "peer": 7201, "admin": 7520},
     "agent": {"registry": 5000, "peer": 7100, "admin": 7500},
 }

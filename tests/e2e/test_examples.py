@@ -19,7 +19,23 @@ from .waiting import wait_until
 
 EXAMPLES: Final = Path(__file__).parents[2] / "examples"
 # The example has the default ports, as somebody who reads the documentation expects them.
-PORTS: Final = (5000, 5001, 5100, 7100, 7101, 7200, 7201, 7300, 7400, 7500, 7501, 7520, 7530, 7540)
+PORTS: Final = (
+    5000,
+    5001,
+    5100,
+    7100,
+    7101,
+    7200,
+    7201,
+    7300,
+    7400,
+    7450,
+    7500,
+    7501,
+    7520,
+    7530,
+    7540,
+)
 
 
 @pytest.fixture(autouse=True)

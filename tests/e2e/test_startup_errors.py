@@ -55,6 +55,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
         "tracker.rpc.listen",
         "index.rpc.listen",
         "index.admin.listen",
+        "index.api.listen",
     ],
 )
 def test_a_port_in_use_is_named(tmp_path: Path, settings: dict[str, str], key: str) -> None:

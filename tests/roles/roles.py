@@ -17,6 +17,7 @@ from swarmpull.config import (
     Address,
     AgentConfig,
     AgentRegistryConfig,
+    ApiConfig,
     BackendConfig,
     ClusterConfig,
     Config,
@@ -43,6 +44,7 @@ from swarmpull.wire.rpc import RpcPool, open_rpc_pool
 ANY = Address("127.0.0.1", 0)
 LISTEN = ListenerConfig(listen=ANY)
 PEER = PeerListenerConfig(listen=ANY)
+API = ApiConfig(listen=ANY)
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 DEADLINE = 300.0
 
@@ -128,7 +130,7 @@ class Cluster:
 
     async def start_index(self) -> Role:
         backend = BackendConfig(url=(self.root / "index-backend").as_uri())
-        settings = IndexConfig(rpc=LISTEN, admin=LISTEN, backend=backend)
+        settings = IndexConfig(rpc=LISTEN, admin=LISTEN, api=API, backend=backend)
         role = await self.start("index", run_index, settings)
         self._learn(indexes=(role.address("rpc"),))
         return role
@@ -166,10 +168,12 @@ class Cluster:
         self._learn(trackers=(role.address("rpc"),))
         return role
 
-    async def start_agent(self, name: str = "agent", *, push: bool = False, **store: Any) -> Role:
+    async def start_agent(
+        self, name: str = "agent", *, push: bool = False, peer_port: int = 0, **store: Any
+    ) -> Role:
         settings = AgentConfig(
             registry=AgentRegistryConfig(listen=ANY, push=push),
-            peer=PEER,
+            peer=PeerListenerConfig(listen=Address("127.0.0.1", peer_port)),
             admin=LISTEN,
             data_dir=self.root / name,
             store=StoreConfig(**store),

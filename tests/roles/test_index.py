@@ -15,6 +15,7 @@ import trio.testing
 
 from swarmpull.config import (
     Address,
+    ApiConfig,
     BackendConfig,
     ClusterConfig,
     Config,
@@ -55,7 +56,12 @@ def describe(number: int, **fields: object) -> api.Descriptor:
 def settings_for(backend: Path | str) -> IndexConfig:
     """``backend``: a directory, or the URL of something else."""
     url = backend if isinstance(backend, str) else backend.as_uri()
-    return IndexConfig(rpc=LOOPBACK, admin=LOOPBACK, backend=BackendConfig(url=url))
+    return IndexConfig(
+        rpc=LOOPBACK,
+        admin=LOOPBACK,
+        api=ApiConfig(listen=Address("127.0.0.1", 0)),
+        backend=BackendConfig(url=url),
+    )
 
 
 @attrs.define

@@ -26,7 +26,7 @@ from swarmpull.roles.index import run_index
 from swarmpull.wire.api import RESOLVE, ReferenceRequest
 from tests.ports import free_ports
 
-from .roles import LISTEN, Cluster, cluster_under, whole_cluster
+from .roles import API, LISTEN, Cluster, cluster_under, whole_cluster
 
 CONFIG, LAYER = b"{}", b"layer" * 10_000
 
@@ -50,6 +50,7 @@ class East:
         settings = IndexConfig(
             rpc=ListenerConfig(listen=Address("127.0.0.1", self.ports[number])),
             admin=LISTEN,
+            api=API,
             backend=BackendConfig(url=(self.cluster.root / "index-backend").as_uri()),
             name=f"index-{number}",
             data_dir=self.cluster.root / f"index-{number}",
@@ -126,6 +127,7 @@ async def test_a_standby_takes_over_from_an_index_that_has_died(tmp_path: Path) 
             settings = IndexConfig(
                 rpc=ListenerConfig(listen=Address("127.0.0.1", west_port)),
                 admin=LISTEN,
+                api=API,
                 backend=BackendConfig(url=(tmp_path / "west-index").as_uri()),
             )
             west._learn(indexes=(f"127.0.0.1:{west_port}",))

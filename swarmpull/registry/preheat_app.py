@@ -1,0 +1,182 @@
+"""The HTTP API of an index: preheating, and the webhooks of registries that cause it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Protocol, cast
+
+import attrs
+import structlog
+from quart import Response, jsonify, request
+from quart_trio import QuartTrio
+
+from swarmpull.errors import SwarmpullError
+from swarmpull.registry.errors import Code, RegistryError, shorten, translate
+from swarmpull.registry.notifications import Notifications, parse_notifications
+
+log = structlog.get_logger()
+
+# A thousand events, of a kilobyte each, or a list of ten thousand agents.
+BODY_BYTES_MAX: Final = 2 << 20
+
+
+@attrs.frozen
+class Wish:
+    """What somebody wants to have preheated.
+
+    Attributes:
+        image: its name, with a tag or a digest.
+        agents: which agents, as `swarmpull.roles.preheat_share` reads it; empty for the origins.
+        platform: os/architecture; empty for all of an image that has several.
+        seed: of the choice; None for any.
+    """
+
+    image: str
+    agents: str = ""
+    platform: str = ""
+    seed: int | None = None
+
+
+class Preheater(Protocol):
+    """What is behind the API."""
+
+    async def start(self, wish: Wish) -> Mapping[str, object]:
+        """Begin a job, or find the one under way for the same image and target; returns what it is.
+
+        Raises SwarmpullError.
+        """
+        ...
+
+    def jobs(self) -> Sequence[Mapping[str, object]]:
+        """The jobs that are kept, the newest first."""
+        ...
+
+    def job(self, number: str, *, hosts: bool) -> Mapping[str, object] | None:
+        """One job, with how far each of its hosts is if ``hosts``; None when it is not known here."""
+        ...
+
+    def cancel(self, number: str) -> Mapping[str, object] | None:
+        """End a job; None when it is not known here."""
+        ...
+
+    def notified(self, notifications: Notifications) -> bool:
+        """Take in what was pushed somewhere; False when there is no room for it just now."""
+        ...
+
+
+def create_preheat_app(preheater: Preheater) -> QuartTrio:
+    """The API over what preheats."""
+    app = QuartTrio(__name__, static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = BODY_BYTES_MAX
+    _add_jobs(app, preheater)
+
+    @app.get("/health")
+    async def health() -> Response:
+        return jsonify({"status": "ok"})
+
+    @app.post("/registry/notifications")
+    async def notifications() -> tuple[Response, int]:
+        body = cast("bytes", await request.get_data(as_text=False))
+        try:
+            found = parse_notifications(body)
+        except ValueError as error:
+            log.warning(
+                "notification_refused",
+                remote=request.remote_addr,
+                reason=str(error),
+                body=shorten(body[:200].decode("utf-8", "replace")),
+            )
+            return _error(RegistryError(Code.UNSUPPORTED, 400, f"this is no notification: {error}"))
+        if not preheater.notified(found):
+            # Who sends them tries again.
+            return _error(
+                RegistryError(Code.TOOMANYREQUESTS, 429, "too much waits to be preheated")
+            )
+        return jsonify({"pushed": len(found.pushed), "ignored": found.ignored}), 200
+
+    @app.errorhandler(413)
+    async def too_large(_: Exception) -> tuple[Response, int]:
+        return _error(RegistryError(Code.SIZE_INVALID, 413, f"{BODY_BYTES_MAX} bytes are allowed"))
+
+    @app.errorhandler(SwarmpullError)
+    async def failed(error: SwarmpullError) -> tuple[Response, int]:
+        return _error(translate(error))
+
+    return app
+
+
+def _add_jobs(app: QuartTrio, preheater: Preheater) -> None:
+    @app.post("/preheat")
+    async def start() -> tuple[Response, int]:
+        wish = _wish(cast("bytes", await request.get_data(as_text=False)))
+        return jsonify(await preheater.start(wish)), 202
+
+    @app.get("/preheat")
+    async def jobs() -> Response:
+        return jsonify({"jobs": list(preheater.jobs())})
+
+    @app.get("/preheat/<number>")
+    async def job(number: str) -> Response:
+        hosts = request.args.get("hosts", "") not in ("", "0", "false")
+        return jsonify(_known(preheater.job(number, hosts=hosts), number))
+
+    @app.delete("/preheat/<number>")
+    async def cancel(number: str) -> Response:
+        return jsonify(_known(preheater.cancel(number), number))
+
+
+def _known(job: Mapping[str, object] | None, number: str) -> Mapping[str, object]:
+    if job is None:
+        raise RegistryError(
+            Code.UNSUPPORTED,
+            404,
+            f"this index has no job {shorten(number)!r}: jobs are known to the index that began them, and "
+            "not after its restart",
+        )
+    return job
+
+
+_FIELDS: Final[dict[str, tuple[type, ...]]] = {
+    "image": (str,),
+    "agents": (str, int, list),
+    "origins": (bool,),
+    "platform": (str,),
+    "seed": (int,),
+}
+
+
+def _wish(body: bytes) -> Wish:
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        document = None
+    if not isinstance(document, dict):
+        raise _invalid("the body is no JSON object")
+    for key, value in document.items():
+        # A boolean is an int to Python.
+        if key not in _FIELDS or type(value) not in _FIELDS[key]:
+            raise _invalid(
+                f"{shorten(key)} must not be {shorten(json.dumps(value))}: the fields are image, "
+                "agents (text, number or list) or origins (true), platform, seed"
+            )
+    if not document.get("image"):
+        raise _invalid("image is needed")
+    agents: Any = document.get("agents", "")
+    if bool(agents) == bool(document.get("origins")):
+        raise _invalid("either agents or origins is needed")
+    if isinstance(agents, list):
+        if not all(type(name) is str and "," not in name for name in agents):
+            raise _invalid("agents has to be a list of names")
+        agents = ",".join(agents)
+    return Wish(
+        document["image"], str(agents or ""), document.get("platform", ""), document.get("seed")
+    )
+
+
+def _invalid(reason: str) -> RegistryError:
+    return RegistryError(Code.UNSUPPORTED, 400, reason)
+
+
+def _error(error: RegistryError) -> tuple[Response, int]:
+    return Response(error.body(), content_type="application/json"), error.status
