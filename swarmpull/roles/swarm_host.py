@@ -247,9 +247,8 @@ class SwarmHost:
             return
         download = self._under_way(digest)
         if download is None:
-            download = await self._starting.run(
-                digest, partial(self._begin, metainfo, namespace, announce=False)
-            )
+            job = partial(self._begin_from, source, metainfo, namespace)
+            download = await self._starting.run(digest, job)
         if not _agree(download.metainfo, metainfo):
             # Of two that disagree about the pieces one is wrong; the blob's own digest will tell.
             raise InvalidMetainfo(
@@ -457,6 +456,14 @@ class SwarmHost:
             have=partial_blob.have.bit_count(),
         )
         self._add_torrent(download, namespace, announce=announce, fed=fed)
+        return download
+
+    async def _begin_from(
+        self, source: PeerContact, metainfo: Metainfo, namespace: str, digest: Digest
+    ) -> Download:
+        """Begin a download of which a peer is known; it goes on when the caller has given up."""
+        download = await self._begin(metainfo, namespace, digest, announce=False)
+        self.dispatch(ev.PeersFound(digest, (source,)))
         return download
 
     async def _give_up_unread(self, download: Download) -> None:

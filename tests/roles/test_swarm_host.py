@@ -768,6 +768,25 @@ async def test_adopting_goes_on_when_the_caller_gives_up(tmp_path: Path, content
         assert await origin.stored(content)
 
 
+async def test_adopting_goes_on_when_the_caller_gives_up_before_it_has_begun(
+    tmp_path: Path, content: Content
+) -> None:
+    async with (
+        running_node(tmp_path / "agent") as agent,
+        running_node(tmp_path / "origin", kind=PeerKind.ORIGIN) as origin,
+    ):
+        await agent.seed(content)
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await origin.host.adopt(content.metainfo, "a/b", agent.contact)
+        assert scope.cancelled_caught
+
+        await until(lambda: origin.host.downloading(content.digest) is not None)
+        await until(lambda: origin.host.downloading(content.digest) is None)
+
+        assert await origin.stored(content)
+
+
 # --- trackers -------------------------------------------------------------------------------------
 
 
