@@ -16,7 +16,7 @@ from swarmpull.sim.result import QUANTILES, SimulationResult
 from swarmpull.sim.sampling import quantile
 
 ALL: Final = "all"
-SIZE: Final = 256_000_000
+SIZE: Final = 128_000_000
 # As in the chaos suite.
 ORIGINS: Final = 3
 TRACKERS: Final = 3

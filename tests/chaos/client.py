@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Final, Self
 
 import attrs
 import httpcore
 import trio
+
+from tests.answers import Answer
 
 from .limits import CONNECT, STALLED
 from .sockets import Backend
@@ -39,22 +40,6 @@ class RequestFailed(Exception):
 
     def __str__(self) -> str:
         return f"{self.how}: {self.detail}"
-
-
-@attrs.frozen
-class Answer:
-    """A small response; names of headers are in lower case."""
-
-    status: int
-    headers: dict[str, str]
-    body: bytes = attrs.field(repr=False)
-
-    @property
-    def text(self) -> str:
-        return self.body.decode(errors="replace")
-
-    def json(self) -> Any:
-        return json.loads(self.body)
 
 
 @attrs.define

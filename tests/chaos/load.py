@@ -12,7 +12,9 @@ from typing import Final
 
 import trio
 
-from .client import Answer, Http, RequestFailed
+from tests.answers import Answer
+
+from .client import Http, RequestFailed
 from .cluster import PUSHING_AGENTS, Cluster
 from .limits import RETRIED, RETRY_PAUSE
 from .records import OK, PULL, PUSH, Attempt, Image, Record

@@ -12,6 +12,8 @@ from typing import Any, Final
 
 import attrs
 
+from tests.answers import Answer
+
 READ_BYTES: Final = 1 << 20
 OCI_MANIFEST: Final = "application/vnd.oci.image.manifest.v1+json"
 OCI_INDEX: Final = "application/vnd.oci.image.index.v1+json"
@@ -23,27 +25,6 @@ MANIFEST_TYPES: Final = f"{OCI_MANIFEST}, {OCI_INDEX}, {DOCKER_MANIFEST}"
 
 def digest_of(content: bytes) -> str:
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
-
-
-@attrs.frozen
-class Answer:
-    """A response; header names are in lower case."""
-
-    status: int
-    headers: dict[str, str]
-    body: bytes = attrs.field(repr=False)
-
-    @property
-    def text(self) -> str:
-        return self.body.decode(errors="replace")
-
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-    @property
-    def codes(self) -> list[str]:
-        """The error codes of a body in the form of the distribution specification."""
-        return [error["code"] for error in self.json()["errors"]]
 
 
 @attrs.frozen

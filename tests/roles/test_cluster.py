@@ -75,7 +75,8 @@ async def test_the_next_member_is_asked_when_one_does_not_answer(pool, member):
 
 
 async def test_a_tracker_that_hangs_is_passed_over_within_one_announce(pool, nursery, monkeypatch):
-    monkeypatch.setattr(cluster, "ANNOUNCE_TIMEOUT", 0.3)
+    # The third tracker must answer within it, however busy this machine is.
+    monkeypatch.setattr(cluster, "ANNOUNCE_TIMEOUT", 1.5)
 
     async def hang(request: api.AnnounceRequest, _: RpcContext) -> api.AnnounceReply:
         await trio.sleep_forever()
@@ -182,8 +183,9 @@ async def test_a_silent_member_is_passed_over_after_the_timeout(pool, member):
     client = ring(pool, silent, member.address)
     key = next(key for key in map(str, range(100)) if client.members.order(key)[0] == silent)
     try:
-        with trio.fail_after(10):
-            reply = await client.call(key, api.STAT_BLOB, api.BlobRequest(BLOB), timeout=0.2)
+        with trio.fail_after(20):
+            # For each of them; the second one is to answer within it.
+            reply = await client.call(key, api.STAT_BLOB, api.BlobRequest(BLOB), timeout=1.5)
     finally:
         await listeners[0].aclose()
 

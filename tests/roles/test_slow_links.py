@@ -62,8 +62,8 @@ def impatient(config: SwarmConfig, kind: PeerKind) -> SwarmLimits:
 @pytest.fixture(autouse=True)
 def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(swarm_host, "limits_of", impatient)
-    monkeypatch.setattr(timing, "TIMEOUT_INITIAL", PATIENCE / 2)
-    monkeypatch.setattr(timing, "TIMEOUT_MIN", PATIENCE / 2)
+    monkeypatch.setattr(timing, "TIMEOUT_INITIAL", PATIENCE)
+    monkeypatch.setattr(timing, "TIMEOUT_MIN", PATIENCE)
     monkeypatch.setattr(timing, "PROGRESS_TIMEOUT_MIN", STALLED_AFTER)
     monkeypatch.setattr(peer_link, "PROGRESS_AFTER", 0.05)
     monkeypatch.setattr(peer_link, "PROGRESS_EVERY", 0.1)

@@ -92,9 +92,11 @@ async def test_stallers_that_hold_all_buffers_have_to_give_them_to_one_who_deliv
 
 
 async def test_peers_that_go_on_slowly_keep_their_buffers_however_many_wait(
-    tmp_path: Path, content: Content
+    tmp_path: Path, content: Content, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two hold both buffers, and a third waits until one of them is done."""
+    # A fifth of what their first pieces take, and several times what this process may lose of its time.
+    monkeypatch.setattr(torrent, "SILENCE_MIN", 0.6)
     config = SwarmConfig(inbound_pieces=1)
     slow = [ScriptedPeer(content, trickle, number=n) for n in (1, 2)]
     third = ScriptedPeer(content, honestly, number=3)
