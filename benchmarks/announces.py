@@ -1,11 +1,14 @@
 """Announces at one tracker process, by thousands of agents that each have a connection of their own.
 
-    python -m benchmarks.announces [--agents 10000] [--rates 2500,5000,10000] [--seconds 10] [--torrents 20]
+    python -m benchmarks.announces [--agents 10000] [--torrents 20] [--blobs 20] [--rates 1000,3000,5000]
 
 The agents are sockets of this process, which sends at fixed times whatever the tracker does, and counts the
 time of an answer from when its announce was due: a tracker that stalls is charged for everybody who waits.
-Two kinds of announces: *seeding*, of hosts that have the blob and hear of nobody, which is what a cluster at
-rest sends; and *leeching*, of hosts that are fetching it and hear of 50 peers, which is what a burst sends.
+What this process takes of the processor itself is shown beside it, and is no part of what the tracker takes.
+Three kinds of messages: *seeding*, of hosts that have one blob and hear of nobody; *held*, of hosts that have
+many and say so in one message, which is what a cluster at rest sends; and *leeching*, of hosts that are
+fetching a blob and hear of 50 peers, which is what a burst sends.
+After those rates come as many messages as are answered with so many always under way: what it bears.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import math
 import random
 import resource
 import select
@@ -47,7 +51,18 @@ from swarmpull.wire.rpc_messages import (
 )
 
 MIB: Final = 1 << 20
-STATES: Final = {"seeding": AnnounceState.COMPLETE, "leeching": AnnounceState.LEECHING}
+HELD: Final = "held"
+STATES: Final = {
+    "seeding": AnnounceState.COMPLETE,
+    HELD: AnnounceState.COMPLETE,
+    "leeching": AnnounceState.LEECHING,
+}
+# Messages of many blobs are sent so many times more seldom than others.
+HELD_RATE: Final = 10.0
+# For as many seconds as the other runs, at most, if the tracker answered so many.
+CLOSED_RATE: Final = 5000.0
+# Messages under way at a time when it is found out what the tracker bears.
+UNDER_WAY: Final = 64
 FRAME_BYTES_MAX: Final = 1 << 20
 # Connections that wait to be accepted at the same time; the tracker's backlog is longer.
 CONNECTING_MAX: Final = 64
@@ -59,14 +74,19 @@ _REQUEST_ID: Final = struct.Struct("!I")
 
 @attrs.frozen
 class Measured:
-    """One rate: announces per second wanted and answered, seconds of waiting, what the tracker used."""
+    """One rate: messages per second wanted and answered, seconds of waiting, what the tracker used.
+
+    ``blobs`` are announced by one message; ``rate`` is infinite when as many were sent as were answered;
+    ``load`` are the CPU seconds of the agents.
+    """
 
     kind: str
+    blobs: int
     rate: float
     answered: float
     waits: Sequence[float] = attrs.field(repr=False)
     usage: Usage
-    seconds: float
+    load: float
 
     def quantile(self, share: float) -> float:
         return sorted(self.waits)[min(int(len(self.waits) * share), len(self.waits) - 1)]
@@ -75,11 +95,13 @@ class Measured:
 class Agent:
     """One host: a connection to the tracker, and the announce that it repeats."""
 
-    def __init__(self, number: int, port: int, digest: Digest, rng: random.Random) -> None:
+    def __init__(
+        self, number: int, port: int, digests: Sequence[Digest], rng: random.Random
+    ) -> None:
         # An address of its own: a peer replaces the former one at its address.
         host = f"10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"
         self._peer = PeerContact(rng.randbytes(16).hex(), host, 7100, PeerKind.AGENT)
-        self._digest = digest
+        self._digests = digests
         self._buffer = FrameBuffer(body_bytes_max=FRAME_BYTES_MAX)
         self.socket = socket.create_connection(("127.0.0.1", port), timeout=ANSWER_SECONDS_MAX)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -94,11 +116,14 @@ class Agent:
             raise ProtocolError("the tracker did not begin with HELLO")
         self.socket.setblocking(False)
 
-    def become(self, state: AnnounceState) -> None:
-        body = encode(api.AnnounceRequest(self._digest, "library/app", self._peer, state))
-        self._announce = pack(
-            RpcRequest(0, int(ANSWER_SECONDS_MAX * 1000), api.ANNOUNCE.name, body)
-        )
+    def become(self, kind: str) -> None:
+        digest, timeout = self._digests[0], int(ANSWER_SECONDS_MAX * 1000)
+        name = api.ANNOUNCE.name
+        body = encode(api.AnnounceRequest(digest, "library/app", self._peer, STATES[kind]))
+        if kind == HELD:
+            name = api.ANNOUNCE_HELD.name
+            body = encode(api.AnnounceHeldRequest(self._peer, tuple(self._digests)))
+        self._announce = pack(RpcRequest(0, timeout, name, body))
 
     def announce(self, number: int) -> None:
         """Send it as request ``number``; the socket's buffer holds many of them."""
@@ -130,7 +155,7 @@ class Agent:
 class Bench:
     """A tracker process and the agents that are connected to it."""
 
-    def __init__(self, directory: Path, agents: int, torrents: int) -> None:
+    def __init__(self, directory: Path, agents: int, torrents: int, blobs: int) -> None:
         ports = free_ports()
         rpc, self._admin = next(ports), next(ports)
         command = [sys.executable, "-m", "swarmpull", "run", "--role", "tracker"]
@@ -144,8 +169,11 @@ class Bench:
         rng = random.Random(1)
         digests = [Digest.of(b"blob %d" % number) for number in range(torrents)]
         self._agents: list[Agent] = []
+        self._blobs = blobs
         for number in range(agents):
-            self._agents.append(Agent(number, rpc, digests[number % torrents], rng))
+            first = number % torrents
+            held = [digests[(first + more) % torrents] for more in range(blobs)]
+            self._agents.append(Agent(number, rpc, held, rng))
             if number >= CONNECTING_MAX:
                 self._agents[number - CONNECTING_MAX].shake_hands()
         for agent in self._agents[-CONNECTING_MAX:]:
@@ -165,15 +193,40 @@ class Bench:
     def fill(self, kind: str) -> None:
         """Have every agent in the table in that state."""
         for agent in self._agents:
-            agent.become(STATES[kind])
-        self._run(len(self._agents), rate=1000.0)
+            agent.become(kind)
+        self._run_closed(len(self._agents))
 
     def measure(self, kind: str, rate: float, seconds: float) -> Measured:
         """Announces at that rate for so many seconds, each agent in its turn."""
         self.tracker.begin()
-        waits, took, last = self._run(int(rate * seconds), rate=rate)
+        load = time.process_time()
+        count = int(min(rate, CLOSED_RATE) * seconds)
+        run = self._run_closed(count) if rate == math.inf else self._run(count, rate=rate)
+        waits, took, last = run
+        load = time.process_time() - load
         self._check(last, kind)
-        return Measured(kind, rate, len(waits) / took, waits, self.tracker.end(), took)
+        blobs = self._blobs if kind == HELD else 1
+        return Measured(kind, blobs, rate, len(waits) / took, waits, self.tracker.end(), load)
+
+    def _run_closed(self, count: int) -> tuple[list[float], float, bytes]:
+        """The same, with so many under way however long they take."""
+        began = time.perf_counter()
+        waits: list[float] = []
+        sent_at: dict[int, float] = {}
+        sent, last = 0, b""
+        while len(waits) < count:
+            while sent < count and sent - len(waits) < UNDER_WAY:
+                sent_at[sent] = time.perf_counter()
+                self._agents[sent % len(self._agents)].announce(sent)
+                sent += 1
+            ready = self._poll.poll(ANSWER_SECONDS_MAX)
+            if not ready:
+                raise RuntimeError(f"{count - len(waits)} announces were not answered")
+            for descriptor, _ in ready:
+                for reply in self._by_descriptor[descriptor].answers():
+                    waits.append(time.perf_counter() - sent_at.pop(reply.id))
+                    last = reply.body
+        return waits, time.perf_counter() - began, last
 
     def _run(self, count: int, *, rate: float) -> tuple[list[float], float, bytes]:
         began = time.perf_counter()
@@ -197,6 +250,9 @@ class Bench:
 
     def _check(self, body: bytes, kind: str) -> None:
         """Nobody counts answers that are none."""
+        if kind == HELD:
+            decode(body, api.AnnounceHeldReply)
+            return
         peers = decode(body, api.AnnounceReply).peers
         if kind == "leeching" and not peers:
             raise RuntimeError("a leecher was told of nobody")
@@ -206,8 +262,8 @@ class Bench:
 
 
 @contextlib.contextmanager
-def _running(directory: Path, agents: int, torrents: int) -> Iterator[Bench]:
-    bench = Bench(directory, agents, torrents)
+def _running(directory: Path, agents: int, torrents: int, blobs: int) -> Iterator[Bench]:
+    bench = Bench(directory, agents, torrents, blobs)
     # The agents are no part of what is measured: their process must not pause for its own garbage.
     gc.freeze()
     gc.disable()
@@ -223,22 +279,26 @@ def report(agents: int, torrents: int, idle: Usage, rows: Sequence[Measured]) ->
     yield ""
     heads = (
         "announces",
+        "blobs in each",
         "per second",
         "answered per second",
         "p50, ms",
         "p99, ms",
         "CPU, us for each",
+        "of the agents, us",
     )
     yield f"| {' | '.join(heads)} | peak RSS, MiB |"
-    yield "|---|---:|---:|---:|---:|---:|---:|"
+    yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
     for row in rows:
         cells = [
             row.kind,
-            f"{row.rate:,.0f}",
+            f"{row.blobs}",
+            "all" if row.rate == math.inf else f"{row.rate:,.0f}",
             f"{row.answered:,.0f}",
             f"{statistics.median(row.waits) * 1000:.1f}",
             f"{row.quantile(0.99) * 1000:.1f}",
             f"{row.usage.cpu / len(row.waits) * 1e6:.0f}",
+            f"{row.load / len(row.waits) * 1e6:.0f}",
             f"{(row.usage.memory or 0) / MIB:.0f}",
         ]
         yield f"| {' | '.join(cells)} |"
@@ -253,10 +313,14 @@ def main() -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--agents", type=int, default=10_000, metavar="N")
     parser.add_argument("--torrents", type=int, default=20, metavar="N")
-    parser.add_argument("--rates", default="2500,5000,10000", metavar="N,N,...")
+    parser.add_argument(
+        "--blobs", type=int, default=20, metavar="N", help="that each host has, of those torrents"
+    )
+    parser.add_argument("--kinds", default=",".join(STATES), metavar="KIND,KIND,...")
+    parser.add_argument("--rates", default="1000,3000,5000,10000", metavar="N,N,...")
     parser.add_argument("--seconds", type=float, default=10.0, metavar="SECONDS")
     arguments = parser.parse_args()
-    rates = [float(rate) for rate in arguments.rates.split(",")]
+    rates = [*map(float, arguments.rates.split(",")), math.inf]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = arguments.agents + DESCRIPTORS_SPARE
     if hard != resource.RLIM_INFINITY and hard < wanted:
@@ -265,13 +329,15 @@ def main() -> int:
     rows: list[Measured] = []
     with (
         tempfile.TemporaryDirectory(prefix="benchmark-") as name,
-        _running(Path(name), arguments.agents, arguments.torrents) as bench,
+        _running(Path(name), arguments.agents, arguments.torrents, arguments.blobs) as bench,
     ):
-        for kind in STATES:
+        for kind in arguments.kinds.split(","):
             bench.fill(kind)
             for rate in rates:
-                rows.append(bench.measure(kind, rate, arguments.seconds))
-                print(f"{kind} at {rate:,.0f}: load {load_average():.1f}", file=sys.stderr)
+                # A message of many blobs takes the place of as many.
+                wanted = rate if kind != HELD or rate == math.inf else rate / HELD_RATE
+                rows.append(bench.measure(kind, wanted, arguments.seconds))
+                print(f"{kind} at {wanted:,.0f}: load {load_average():.1f}", file=sys.stderr)
         idle = bench.idle
     print("\n".join(report(arguments.agents, arguments.torrents, idle, rows)))
     return 0

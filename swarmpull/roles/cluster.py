@@ -6,7 +6,7 @@ Every call goes to the members in ring order until one answers; `swarmpull.roles
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
 import attrs
@@ -18,6 +18,7 @@ from swarmpull.digest import Digest
 from swarmpull.errors import BackendUnavailable, RpcUnavailable, StoreFull, StoreUnavailable
 from swarmpull.ring.announced import Announced
 from swarmpull.roles.config_changes import ConfigChanges
+from swarmpull.roles.held_announces import HeldAnnounces, Told
 from swarmpull.roles.ring_client import RingClient, open_ring
 from swarmpull.swarm.metainfo import Metainfo
 from swarmpull.swarm.peers import AnnounceState, PeerContact
@@ -83,6 +84,9 @@ class TrackerClient:
         self.on_lost: Callable[[tuple[Digest, ...]], None] | None = None
         self._ring = ring
         self._announced = Announced(ANNOUNCED_MAX)
+        self._held = HeldAnnounces(
+            ring, self._announced, self.announce, ANNOUNCE_TIMEOUT, self._restarted
+        )
         ring.when_lost(self._lost)
         ring.members.when_changed(self._changed)
 
@@ -99,6 +103,15 @@ class TrackerClient:
         if digests and self.on_lost is not None:
             log.info(event, tracker=address, blobs=len(digests))
             self.on_lost(digests)
+
+    def _restarted(self, address: str, digests: tuple[Digest, ...]) -> None:
+        self._announce_anew("tracker_restarted", address, digests)
+
+    async def announce_held(
+        self, contact: PeerContact, digests: Sequence[Digest], told: Told
+    ) -> None:
+        """Announce blobs that this host has, in one message to each tracker; see `HeldAnnounces`."""
+        await self._held.announce(contact, digests, told)
 
     async def announce(
         self, request: AnnounceRequest, *, timeout: float | None = None
@@ -129,7 +142,7 @@ class TrackerClient:
         if request.state is AnnounceState.STOPPED:
             return reply
         anew = self._announced.answered_by(request.digest, address, reply.process)
-        self._announce_anew("tracker_restarted", address, anew)
+        self._restarted(address, anew)
         return self._taken(request, address, reply, elsewhere=elsewhere)
 
     def _order(self, request: AnnounceRequest, elsewhere: bool) -> list[str]:
@@ -519,9 +532,14 @@ class Cluster:
         self.origin = OriginClient(self.origins)
         self.index = IndexClient(self.indexes)
 
+    @property
+    def rings(self) -> tuple[RingClient, ...]:
+        """Those of the trackers, the origins, and the indexes."""
+        return self.trackers, self.origins, self.indexes
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep DNS names resolved and members probed until cancelled; started once each name was tried."""
         async with trio.open_nursery() as nursery:
-            for ring in (self.trackers, self.origins, self.indexes):
+            for ring in self.rings:
                 await nursery.start(ring.members.run)
             task_status.started()

@@ -12,7 +12,7 @@ import math
 import os
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Final
@@ -94,6 +94,10 @@ INTERVAL_MIN: Final = 1.0
 INTERVAL_MAX: Final = 600.0
 
 Announce = Callable[[AnnounceRequest], Awaitable[AnnounceReply]]
+AnnounceHeld = Callable[
+    [PeerContact, Sequence[Digest], Callable[[Digest, AnnounceReply | None], None]],
+    Awaitable[None],
+]
 Watch = Callable[[WatchRequest], Awaitable[WatchReply]]
 FindPeers = Callable[[AnnounceRequest], Awaitable[AnnounceReply]]
 
@@ -121,6 +125,7 @@ class SwarmHost:
         buffers: PieceBuffers,
         rates: Rates,
         announce: Announce | None,
+        announce_held: AnnounceHeld | None,
         watch: Watch | None,
         metrics: SwarmMetrics,
         unread_timeout: float = math.inf,
@@ -138,6 +143,7 @@ class SwarmHost:
         self._nursery = nursery
         self._buffers = buffers
         self._announce = announce
+        self._announce_held = announce_held
         self._announces = trio.CapacityLimiter(ANNOUNCES_MAX)
         self._announcing = 0
         self._watch = watch
@@ -351,6 +357,8 @@ class SwarmHost:
                 # Counted from here on, so that a drain waits for the last words to the trackers.
                 self._announcing += 1
                 self._nursery.start_soon(self._tell_trackers, digest, namespace, state)
+            case act.AnnounceHeld(digests):
+                self._announce_all(digests)
             case act.Watch(digest, position):
                 self._begin_watch(digest, position)
             case act.Urge(digest, indices):
@@ -564,6 +572,37 @@ class SwarmHost:
         else:
             if state is not AnnounceState.STOPPED:
                 self.dispatch(_replied(digest, reply))
+        finally:
+            self._announcing -= 1
+            self._something_ended.set()
+
+    def _announce_all(self, digests: tuple[Digest, ...]) -> None:
+        if self._announce_held is not None:
+            self._announcing += 1
+            self._nursery.start_soon(self._tell_trackers_held, self._announce_held, digests)
+            return
+        for digest in digests:
+            self._perform(act.Announce(digest, "", AnnounceState.COMPLETE))
+
+    async def _tell_trackers_held(
+        self, announce: AnnounceHeld, digests: tuple[Digest, ...]
+    ) -> None:
+        """Announce many blobs; what no tracker answered in time has failed."""
+        left = set(digests)
+
+        def told(digest: Digest, reply: AnnounceReply | None) -> None:
+            left.discard(digest)
+            failed = ev.AnnounceFailed(digest)
+            self.dispatch(failed if reply is None else _replied(digest, reply))
+
+        try:
+            async with self._announces:
+                with trio.move_on_after(ANNOUNCE_TIMEOUT):
+                    await announce(self.contact, digests, told)
+            if left:
+                log.info("announces_failed", blobs=len(left), digest=str(next(iter(left))))
+            for digest in tuple(left):
+                self.dispatch(ev.AnnounceFailed(digest))
         finally:
             self._announcing -= 1
             self._something_ended.set()
@@ -788,15 +827,17 @@ async def open_swarm_host(
     metrics: Metrics,
     *,
     announce: Announce | None = None,
+    announce_held: AnnounceHeld | None = None,
     watch: Watch | None = None,
     unread_timeout: float = math.inf,
     tls: Tls | None = None,
 ) -> AsyncIterator[SwarmHost]:
     """Listen for peers and run the swarm of a store for the length of the block.
 
-    ``announce`` tells a tracker and ``watch`` waits there for peers; None for a host that peers find without
-    one.  A download that nobody reads for ``unread_timeout`` seconds ends; its pieces are kept.  With ``tls``
-    pieces are exchanged only with those who have a certificate of an agent or origin.
+    ``announce`` tells a tracker of one blob, ``announce_held`` of many, and ``watch`` waits there for peers;
+    None for a host that peers find without one.  A download that nobody reads for ``unread_timeout`` seconds
+    ends; its pieces are kept.  With ``tls`` pieces are exchanged only with those who have a certificate of an
+    agent or origin.
 
     Raises:
         StartupError: the peer port cannot be had.
@@ -829,6 +870,7 @@ async def open_swarm_host(
             buffers,
             rates,
             announce,
+            announce_held,
             watch,
             counters,
             unread_timeout,

@@ -6,6 +6,7 @@ again from the announces of the hosts that lost the other one, or from their nex
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections.abc import Callable
@@ -93,6 +94,10 @@ class Tracker:
         announces = metrics.counter(
             "tracker_announces_total", "Announces, by state of the announcer.", ["state"]
         )
+        self._messages = metrics.counter(
+            "tracker_held_announces_total",
+            "Messages that announced many blobs at once; each blob counts as an announce, too.",
+        )
         self._announces = {state: announces.labels(state.value) for state in AnnounceState}
         self._handouts = metrics.histogram(
             "tracker_handout_peers", "Peers handed out to one leecher.", _HANDOUT_BUCKETS
@@ -151,6 +156,26 @@ class Tracker:
 
     def _age(self) -> float:
         return trio.current_time() - self._begun_at
+
+    def announce_held_at_once(
+        self, request: api.AnnounceHeldRequest, context: RpcContext
+    ) -> api.AnnounceHeldReply:
+        """Answer a host that has many blobs.  Raises ProtocolError for too many."""
+        contact = self._contacts.one_for(_checked_contact(request.peer, context))
+        if len(request.digests) > api.HELD_BLOBS_MAX:
+            raise ProtocolError(
+                f"{len(request.digests)} blobs in one announce, the limit is {api.HELD_BLOBS_MAX}"
+            )
+        self._announces[AnnounceState.COMPLETE].inc(len(request.digests))
+        self._messages.inc()
+        handout = self._table.announce_held(request.digests, contact, trio.current_time())
+        leechers = itertools.starmap(api.BlobLeechers, handout.leechers.items())
+        return api.AnnounceHeldReply(handout.interval, tuple(leechers), self._process, self._age())
+
+    async def announce_held(
+        self, request: api.AnnounceHeldRequest, context: RpcContext
+    ) -> api.AnnounceHeldReply:
+        return self.announce_held_at_once(request, context)
 
     async def hashes(self, request: api.HashesRequest, _: RpcContext) -> api.Growth:
         """Answer when more piece hashes are known than the caller has.
@@ -251,6 +276,9 @@ async def run_tracker(
         background.start_soon(_end_waits, table, tracker, drain)
         service = RpcService()
         service.register(api.ANNOUNCE, tracker.announce, at_once=tracker.announce_at_once)
+        service.register(
+            api.ANNOUNCE_HELD, tracker.announce_held, at_once=tracker.announce_held_at_once
+        )
         service.register(api.WATCH, tracker.watch)
         service.register(api.HASHES, tracker.hashes)
         await serve_role(

@@ -161,6 +161,7 @@ class Simulation:
             act.Dial: self._dial,
             act.Close: self._close,
             act.Announce: self._announce,
+            act.AnnounceHeld: self._announce_held,
             act.Watch: self._watch,
             act.Finish: self._finish_soon,
             act.Fail: self._fail,
@@ -545,6 +546,39 @@ class Simulation:
             return None
         host.found.add(blob)
         return ev.AnnounceReplied(digest, TRACKERLESS_INTERVAL, (here[blob % len(here)],))
+
+    def _announce_held(self, host: Host, action: act.AnnounceHeld) -> None:
+        now = self._clock.now
+        reaches_at = self._tracker_reached_at(host)
+        if reaches_at - now > ANNOUNCE_TIMEOUT:
+            when = now + ANNOUNCE_TIMEOUT
+            self._clock.at(when, self._held_failed, host, action.digests)
+            return
+        when = reaches_at + host.delay + self._losses.exchange()
+        self._clock.at(when, self._held_announced, host, action.digests)
+
+    def _held_announced(self, host: Host, digests: tuple[Digest, ...]) -> None:
+        """One message to each tracker; each of them counts as an announce."""
+        now = self._clock.now
+        if self._trackers.are_gone:
+            self._clock.at(now + host.delay, self._held_failed, host, digests)
+            return
+        by_tracker: dict[PeerTable, list[Digest]] = {}
+        for digest in digests:
+            blob = self._blob_of[digest].index
+            host.found.add(blob)
+            by_tracker.setdefault(self._trackers.of(blob), []).append(digest)
+        for tracker, theirs in by_tracker.items():
+            self._announces += 1
+            handout = tracker.announce_held(theirs, host.contact, now)
+            for digest in theirs:
+                peers = handout.leechers.get(digest, ())
+                reply = ev.AnnounceReplied(digest, handout.interval, peers)
+                self._clock.at(now + host.delay, self._dispatch, host, reply)
+
+    def _held_failed(self, host: Host, digests: tuple[Digest, ...]) -> None:
+        for digest in digests:
+            self._dispatch(host, ev.AnnounceFailed(digest))
 
     def _watch(self, host: Host, action: act.Watch) -> None:
         when = self._tracker_reached_at(host) + host.delay + self._losses.exchange()

@@ -63,6 +63,14 @@ class Announce:
 
 
 @attrs.frozen
+class AnnounceHeld:
+    """Tell the trackers again that this host has all of these blobs, then report of each of them
+    `AnnounceReplied` or `AnnounceFailed`."""
+
+    digests: tuple[Digest, ...]
+
+
+@attrs.frozen
 class Watch:
     """Wait at the tracker for peers that appear after ``position``, then report `WatchEnded`.
 
@@ -99,4 +107,16 @@ class Fail:
     reason: str
 
 
-Action = Dial | Send | SendAll | SendPiece | Close | Announce | Watch | Urge | Finish | Fail
+Action = (
+    Dial
+    | Send
+    | SendAll
+    | SendPiece
+    | Close
+    | Announce
+    | AnnounceHeld
+    | Watch
+    | Urge
+    | Finish
+    | Fail
+)

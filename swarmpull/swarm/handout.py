@@ -16,7 +16,7 @@ from __future__ import annotations
 import heapq
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import attrs
@@ -75,6 +75,18 @@ class Handout:
     peers: tuple[PeerContact, ...]
     interval: float
     position: int = 0
+
+
+@attrs.frozen
+class HeldHandout:
+    """The answer to a host that announces many blobs at once, all of which it has.
+
+    ``interval`` is in seconds until the next announce of all of them is due; ``leechers`` are who is fetching
+    one, where they are few.
+    """
+
+    interval: float
+    leechers: dict[Digest, tuple[PeerContact, ...]]
 
 
 @attrs.frozen(kw_only=True)
@@ -217,6 +229,23 @@ class PeerTable:
         self._enter(digest, contact, chosen, complete=complete, expires_at=expires_at)
         return Handout(chosen, interval, self._watches.position)
 
+    def announce_held(
+        self, digests: Iterable[Digest], contact: PeerContact, now: float
+    ) -> HeldHandout:
+        """Enter or refresh one peer that has all of these blobs; the same as an announce of each."""
+        self.expire(now)
+        interval = self._interval(0, complete=True)
+        expires_at = now + self._limits.intervals_missed * interval
+        leechers = {}
+        for digest in digests:
+            self._announces += 1
+            if not self._refresh(digest, contact, expires_at):
+                self._enter(digest, contact, (), complete=True, expires_at=expires_at)
+            if chosen := self._few_leechers(digest, contact):
+                self._handed_out += len(chosen)
+                leechers[digest] = chosen
+        return HeldHandout(interval, leechers)
+
     def watch(
         self,
         digest: Digest,
@@ -331,6 +360,13 @@ class PeerTable:
         leechers = self._sample(torrent.groups[_LEECHERS], same, few + 1)
         return tuple(leechers) if len(leechers) <= few else ()
 
+    def _few_leechers(self, digest: Digest, announcer: PeerContact) -> tuple[PeerContact, ...]:
+        """What a completed peer is told, without drawing where that is nobody."""
+        torrent = self._torrents.get(digest)
+        if torrent is None or not torrent.groups[_LEECHERS]:
+            return ()
+        return self._choose_for_seeder(torrent, announcer)
+
     def _sample(
         self, group: list[_Peer], same: tuple[_Peer | None, ...], count: int
     ) -> list[PeerContact]:
@@ -389,6 +425,24 @@ class PeerTable:
             dials = () if complete else tuple(other.peer_id for other in handed_out)
             self._watches.appeared(digest, contact, dials)
         self._keep_limits(torrent)
+
+    def _refresh(self, digest: Digest, contact: PeerContact, expires_at: float) -> bool:
+        """Keep a completed peer for longer; False when there is more to it than that."""
+        torrent = self._torrents.get(digest)
+        if torrent is None:
+            return False
+        peer = torrent.peers.get(contact.peer_id)
+        if peer is None or not peer.complete or peer.contact != contact:
+            return False
+        if expires_at < peer.queued_at:
+            return False
+        peer.expires_at = expires_at
+        # To the end of both orders of staleness.
+        del torrent.peers[contact.peer_id]
+        torrent.peers[contact.peer_id] = peer
+        del self._torrents[digest]
+        self._torrents[digest] = torrent
+        return True
 
     def _forget_former(self, torrent: _Torrent, contact: PeerContact) -> None:
         """The process that listened at this address before is gone: a port has one listener."""

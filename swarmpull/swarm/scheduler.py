@@ -78,6 +78,13 @@ SEEDING_TICK: Final = 1.0
 # so that a host with thousands does not arrive at the tracker as a burst.
 REANNOUNCE_SPACING: Final = 0.02
 REANNOUNCE_SPREAD_MAX: Final = 60.0
+# A host that says of one blob that it still has it says so of all for which that is due within so many
+# seconds: one message costs a tracker hardly more than one announce.  Half of the usual interval, so that
+# all blobs of a host soon go together.
+HELD_AHEAD: Final = 30.0
+# The same for blobs that the tracker does not know, because it or this host began anew: their announces are
+# spread so that not all hosts come at once, and are to stay so.
+HELD_AHEAD_UNKNOWN: Final = 1.0
 # When a tracker is gone all its hosts announce to the successor.  Within so many seconds those who download,
 # and sooner those who have too few connections: the first 50 make a full handout for whoever arrives.
 LOST_LEECHING_SPREAD: Final = 1.0
@@ -296,7 +303,7 @@ class Scheduler:
         torrent = self._torrents.get(event.digest)
         if torrent is None:
             return
-        torrent.verified = True
+        torrent.verified = torrent.announce.is_news = True
         if event.digest in self._announcing and torrent.announce.outstanding is None:
             torrent.announce.due_at = now
         self._close_useless(torrent, now)
@@ -340,6 +347,9 @@ class Scheduler:
             return
         announced, torrent.announce.outstanding = torrent.announce.outstanding, None
         torrent.announce.failures = 0
+        torrent.announce.is_known = True
+        if announced is AnnounceState.COMPLETE:
+            torrent.announce.is_news = False
         if event.digest in self._announcing:
             unheard = torrent.verified and announced is not AnnounceState.COMPLETE
             torrent.announce.due_at = now if unheard else now + event.interval
@@ -356,6 +366,7 @@ class Scheduler:
             return
         clock = torrent.announce
         clock.outstanding = None
+        clock.is_known = False
         clock.failures += 1
         pause = min(0.5 * 2 ** min(clock.failures, 10), ANNOUNCE_RETRY_MAX)
         clock.due_at = now + pause * self._rng.uniform(0.5, 1.0)
@@ -372,6 +383,7 @@ class Scheduler:
                 continue
             clock = torrent.announce
             clock.position = None
+            clock.is_known = False
             if clock.outstanding is None:
                 within = self._rng.uniform(0.0, self._lost_spread(torrent))
                 clock.due_at = min(clock.due_at, now + within)
@@ -414,10 +426,28 @@ class Scheduler:
         clock = torrent.announce
         if clock.due_at > now or clock.outstanding is not None or self._draining:
             return
+        if torrent.verified and not clock.is_news:
+            self._announce_held(torrent, now)
+            return
         state = AnnounceState.COMPLETE if torrent.verified else AnnounceState.LEECHING
-        clock.outstanding = state
-        clock.due_at = INFINITY
+        self._announce(torrent, state)
+
+    def _announce(self, torrent: Torrent, state: AnnounceState) -> None:
+        torrent.announce.outstanding = state
+        torrent.announce.due_at = INFINITY
         self._outbox.actions.append(act.Announce(torrent.digest, torrent.namespace, state))
+
+    def _announce_held(self, torrent: Torrent, now: float) -> None:
+        """Say that we still have a blob, and the same of those for which it is due before long."""
+        held = [each for each in self._torrents.values() if _may_go_along(each, now)]
+        if len(held) == 1:
+            self._announce(torrent, AnnounceState.COMPLETE)
+            return
+        for each in held:
+            each.announce.outstanding = AnnounceState.COMPLETE
+            each.announce.due_at = INFINITY
+            self._reschedule(each)
+        self._outbox.actions.append(act.AnnounceHeld(tuple(each.digest for each in held)))
 
     # --- connections --------------------------------------------------------------------------
 
@@ -814,6 +844,18 @@ class Scheduler:
             piece_count=torrent.piece_count,
             have=bitfield.to_bytes(torrent.have, torrent.piece_count),
         )
+
+
+def _may_go_along(torrent: Torrent, now: float) -> bool:
+    """Whether a blob that we have may be announced again now, because another one is."""
+    clock = torrent.announce
+    ahead = HELD_AHEAD if clock.is_known else HELD_AHEAD_UNKNOWN
+    return (
+        torrent.verified
+        and clock.outstanding is None
+        and not clock.is_news
+        and clock.due_at <= now + ahead
+    )
 
 
 def _is_sound(message: Any, piece_count: int) -> bool:  # noqa: ANN401 - decided by type just below

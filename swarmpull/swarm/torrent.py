@@ -174,6 +174,8 @@ class AnnounceClock:
         due_at: of the next announce.
         outstanding: what the announce says that is not answered yet.
         failures: in a row.
+        is_news: no tracker has heard yet that this host has got all of the blob.
+        is_known: the last announce was answered, and nothing has been lost since.
         position: from where a watch may go on; None when there is to be none before the next announce.
         is_watching: whether one is open.
     """
@@ -181,6 +183,8 @@ class AnnounceClock:
     due_at: float = float("inf")
     outstanding: AnnounceState | None = None
     failures: int = 0
+    is_news: bool = False
+    is_known: bool = False
     position: int | None = None
     is_watching: bool = False
 

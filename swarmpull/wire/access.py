@@ -24,6 +24,7 @@ CALLERS: Final[dict[str, frozenset[str]]] = {
     api.PING.name: frozenset(CERTIFICATE_ROLES),
     # Who takes part in a swarm.
     api.ANNOUNCE.name: _HOSTS,
+    api.ANNOUNCE_HELD.name: _HOSTS,
     api.WATCH.name: _HOSTS,
     api.HASHES.name: _HOSTS,
     # Trackers ask origins for metainfo, agents do when no tracker answers, origins ask one another.

@@ -17,6 +17,8 @@ from swarmpull.wire.rpc_messages import Method
 
 # Up to here a blob travels whole with its metainfo: two calls instead of a connection and a piece exchange.
 INLINE_BYTES_MAX: Final = 64 << 10
+# Blobs that are announced in one message: some 20 kB, and two or three milliseconds of a tracker's time.
+HELD_BLOBS_MAX: Final = 256
 
 
 @attrs.frozen
@@ -131,6 +133,43 @@ class AnnounceReply:
 
 
 @attrs.frozen
+class AnnounceHeldRequest:
+    """A host says that it has all of these blobs: the same as an announce of each as complete.
+
+    Attributes:
+        peer: as in `AnnounceRequest`.
+        digests: at most HELD_BLOBS_MAX.
+    """
+
+    peer: PeerContact
+    digests: tuple[Digest, ...]
+
+
+@attrs.frozen
+class BlobLeechers:
+    """Who is fetching a blob."""
+
+    digest: Digest
+    peers: tuple[PeerContact, ...]
+
+
+@attrs.frozen
+class AnnounceHeldReply:
+    """The answer to an announce of many blobs.
+
+    Attributes:
+        interval: seconds until the next announce of all of them is due.
+        leechers: of those blobs that have any, and not more than a few.
+        process, age: as in `AnnounceReply`.
+    """
+
+    interval: float
+    leechers: tuple[BlobLeechers, ...] = ()
+    process: str = ""
+    age: float | None = None
+
+
+@attrs.frozen
 class WatchRequest:
     """A leecher that is short of connections waits until peers appear in the swarm of a blob.
 
@@ -161,6 +200,7 @@ class WatchReply:
 
 # Raises BlobNotFound when metainfo is wanted and no origin can get the blob.
 ANNOUNCE: Final = Method("tracker.announce", AnnounceRequest, AnnounceReply)
+ANNOUNCE_HELD: Final = Method("tracker.announce_held", AnnounceHeldRequest, AnnounceHeldReply)
 WATCH: Final = Method("tracker.watch", WatchRequest, WatchReply)
 # Raises what HASHES_OF_ORIGIN does.
 HASHES: Final = Method("tracker.hashes", HashesRequest, Growth)

@@ -17,7 +17,7 @@ import trio
 from swarmpull.config import Address, PeerListenerConfig, SwarmConfig
 from swarmpull.digest import Digest
 from swarmpull.errors import ProtocolError
-from swarmpull.roles.swarm_host import SwarmHost, open_swarm_host
+from swarmpull.roles.swarm_host import AnnounceHeld, SwarmHost, open_swarm_host
 from swarmpull.store.blobs import BlobStore, open_store
 from swarmpull.store.hashing import hash_piece
 from swarmpull.swarm import bitfield
@@ -128,6 +128,7 @@ async def running_node(
     kind: PeerKind = PeerKind.AGENT,
     config: SwarmConfig | None = None,
     announce: Callable[[AnnounceRequest], Awaitable[AnnounceReply]] | None = None,
+    announce_held: AnnounceHeld | None = None,
     watch: Callable[[WatchRequest], Awaitable[WatchReply]] | None = None,
     unread_timeout: float = math.inf,
 ) -> AsyncIterator[Node]:
@@ -141,6 +142,7 @@ async def running_node(
                 config or SwarmConfig(),
                 Metrics(),
                 announce=announce,
+                announce_held=announce_held,
                 watch=watch,
                 unread_timeout=unread_timeout,
             ) as host,

@@ -64,6 +64,11 @@ def small() -> Content:
     return make_content(1000, seed=1)
 
 
+@pytest.fixture(scope="module")
+def contents() -> list[Content]:
+    return [make_content(100, seed=number) for number in range(6)]
+
+
 async def read_all(node: Node, download, size: int = 1 << 20) -> bytes:
     reader = download.reader()
     assert reader is not None
@@ -820,6 +825,48 @@ async def test_completion_is_announced_until_a_tracker_answers(
         await until(lambda: len(tracker.states) == 3)
 
     assert tracker.states == [AnnounceState.COMPLETE] * 3
+
+
+async def test_blobs_that_are_due_together_are_announced_together_until_each_is_taken(
+    tmp_path: Path, contents: list[Content]
+) -> None:
+    calls: list[list[Digest]] = []
+
+    async def announce_held(contact, digests, told) -> None:
+        calls.append(list(digests))
+        await trio.lowlevel.checkpoint()
+        # Of one it is said that no tracker took it, of one nothing at all.
+        refused, ignored = (digests[-2], digests[-1]) if len(calls) == 1 else (None, None)
+        for digest in digests:
+            if digest != ignored:
+                told(digest, None if digest == refused else AnnounceReply((), 60.0))
+
+    tracker = Tracker()
+    async with running_node(
+        tmp_path / "node", announce=tracker.announce, announce_held=announce_held
+    ) as node:
+        for content in contents:
+            await node.add(content)
+        for content in contents:
+            node.host.seed(content.metainfo, "")
+        await until(lambda: len(calls) + len(tracker.states) >= 2)
+
+    assert sorted(calls[0]) == sorted(content.digest for content in contents)
+    assert all(set(call) <= set(calls[0][-2:]) for call in calls[1:]), "only those two again"
+
+
+async def test_a_host_that_cannot_announce_many_blobs_at_once_announces_each(
+    tmp_path: Path, contents: list[Content]
+) -> None:
+    tracker = Tracker()
+    async with running_node(tmp_path / "node", announce=tracker.announce) as node:
+        for content in contents:
+            await node.add(content)
+        for content in contents:
+            node.host.seed(content.metainfo, "")
+        await until(lambda: len(tracker.states) == len(contents))
+
+    assert set(tracker.states) == {AnnounceState.COMPLETE}
 
 
 async def test_a_drain_tells_the_trackers_before_it_ends(tmp_path: Path, small: Content) -> None:

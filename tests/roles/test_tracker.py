@@ -95,6 +95,13 @@ class Running:
         rpc = self.addresses.listeners["rpc"]
         return await self.pool.call(rpc, api.ANNOUNCE, request, timeout=60.0)
 
+    async def announce_held(
+        self, peer: PeerContact, digests: tuple[Digest, ...]
+    ) -> api.AnnounceHeldReply:
+        request = api.AnnounceHeldRequest(peer, digests)
+        rpc = self.addresses.listeners["rpc"]
+        return await self.pool.call(rpc, api.ANNOUNCE_HELD, request, timeout=60.0)
+
     async def watch(
         self, peer: PeerContact, position: int, *, seconds: float = 60.0
     ) -> api.WatchReply:
@@ -173,6 +180,38 @@ async def test_a_peer_that_stops_is_handed_out_no_more():
 
     assert stopped.metainfo is None
     assert reply.peers == ()
+
+
+async def test_many_blobs_can_be_announced_at_once():
+    digests = tuple(Digest.of(b"%d" % number) for number in range(api.HELD_BLOBS_MAX))
+    async with running_tracker("127.0.0.1:9") as tracker:
+        await tracker.announce(agent(1), digest=digests[7])
+        held = await tracker.announce_held(agent(2, ""), digests)
+        reply = await tracker.announce(agent(3), digest=digests[0])
+        announces = (await tracker.get("/metrics")).text
+        held_count = await tracker.value("tracker_held_announces_total")
+
+    assert held.leechers == (api.BlobLeechers(digests[7], (agent(1, "127.0.0.1"),)),)
+    assert held.process == reply.process
+    assert 60.0 <= held.interval <= 66.0
+    assert reply.peers == (agent(2, "127.0.0.1"),)
+    assert held_count == 1
+    assert 'announces_total{state="complete"} 256.0' in announces, "each blob counts"
+
+
+@pytest.mark.parametrize(
+    ("peer", "count", "message"),
+    [
+        (agent(1), api.HELD_BLOBS_MAX + 1, "257 blobs in one announce, the limit is 256"),
+        (attrs.evolve(agent(1), port=0), 1, "peer port"),
+    ],
+)
+async def test_an_announce_of_many_blobs_is_checked_like_any_other(peer, count, message):
+    digests = tuple(Digest.of(b"%d" % number) for number in range(count))
+    async with running_tracker("127.0.0.1:9") as tracker:
+        with pytest.raises(RpcFailed, match=message):
+            await tracker.announce_held(peer, digests)
+        assert await tracker.value("tracker_torrents") == 0
 
 
 async def test_metainfo_comes_from_an_origin_which_is_then_a_peer(origin):

@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from swarmpull.digest import Digest
-from swarmpull.errors import BackendUnavailable, RpcUnavailable
+from swarmpull.errors import BackendUnavailable, RpcFailed, RpcUnavailable
 from swarmpull.roles import cluster
 from swarmpull.roles.cluster import ORIGIN_RING, TrackerClient
 from swarmpull.roles.ring_client import RingClient, open_ring
@@ -41,12 +41,16 @@ class Trackers:
     Attributes:
         hanging, dead: those that answer nothing, refuse.
         without_origins: those that reach no origin.
+        old: those that know no announces of many blobs.
+        batches: such announces that were answered.
     """
 
     processes: dict[str, Process] = attrs.Factory(dict)
     hanging: set[str] = attrs.Factory(set)
     dead: set[str] = attrs.Factory(set)
     without_origins: set[str] = attrs.Factory(set)
+    old: set[str] = attrs.Factory(set)
+    batches: list[tuple[str, tuple[Digest, ...]]] = attrs.Factory(list)
     announces: Counter[str] = attrs.Factory(Counter)
     watched: list[tuple[str, int]] = attrs.Factory(list)
     lives: int = 0
@@ -72,6 +76,8 @@ class Trackers:
         if method is api.WATCH:
             self.watched.append((address, request.position))
             return api.WatchReply(())
+        if method is api.ANNOUNCE_HELD:
+            return self._held(address, request)
         return self._announced(address, request)
 
     def _announced(self, address: str, request: api.AnnounceRequest) -> api.AnnounceReply:
@@ -87,6 +93,16 @@ class Trackers:
             process=process.name,
             age=now - process.begun_at,
         )
+
+    def _held(self, address: str, request: api.AnnounceHeldRequest) -> api.AnnounceHeldReply:
+        if address in self.old:
+            raise RpcFailed(address, api.ANNOUNCE_HELD.name, "is not a method of this role")
+        assert len(request.digests) <= api.HELD_BLOBS_MAX
+        self.batches.append((address, request.digests))
+        process, now = self.processes[address], trio.current_time()
+        handout = process.table.announce_held(request.digests, request.peer, now)
+        leechers = tuple(api.BlobLeechers(*each) for each in handout.leechers.items())
+        return api.AnnounceHeldReply(handout.interval, leechers, process.name)
 
     def when_lost(self, tell: Callable[[str], None]) -> None:
         pass
@@ -110,6 +126,18 @@ class Host:
         contact = PeerContact(f"{self.number:032x}", "host", 1000 + self.number, PeerKind.AGENT)
         request = api.AnnounceRequest(digest, "", contact, state, **wants)
         return await self.client.announce(request)
+
+    async def announce_held(self, digests) -> dict[Digest, api.AnnounceReply | None]:
+        contact = PeerContact(f"{self.number:032x}", "host", 1000 + self.number, PeerKind.AGENT)
+        told: dict[Digest, api.AnnounceReply | None] = {}
+
+        def tell(digest: Digest, reply: api.AnnounceReply | None) -> None:
+            assert digest not in told, "once"
+            told[digest] = reply
+
+        await self.client.announce_held(contact, digests, tell)
+        assert set(told) == set(digests)
+        return told
 
     def note_lost(self, digests: tuple[Digest, ...]) -> None:
         self.lost += digests
@@ -309,3 +337,95 @@ async def test_a_reader_does_not_wait_for_trackers_that_all_hang(autojump_clock)
         swarm.trackers.hanging = set()
         await trio.sleep(11)
         await host.announce(want_metainfo=True)
+
+
+# --- many blobs at once ---------------------------------------------------------------------------
+
+MANY = [Digest.of(b"blob %d" % number) for number in range(600)]
+
+
+async def test_many_blobs_take_one_message_to_each_tracker(autojump_clock) -> None:
+    async with play() as swarm:
+        host = await swarm.host()
+        told = await host.announce_held(MANY[:200])
+
+        assert len(swarm.trackers.batches) == 3
+        for address, digests in swarm.trackers.batches:
+            for digest in digests:
+                assert host.client._ring.members.preference(str(digest))[0] == address
+                assert swarm.trackers.seeders(address, digest) == 1
+        assert all(60.0 <= reply.interval <= 66.0 for reply in told.values())
+        assert not swarm.trackers.announces
+
+
+async def test_a_message_has_so_many_blobs_and_no_more(autojump_clock) -> None:
+    async with play(ADDRESSES[0]) as swarm:
+        host = await swarm.host()
+        await host.announce_held(MANY)
+
+        sizes = [len(digests) for _, digests in swarm.trackers.batches]
+        assert sorted(sizes) == [600 - 2 * api.HELD_BLOBS_MAX, *[api.HELD_BLOBS_MAX] * 2]
+
+
+async def test_who_has_a_blob_hears_of_its_few_leechers(autojump_clock) -> None:
+    async with play() as swarm:
+        seeder, leecher = await swarm.host(), await swarm.host()
+        await leecher.announce(digest=MANY[3])
+        told = await seeder.announce_held(MANY[:10])
+
+        found = {digest: reply.peers for digest, reply in told.items() if reply.peers}
+        assert [peer.peer_id for peer in found.pop(MANY[3])] == [f"{leecher.number:032x}"]
+        assert not found
+
+
+async def test_a_tracker_that_does_not_know_the_message_gets_single_announces(
+    autojump_clock,
+) -> None:
+    async with play() as swarm:
+        host = await swarm.host()
+        swarm.trackers.old = {ADDRESSES[1]}
+        for _ in range(2):
+            told = await host.announce_held(MANY[:90])
+            assert None not in told.values()
+
+        theirs = [
+            d for d in MANY[:90] if host.client._ring.members.preference(str(d))[0] == ADDRESSES[1]
+        ]
+        assert swarm.trackers.announces == {ADDRESSES[1]: 2 * len(theirs)}
+        assert {address for address, _ in swarm.trackers.batches} == {ADDRESSES[0], ADDRESSES[2]}
+        assert all(swarm.trackers.seeders(ADDRESSES[1], digest) for digest in theirs)
+
+
+@pytest.mark.parametrize("how", ["dead", "hanging"])
+async def test_blobs_of_a_tracker_that_is_down_go_to_the_next_one_of_each(
+    autojump_clock, how
+) -> None:
+    async with play() as swarm:
+        host = await swarm.host()
+        setattr(swarm.trackers, how, {ADDRESSES[0]})
+        told = await host.announce_held(MANY[:90])
+
+        assert None not in told.values()
+        for digest in MANY[:90]:
+            order = host.client._ring.members.preference(str(digest))
+            heir = next(each for each in order if each != ADDRESSES[0])
+            assert swarm.trackers.seeders(heir, digest) == 1
+
+
+async def test_without_any_tracker_each_blob_is_told_so(autojump_clock) -> None:
+    async with play() as swarm:
+        host = await swarm.host()
+        swarm.trackers.dead = set(ADDRESSES)
+
+        assert set((await host.announce_held(MANY[:20])).values()) == {None}
+
+
+async def test_a_tracker_that_was_restarted_hears_of_the_other_blobs_too(autojump_clock) -> None:
+    async with play(ADDRESSES[0]) as swarm:
+        host = await swarm.host()
+        await host.announce()
+        await host.announce_held(MANY[:3])
+        swarm.trackers.restart(ADDRESSES[0])
+        await host.announce_held(MANY[1:3])
+
+        assert set(host.lost) == {BLOB, MANY[0]}

@@ -156,6 +156,11 @@ class Contract:
             case act.Announce(digest):
                 assert not self._announcing.get(digest), "one announce of a torrent at a time"
                 self._announcing[digest] = True
+            case act.AnnounceHeld(digests):
+                assert len(set(digests)) == len(digests) > 1
+                for digest in digests:
+                    assert not self._announcing.get(digest), "one announce of a torrent at a time"
+                    self._announcing[digest] = True
             case act.Watch(digest):
                 assert digest not in self._watching, "one watch of a torrent at a time"
                 self._watching.add(digest)

@@ -67,6 +67,32 @@ class PeerTableMachine(RuleBasedStateMachine):
             dialled = handout.peers[:1] if state is AnnounceState.LEECHING else ()
             self._check_told(digest, contact, dialled, before)
 
+    @rule(
+        digests=st.sets(st.sampled_from(DIGESTS), min_size=1),
+        host=st.integers(0, 11),
+        life=st.integers(0, 2),
+    )
+    def announce_held(self, digests: set[Digest], host: int, life: int) -> None:
+        contact = PeerContact(f"{host:016x}{life:016x}", f"h{host}", 7100, KINDS[host % 4])
+        new = {digest for digest in digests if self._appears(digest, contact)}
+        before = list(self.open)
+        handout = self.table.announce_held(sorted(digests), contact, self.now)
+        assert 60.0 <= handout.interval <= 66.0
+        assert digests.issuperset(handout.leechers)
+        self._forget_the_late()
+        for digest in sorted(digests):
+            known = self.model[digest]
+            others = [peer for peer in known.values() if peer.contact.host != contact.host]
+            self._check(handout.leechers.get(digest, ()), others, AnnounceState.COMPLETE)
+            if known.pop(contact.peer_id, None) is None:
+                for peer_id in [k for k, v in known.items() if v.contact.host == contact.host]:
+                    self._forget(digest, peer_id)
+            expires_at = self.now + 3 * handout.interval
+            known[contact.peer_id] = Known(contact, AnnounceState.COMPLETE, expires_at)
+            if digest in new:
+                of_this = [watch for watch in before if watch.digest == digest]
+                self._check_told(digest, contact, (), of_this)
+
     @rule(digest=st.sampled_from(DIGESTS), lifetime=st.floats(1, 50))
     def add_seeder(self, digest: Digest, lifetime: float) -> None:
         contact = PeerContact(f"{7:032x}", "dedicated", 7201, PeerKind.ORIGIN)

@@ -7,6 +7,7 @@ import math
 import attrs
 import pytest
 
+from swarmpull.digest import Digest
 from swarmpull.swarm import actions as act
 from swarmpull.swarm import events as ev
 from swarmpull.swarm.connections import ConnectionLimits
@@ -15,8 +16,11 @@ from swarmpull.swarm.peers import AnnounceState
 from swarmpull.swarm.pipeline import PipelineLimits
 from swarmpull.swarm.scheduler import (
     ANNOUNCE_RETRY_MAX,
+    HELD_AHEAD,
+    HELD_AHEAD_UNKNOWN,
     LEECHING_TICK,
     LOST_LEECHING_SPREAD,
+    LOST_SEEDING_SPACING,
     LOST_SEEDING_SPREAD_MIN,
     LOST_SHORT_SPREAD,
     REANNOUNCE_SPACING,
@@ -118,11 +122,13 @@ def test_after_a_restart_the_cached_blobs_are_announced_spread_over_time():
     for number in range(199):
         metainfo = metainfo_of(2, f"blob {number}")
         play >> ev.TorrentAdded(metainfo, "", 0b11, verified=True, announce=True)
-    announced = [(play.now, action) for _ in range(200) for action in play.wait()]
-    assert len({action.digest for _, action in announced}) == 200
-    assert all(action.state is COMPLETE for _, action in announced)
+    announced = []
+    while len(announced) < 200:
+        announced += [(play.now, d) for batch in batches(play.wait()) for d in batch]
+    assert len({digest for _, digest in announced}) == 200
     assert announced[0][0] < 101.0
-    assert 200 * REANNOUNCE_SPACING * 0.7 < announced[-1][0] - 100.0 <= 200 * REANNOUNCE_SPACING
+    # Those of the last second go along with the first of them.
+    assert 200 * REANNOUNCE_SPACING * 0.5 < announced[-1][0] - 100.0 <= 200 * REANNOUNCE_SPACING
 
 
 def test_a_torrent_that_is_removed_is_stopped_at_the_trackers():
@@ -247,6 +253,133 @@ def test_the_end_of_a_watch_of_a_torrent_that_is_gone_means_nothing():
     play >> ev.TorrentRemoved(play.digest)
 
     assert play >> play.watched("b", 9) == []
+
+
+# --- many blobs at once -----------------------------------------------------------------------
+
+
+def holding(count: int, *, seed: int = 0) -> tuple[Play, list[Digest]]:
+    """A host that was restarted with so many blobs."""
+    play = Play("##", limits=CLASSIC, seed=seed)
+    digests = []
+    for number in range(count):
+        metainfo = metainfo_of(1, f"blob {number}")
+        digests.append(metainfo.digest)
+        play >> ev.TorrentAdded(metainfo, "", 1, verified=True, announce=True)
+    return play, digests
+
+
+def batches(actions: list[act.Action]) -> list[tuple[Digest, ...]]:
+    """Which blobs were announced together; those that were alone are a batch of one."""
+    found = []
+    for action in actions:
+        match action:
+            case act.AnnounceHeld(digests):
+                found.append(digests)
+            case act.Announce(digest, _, AnnounceState.COMPLETE):
+                found.append((digest,))
+    return found
+
+
+def settled(count: int, interval: float = 60.0) -> tuple[Play, list[Digest]]:
+    """A host whose blobs have all been announced, over some seconds, and acknowledged."""
+    play, digests = holding(count)
+    while play.scheduler.next_deadline() < math.inf:
+        for batch in batches(play.wait()):
+            for digest in batch:
+                play >> ev.AnnounceReplied(digest, interval, ())
+        if play.now > 100.0 + REANNOUNCE_SPREAD_MAX / 2:
+            break
+        if all(play.scheduler.torrent(digest).announce.is_known for digest in digests):
+            break
+    return play, digests
+
+
+def test_the_blobs_of_a_restarted_host_are_announced_over_some_time_in_few_messages():
+    play, digests = holding(1000)
+
+    together = batches(play.wait_until(100.0 + 1000 * REANNOUNCE_SPACING))
+
+    assert sorted(d for batch in together for d in batch) == sorted(digests), "each of them once"
+    assert 10 <= len(together) <= 1000 * REANNOUNCE_SPACING / HELD_AHEAD_UNKNOWN + 2
+    assert max(map(len, together)) < 250, "not all at once"
+
+
+def test_blobs_that_the_tracker_knows_are_announced_together():
+    play, digests = settled(20)
+    play.now = max(play.scheduler.torrent(d).announce.due_at for d in digests) - 59.0
+    for number, digest in enumerate(digests):
+        play.scheduler.torrent(digest).announce.due_at = play.now + 10.0 + number
+        play.scheduler._reschedule(play.scheduler.torrent(digest))
+
+    assert batches(play.wait()) == [tuple(digests)]
+    assert play.scheduler.next_deadline() == math.inf, "waiting for the tracker must not spin"
+    for digest in digests:
+        play >> ev.AnnounceReplied(digest, 60.0, ())
+    assert batches(play.wait()) == [tuple(digests)]
+
+
+def test_a_blob_that_is_due_much_later_does_not_go_along():
+    play, digests = settled(3)
+    for digest, due_in in zip(digests, (1.0, HELD_AHEAD, HELD_AHEAD + 2.0), strict=True):
+        play.scheduler.torrent(digest).announce.due_at = play.now + due_in
+        play.scheduler._reschedule(play.scheduler.torrent(digest))
+
+    assert batches(play.wait()) == [tuple(digests[:2])]
+
+
+def test_leechers_and_what_is_not_announced_do_not_go_along():
+    play, digests = settled(2)
+    play >> play.added(verified=False, announce=True)
+    play.scheduler.torrent(play.digest).announce.due_at = math.inf
+    other = metainfo_of(1, "an origin's")
+    play >> ev.TorrentAdded(other, "", 1, verified=True, announce=False)
+
+    assert batches(play.wait()) == [tuple(digests)]
+
+
+def test_that_a_blob_is_complete_is_news_and_goes_alone_until_it_is_heard():
+    play, digests = settled(5)
+    play >> play.added(verified=False, announce=True)
+    actions = play >> ev.BlobVerified(play.digest)
+    assert batches(actions) == [(play.digest,)]
+    play >> ev.AnnounceFailed(play.digest)
+    assert batches(play.wait()) == [(play.digest,)]
+    play >> play.replied(interval=60.0)
+
+    assert set(batches(play.wait())[0]) == {*digests, play.digest}
+
+
+def test_each_blob_that_no_tracker_took_is_tried_again():
+    play, digests = settled(5)
+    assert batches(play.wait()) == [tuple(digests)]
+    play >> ev.AnnounceReplied(digests[0], 60.0, ())
+    for digest in digests[1:]:
+        play >> ev.AnnounceFailed(digest)
+
+    again = [d for batch in batches(play.wait_until(play.now + 2.0)) for d in batch]
+    assert sorted(again) == sorted(digests[1:])
+
+
+def test_the_blobs_of_a_tracker_that_is_gone_are_still_spread():
+    """All its hosts come to the successor, which must not get all their blobs in one moment."""
+    play, digests = settled(300)
+    lost_at = play.now
+    play >> ev.TrackerLost(tuple(digests))
+    sizes = []
+    while sum(sizes) < len(digests):
+        sizes += map(len, batches(play.wait()))
+
+    assert play.now - lost_at > 300 * LOST_SEEDING_SPACING / 2
+    assert max(sizes) < 60
+
+
+def test_a_drain_takes_leave_of_each_blob():
+    play, digests = settled(3)
+    left = play >> ev.DrainStarted()
+
+    assert [action.digest for action in left] == digests
+    assert play.scheduler.next_deadline() == math.inf
 
 
 # --- a tracker that goes away -----------------------------------------------------------------
