@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
 from swarmpull.cli.options import check_files, configured, load_config, role_option
+
+if TYPE_CHECKING:
+    from swarmpull.config import Config
+    from swarmpull.layers import Loaded
+
+_T = TypeVar("_T")
+
+# For the index backend to list all repositories, in seconds.
+BACKEND_PATIENCE: Final = 10.0
 
 
 @click.group()
@@ -29,10 +39,45 @@ def check(
 ) -> None:
     """Report everything that is wrong with the configuration.
 
-    With --role also what those roles need.
+    With --role also what those roles need. Rules of replication are held against the repositories that
+    there are, if the index backend can be asked.
     """
-    check_files(load_config(roles, file, data_dir, agents, overrides), roles)
+    loaded = load_config(roles, file, data_dir, agents, overrides)
+    check_files(loaded, roles)
     click.echo("The configuration is valid.")
+    if loaded.config.replications and (not roles or {"index", "all"} & set(roles)):
+        _check_rules(loaded)
+
+
+def _check_rules(loaded: Loaded) -> None:
+    """Say which rules match no repository; that is no error: the first one may be pushed tomorrow."""
+    from swarmpull.errors import SwarmpullError
+    from swarmpull.roles.remotes import rules_without_repositories
+    from swarmpull.runtime import run_command
+
+    try:
+        patterns, count = run_command(partial(_in_time, rules_without_repositories, loaded.config))
+    except SwarmpullError as error:
+        click.echo(
+            f"The rules of replication were not held against repositories: {error}", err=True
+        )
+        return
+    for pattern in patterns if count else ():
+        click.echo(
+            f"Replication of {pattern} matches none of the {count} repositories that there are."
+        )
+
+
+async def _in_time(ask: Callable[[Config], Awaitable[_T]], config: Config) -> _T:
+    """Raises BackendUnavailable when it takes too long."""
+    import trio
+
+    from swarmpull.errors import BackendUnavailable
+
+    with trio.move_on_after(BACKEND_PATIENCE):
+        return await ask(config)
+    url = config.index.backend.url.partition("?")[0]
+    raise BackendUnavailable(url, "catalog/", f"no answer within {BACKEND_PATIENCE:g} s")
 
 
 @config.command()

@@ -11,7 +11,7 @@ import attrs
 import structlog
 import trio
 
-from swarmpull.config import RemoteConfig, ReplicationConfig
+from swarmpull.config import Config, RemoteConfig, ReplicationConfig
 from swarmpull.digest import Digest
 from swarmpull.errors import (
     InvalidDigest,
@@ -21,8 +21,10 @@ from swarmpull.errors import (
     RpcFailed,
 )
 from swarmpull.patterns import compile_pattern
+from swarmpull.roles.catalog import Catalog
 from swarmpull.roles.cluster import IndexClient, OriginClient
 from swarmpull.roles.ring_client import RingClient, open_ring
+from swarmpull.store.backends import open_backend
 from swarmpull.wire import api
 from swarmpull.wire.listen import parse_address
 from swarmpull.wire.rpc import RpcPool
@@ -31,6 +33,8 @@ log = structlog.get_logger()
 
 # For so many seconds it is believed which origins a remote has.
 DESCRIPTION_BELIEVED: Final = 30.0
+# Names of repositories that are read at once.
+CATALOG_PAGE: Final = 1000
 # More than a cluster has.
 ORIGINS_MAX: Final = 1000
 
@@ -71,6 +75,29 @@ class Rules:
         """A tag of a repository has changed."""
         for rule in self.rules:
             rule.matched += rule.matches(repository)
+
+
+async def rules_without_repositories(config: Config) -> tuple[Sequence[str], int]:
+    """The patterns of rules that match nothing of what is in the index backend, and how much that is.
+
+    Raises:
+        SwarmpullError: the backend cannot be asked.
+    """
+    url = config.index.backend.url
+    if url.startswith("file:") and "create=" not in url:
+        # Looking must not begin one.
+        url += "&create=false" if "?" in url else "?create=false"
+    rules = Rules(config.replications)
+    catalog = Catalog(await open_backend(url))
+    after, more, count = "", True, 0
+    while more:
+        page = await catalog.list_repositories(after, CATALOG_PAGE)
+        for name in page.names:
+            rules.count(name)
+        count += len(page.names)
+        more = page.more and bool(page.names)
+        after = page.names[-1] if page.names else after
+    return [rule.pattern for rule in rules.rules if not rule.matched], count
 
 
 class Remote:

@@ -32,6 +32,7 @@ from swarmpull.errors import (
     StoreFull,
     StoreUnavailable,
     SwarmpullError,
+    TagImmutable,
 )
 from swarmpull.patterns import compile_pattern
 from swarmpull.roles.catalog import Catalog
@@ -73,6 +74,7 @@ _HOPELESS: Final = (
     DigestMismatch,
     InvalidDigest,
     BlobNotFound,
+    TagImmutable,
 )
 # What others that go to the same remote would meet, too.
 _OF_THE_REMOTE: Final = (RpcUnavailable, RpcFailed, BackendUnavailable)

@@ -229,11 +229,19 @@ def test_a_remote_that_is_down_is_told_when_it_is_back_and_status_says_why(pair:
     pair.east.wait_until_idle()
 
 
+def test_config_check_names_rules_that_match_no_repository(pair: Pair) -> None:
+    data = str(pair.east.cluster.directory / "east")
+    rules = remotes(pair.west.ports, {"west": ("team/*", "taem/*")})
+    checked = run_to_the_end("config", "check", "--role", "all", "--data-dir", data, *rules)
+    assert checked.returncode == 0, checked.stderr
+    assert "Replication of taem/* matches none of the " in checked.stdout
+    assert "team/*" not in checked.stdout
+
+
 @pytest.mark.parametrize("victim", ["east", "west"])
 def test_kill_9_midway_loses_nothing_and_repeats_little(pair: Pair, victim: str) -> None:
     # A blob of 24 MiB takes three seconds at the rate of this remote.
-    layers = [web.random_bytes(24 * MIB, f"{victim} {number}") for number in range(1)]
-    digest = pair.east.push("slow/app", victim, *layers)
+    digest = pair.east.push("slow/app", victim, web.random_bytes(24 * MIB, victim))
     before = pair.west.bytes_from_others()
     wait_until(lambda: pair.west.bytes_from_others() - before >= 8 * MIB, "a third is there")
 

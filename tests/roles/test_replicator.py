@@ -19,12 +19,15 @@ from swarmpull.config import (
     NamespaceConfig,
     RemoteConfig,
     ReplicationConfig,
+    TlsConfig,
+    TrustedClusterConfig,
 )
 from swarmpull.digest import Digest
 from swarmpull.roles import replicator
 from swarmpull.roles.index import run_index
 from swarmpull.wire.api import RESOLVE, ReferenceRequest
 from tests.ports import free_ports
+from tests.security.hosts import ALL, Authority, config_of
 
 from .roles import API, LISTEN, Cluster, cluster_under, whole_cluster
 
@@ -80,9 +83,10 @@ class East:
 
 @asynccontextmanager
 async def east_under(
-    root: Path, *, remote_index: str = "", indexes: int = 2
+    root: Path, *, remote_index: str = "", indexes: int = 2, tls: TlsConfig | None = None
 ) -> AsyncIterator[East]:
     async with cluster_under(root) as cluster:
+        cluster.config = attrs.evolve(cluster.config, tls=tls or TlsConfig())
         ports = free_ports(indexes)
         addresses = tuple(f"127.0.0.1:{port}" for port in ports)
         cluster._learn(indexes=addresses)
@@ -218,6 +222,57 @@ async def test_a_rule_that_is_new_sends_what_is_there_when_it_is_asked_to(tmp_pa
         assert await digest_at(west) == digest
         rules = (await east.replication(0))["rules"]
         assert rules == [{"pattern": "team/*", "remote": "west", "matched": 0}]
+
+
+async def test_clusters_with_authorities_of_their_own_replicate_by_tls(tmp_path: Path) -> None:
+    directories = {name: tmp_path / f"{name}-ca" for name in ("east", "west")}
+    issued = {}
+    for name, directory in directories.items():
+        issued[name] = Authority.create(directory, name).issue("host", *ALL)
+
+    def tls(name: str, other: str, *, trusts: bool = True) -> TlsConfig:
+        trusted = TrustedClusterConfig(cluster=other, ca=str(directories[other] / "ca.crt"))
+        config = config_of(issued[name])
+        return attrs.evolve(config, trusted=(trusted,) if trusts else ())
+
+    async with cluster_under(tmp_path / "west") as west:
+        west.config = attrs.evolve(west.config, tls=tls("west", "east", trusts=False))
+        origin = await west.start_origin()
+        index = await west.start_index()
+        remote = index.address("rpc")
+        async with east_under(
+            tmp_path / "east", remote_index=remote, indexes=1, tls=tls("east", "west")
+        ) as east:
+            await east.push()
+
+            async def is_refused() -> bool:
+                return bool((await east.replication(0))["remotes"][0]["failure"])
+
+            await until(is_refused)
+            failure = (await east.replication(0))["remotes"][0]["failure"]
+            assert "refuses our certificate" in failure, failure
+
+            # Now west trusts east.
+            west.config = attrs.evolve(west.config, tls=tls("west", "east"))
+            index_port, origin_port = (
+                int(role.address("rpc").rpartition(":")[2]) for role in (index, origin)
+            )
+            await index.stop()
+            await origin.stop()
+            west._learn(indexes=(remote,))
+            await west.start_origin(port=origin_port)
+            settings = IndexConfig(
+                rpc=ListenerConfig(listen=Address("127.0.0.1", index_port)),
+                admin=LISTEN,
+                backend=BackendConfig(url=(tmp_path / "west" / "index-backend").as_uri()),
+            )
+            await west.start("index", run_index, settings)
+
+            await east.cluster.counted("index-0", 'replication_copied_total{remote="west"}', 1)
+            for path in ("manifests/v1", f"blobs/{Digest.of(LAYER)}"):
+                reply = await west.get("origin", f"/v2/team/app/{path}")
+                assert reply.status_code == 200, reply.text
+            assert (await west.status("origin"))["bytes_received"]["origin"] >= len(LAYER)
 
 
 async def test_one_backend_for_both_needs_no_bytes(tmp_path: Path) -> None:

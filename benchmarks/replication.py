@@ -1,0 +1,308 @@
+"""Images from one cluster to another over loopback, beside a plain copy of the bytes by one TCP connection.
+
+    python -m benchmarks.replication [--size 2GB] [--layers 6] [--rounds 3]
+
+Each cluster is one process of all roles with directories behind it.  A round begins with clusters that have
+nothing, pushes the layers of an image to the first one, waits until its backend has them, and measures from
+the put of the tag there until the registry of the other one gives the manifest:
+
+- an image of SIZE in LAYERS random layers;
+- another one that shares all layers but the last;
+- the first one in a repository that goes to a cluster whose origins have the backend of the first one.
+
+The plain copy moves the bytes of the layers from the same files, with sendfile, into a file that is flushed;
+nothing is verified.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+
+from benchmarks.content import write_random
+from benchmarks.machine import load_average, machine, touch_memory
+from benchmarks.processes import Client, Server, Usage, stop_all
+from benchmarks.pull import free_ports, get
+from swarmpull.digest import Digest
+from swarmpull.units import parse_size
+
+MB: Final = 1_000_000
+MIB: Final = 1 << 20
+POLL_SECONDS: Final = 0.02
+SECONDS_MAX: Final = 3600.0
+LISTENERS: Final = {
+    "tracker": ("rpc", "admin"),
+    "index": ("rpc", "admin"),
+    "origin": ("rpc", "registry", "peer", "admin"),
+    "agent": ("registry", "peer", "admin"),
+}
+CONFIG: Final = b'{"architecture": "amd64", "os": "linux"}'
+OCI: Final = "application/vnd.oci.image"
+CASES: Final = ("plain copy", "image", "another image, one layer new", "one backend for both")
+
+
+@attrs.frozen
+class Measured:
+    """One case of one round.
+
+    Attributes:
+        seconds: from the put of the tag until the other cluster has it.
+        moved: bytes of blobs that went from origin to origin.
+        usages: of the sending and the receiving side.
+    """
+
+    seconds: float
+    moved: int
+    usages: tuple[Usage, Usage]
+
+
+class Cluster:
+    """All roles in one process."""
+
+    def __init__(
+        self, name: str, directory: Path, remotes: dict[str, Cluster], backend: Path | None = None
+    ) -> None:
+        """``remotes``: the first component of repositories, and the cluster that they go to."""
+        ports = free_ports()
+        self.ports = {
+            role: {what: next(ports) for what in listeners} for role, listeners in LISTENERS.items()
+        }
+        options = [
+            f"{role}.{what}.listen=127.0.0.1:{port}"
+            for role, listeners in self.ports.items()
+            for what, port in listeners.items()
+        ]
+        options.append("log.level=warning")
+        if backend is not None:
+            options.append(f"origin.backend.url={backend.as_uri()}")
+        for number, (first, other) in enumerate(remotes.items()):
+            index = other.ports["index"]["rpc"]
+            options += [
+                f"remotes.{number}.name={other.name}",
+                f"remotes.{number}.indexes=127.0.0.1:{index}",
+                f"replications.{number}.pattern={first}/**",
+                f"replications.{number}.remote={other.name}",
+            ]
+        self.name = name
+        self.data = directory / name
+        command = [sys.executable, "-m", "swarmpull", "run", "--role", "all"]
+        command += ["--data-dir", str(self.data)]
+        command += [word for option in options for word in ("-o", option)]
+        self.server = Server(name, command, directory)
+        self.server.wait_until(self._is_ready, "it is ready")
+
+    def _is_ready(self) -> bool:
+        return all(
+            get(self.ports[role]["admin"], "/readiness")[0] == 200
+            for role in ("origin", "index", "agent")
+        )
+
+    def push_blob(self, repository: str, content: Path | bytes, digest: str) -> None:
+        """Push a blob, and close the connection."""
+        answer = self._request("POST", f"/v2/{repository}/blobs/uploads/")
+        path = answer.headers["Location"]
+        path += f"{'&' if '?' in path else '?'}digest={digest}"
+        if isinstance(content, bytes):
+            self._request("PUT", path, content, 201)
+            return
+        with content.open("rb") as body:
+            headers = {"Content-Length": str(content.stat().st_size)}
+            self._request("PUT", path, body, 201, headers)
+
+    def mount_blob(self, repository: str, source: str, digest: str) -> None:
+        self._request(
+            "POST", f"/v2/{repository}/blobs/uploads/?mount={digest}&from={source}", b"", 201
+        )
+
+    def put_manifest(self, repository: str, tag: str, manifest: bytes) -> None:
+        headers = {"Content-Type": f"{OCI}.manifest.v1+json"}
+        self._request("PUT", f"/v2/{repository}/manifests/{tag}", manifest, 201, headers)
+
+    def has_tag(self, repository: str, tag: str) -> bool:
+        return get(self.ports["origin"]["registry"], f"/v2/{repository}/manifests/{tag}")[0] == 200
+
+    def wait_until_written_back(self) -> None:
+        self.server.wait_until(lambda: self.metric("write_back_queue_blobs") == 0, "all is written")
+
+    def received(self) -> int:
+        """Bytes that its origin took from other origins."""
+        status = json.loads(get(self.ports["origin"]["admin"], "/status")[1])
+        return int(status["bytes_received"]["origin"])
+
+    def metric(self, name: str) -> float:
+        _, body = get(self.ports["origin"]["admin"], "/metrics")
+        lines = dict(line.rsplit(" ", 1) for line in body.decode().splitlines() if line[0] != "#")
+        return float(lines[f"swarmpull_{name}"])
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        body: Any = b"",  # noqa: ANN401 - what http.client takes
+        status: int = 202,
+        headers: dict[str, str] | None = None,
+    ) -> http.client.HTTPResponse:
+        connection = http.client.HTTPConnection(
+            "127.0.0.1", self.ports["origin"]["registry"], timeout=600.0
+        )
+        try:
+            connection.request(method, path, body, headers or {})
+            answer = connection.getresponse()
+            said = answer.read()
+        finally:
+            connection.close()
+        if answer.status != status:
+            raise RuntimeError(f"{self.name}: {method} {path}: {answer.status} {said[:500]!r}")
+        return answer
+
+
+def manifest_of(layers: Sequence[tuple[str, int]]) -> bytes:
+    """An image manifest over layers, given by digest and length."""
+    document = {
+        "schemaVersion": 2,
+        "mediaType": f"{OCI}.manifest.v1+json",
+        "config": {
+            "mediaType": f"{OCI}.config.v1+json",
+            "digest": str(Digest.of(CONFIG)),
+            "size": len(CONFIG),
+        },
+        "layers": [
+            {"mediaType": f"{OCI}.layer.v1.tar", "digest": digest, "size": size}
+            for digest, size in layers
+        ],
+    }
+    return json.dumps(document).encode()
+
+
+def replicate(east: Cluster, west: Cluster, repository: str, manifest: bytes) -> Measured:
+    """Put a tag, and wait until the other cluster has it."""
+    east.wait_until_written_back()
+    os.sync()
+    before = west.received()
+    servers = (east.server, west.server)
+    for server in servers:
+        server.begin()
+    began = time.perf_counter()
+    tag = str(time.time_ns())
+    east.put_manifest(repository, tag, manifest)
+    while not west.has_tag(repository, tag):
+        if time.perf_counter() - began > SECONDS_MAX:
+            raise RuntimeError(f"{west.name} did not get {repository}:{tag}")
+        time.sleep(POLL_SECONDS)
+    seconds = time.perf_counter() - began
+    usages = (servers[0].end(), servers[1].end())
+    return Measured(seconds, west.received() - before, usages)
+
+
+def copy_plainly(files: Sequence[Path], target: Path) -> Measured:
+    """The bytes of files through one connection."""
+    os.sync()
+    port = str(next(free_ports()))
+    module = [sys.executable, "-m", "benchmarks.plain_copy"]
+    receiver = Client([*module, "receive", port, str(target)])
+    began = time.perf_counter()
+    sender = Client([*module, "send", port, *map(str, files)])
+    try:
+        sent = sender.wait()
+        seconds = time.perf_counter() - began
+        received = receiver.wait()
+    finally:
+        sender.stop()
+        receiver.stop()
+    moved = target.stat().st_size
+    target.unlink()
+    return Measured(seconds, moved, (sent.usage, received.usage))
+
+
+def measure_round(directory: Path, size: int, count: int) -> dict[str, Measured]:
+    """All cases once, with clusters that have nothing."""
+    files = [directory / f"layer-{number}" for number in range(count + 1)]
+    layers = [(write_random(file, size // count), size // count) for file in files]
+    touch_memory(size)
+    found = {"plain copy": copy_plainly(files[:count], directory / "copy")}
+    clusters: list[Cluster] = []
+    try:
+        west = Cluster("west", directory, {})
+        clusters.append(west)
+        shared = Cluster("shared", directory, {}, directory / "east" / "backend")
+        clusters.append(shared)
+        east = Cluster("east", directory, {"team": west, "shared": shared})
+        clusters.append(east)
+        east.push_blob("team/app", CONFIG, str(Digest.of(CONFIG)))
+        for file, (digest, _) in zip(files[:count], layers, strict=False):
+            east.push_blob("team/app", file, digest)
+        manifest = manifest_of(layers[:count])
+        found["image"] = replicate(east, west, "team/app", manifest)
+        west.wait_until_written_back()
+        east.push_blob("team/app", files[count], layers[count][0])
+        other = manifest_of([*layers[: count - 1], layers[count]])
+        found["another image, one layer new"] = replicate(east, west, "team/app", other)
+        for digest in (str(Digest.of(CONFIG)), *(digest for digest, _ in layers[:count])):
+            east.mount_blob("shared/app", "team/app", digest)
+        found["one backend for both"] = replicate(east, shared, "shared/app", manifest)
+    finally:
+        stop_all([cluster.server for cluster in reversed(clusters)])
+        for each in (*files, *(cluster.data for cluster in clusters)):
+            shutil.rmtree(each) if each.is_dir() else each.unlink(missing_ok=True)
+    return found
+
+
+def report(size: int, count: int, rounds: Sequence[dict[str, Measured]]) -> Iterator[str]:
+    """A table in Markdown, of medians."""
+    yield f"{size / MB:g} MB in {count} layers, median of {len(rounds)}; {machine()}"
+    yield ""
+    yield (
+        "| case | seconds | MB/s | of the plain copy | MB moved | CPU seconds, sender, receiver "
+        "| peak RSS, MiB, sender, receiver |"
+    )
+    yield "|---|---:|---:|---:|---:|---:|---:|"
+    plain = statistics.median(each["plain copy"].seconds for each in rounds)
+    for case in CASES:
+        measured = [each[case] for each in rounds]
+        seconds = statistics.median(each.seconds for each in measured)
+        moved = statistics.median(each.moved for each in measured)
+        sides = [[each.usages[side] for each in measured] for side in (0, 1)]
+        cpu = ", ".join(f"{statistics.median(u.cpu for u in side):.1f}" for side in sides)
+        peaks = [max(usage.memory or 0 for usage in side) for side in sides]
+        memory = ", ".join(f"{peak / MIB:.0f}" for peak in peaks) if any(peaks) else ""
+        whole = f"{plain / seconds:.2f}" if case in CASES[:2] else ""
+        rate = f"{moved / seconds / MB:.0f}" if moved > MB else ""
+        cells = (case, f"{seconds:.2f}", rate, whole, f"{moved / MB:.1f}", cpu, memory)
+        yield f"| {' | '.join(cells)} |"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.replication", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--size", type=parse_size, default=parse_size("2GB"), metavar="SIZE")
+    parser.add_argument("--layers", type=int, default=6, metavar="N")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N")
+    parser.add_argument("--directory", type=Path, help="where to work: room for 7 x SIZE")
+    arguments = parser.parse_args()
+    if min(arguments.layers, arguments.rounds) < 1 or arguments.size < arguments.layers * MIB:
+        parser.error("--layers and --rounds must be at least 1, --size a MiB for each layer")
+    rounds = []
+    with tempfile.TemporaryDirectory(prefix="benchmark-", dir=arguments.directory) as name:
+        for number in range(arguments.rounds):
+            found = measure_round(Path(name), arguments.size, arguments.layers)
+            told = ", ".join(f"{case} {each.seconds:.2f} s" for case, each in found.items())
+            print(f"round {number + 1}: {told}, load {load_average():.1f}", file=sys.stderr)
+            rounds.append(found)
+    print("\n".join(report(arguments.size, arguments.layers, rounds)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
