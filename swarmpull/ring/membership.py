@@ -94,6 +94,8 @@ class Membership:
     resolved it has no members, and when it no longer resolves its last members stay.
     """
 
+    STATES: Final = ("healthy", "suspect", "unhealthy")
+
     def __init__(
         self,
         entries: Iterable[str],
@@ -174,6 +176,19 @@ class Membership:
         """The members that are tried last for the time being."""
         now = trio.current_time()
         return tuple(member for member in self.members if not self._health.is_healthy(member, now))
+
+    def states(self) -> dict[str, int]:
+        """How many members are in which of `STATES`; a suspect is still called in its turn."""
+        now = trio.current_time()
+        counts = dict.fromkeys(self.STATES, 0)
+        for member in self.members:
+            if not self._health.is_healthy(member, now):
+                counts["unhealthy"] += 1
+            elif self._probing.is_patient(member):
+                counts["suspect"] += 1
+            else:
+                counts["healthy"] += 1
+        return counts
 
     def unhealthy_for(self, member: str) -> float:
         """Seconds since a member became unhealthy; 0 for a healthy one."""

@@ -31,6 +31,7 @@ from swarmpull.roles.agent_preheat import AgentPreheating
 from swarmpull.roles.cluster import ORIGIN_RING, Cluster, IndexClient, OriginClient, TrackerClient
 from swarmpull.roles.config_changes import ConfigChanges
 from swarmpull.roles.repositories import Repositories, upstream_names
+from swarmpull.roles.ring_metrics import RingMetrics
 from swarmpull.roles.role_store import open_role_store
 from swarmpull.roles.security import open_tls, peer_tls
 from swarmpull.roles.serving import serve_role
@@ -358,6 +359,7 @@ async def run_agent(
         open_rpc_pool(tls=tls) as pool,
     ):
         cluster = Cluster(pool, config.cluster, changes)
+        RingMetrics(metrics).show_all(cluster.rings)
         async with (
             open_role_store("agent", settings.data_dir, settings.store, metrics) as store,
             _swarm_of(store, cluster, settings, config, metrics, tls) as host,

@@ -40,6 +40,7 @@ from swarmpull.roles.repair import BATCH, Repair
 from swarmpull.roles.replication import Replication
 from swarmpull.roles.repositories import Repositories, upstream_names
 from swarmpull.roles.ring_client import RingClient, open_ring
+from swarmpull.roles.ring_metrics import RingMetrics
 from swarmpull.roles.role_store import open_role_store
 from swarmpull.roles.security import open_tls, peer_tls
 from swarmpull.roles.serving import serve_role
@@ -510,13 +511,14 @@ async def run_origin(
         trio.open_nursery() as nursery,
     ):
         indexes, origins = _rings(pool, config.cluster, changes)
-        index = IndexClient(RingClient(pool, indexes, "index"))
+        rings = RingMetrics(metrics)
+        index = IndexClient(rings.show(RingClient(pool, indexes, "index")))
         replication = Replication(pool, origins, host, settings.replicas, metrics)
         cold = ColdBlobs(
             store,
             backends.namespaces,
             host,
-            RingClient(pool, origins),
+            rings.show(RingClient(pool, origins)),
             nursery,
             metrics,
             fetch_connections=settings.fetch_connections,

@@ -57,13 +57,22 @@ class RingClient:
     """Calls the members of one ring.
 
     ``name`` says in errors which ring it is: tracker, origin, index; that of ``members`` by default.
+
+    Attributes:
+        on_lookup: is called for each `look_up`.
+        on_hedge: is told one of `HEDGES` for a second member that a lookup is asked of: it is sent, has won,
+            or is refused because there were too many.
     """
+
+    HEDGES: Final = ("sent", "won", "refused")
 
     def __init__(self, pool: RpcPool, members: Membership, name: str | None = None) -> None:
         self._pool = pool
         self.members = members
         self.name = name or members.name
         self._hedging = Hedging(HedgeLimits())
+        self.on_lookup: Callable[[], None] = _nothing
+        self.on_hedge: Callable[[str], None] = _nothing
 
     def when_lost(self, tell: Callable[[str], None]) -> None:
         """Call ``tell(address)`` whenever a member that we are connected to went away; see `RpcPool`."""
@@ -146,6 +155,8 @@ class RingClient:
         order = self.members.order(key, pass_suspects=True)
         lookup = _Lookup[Rep](Race(order, self._hedging.delay(method.name)))
         self._hedging.begun()
+        self.on_lookup()
+        hedged: set[str] = set()
 
         async def ask(address: str) -> None:
             begun_at = trio.current_time()
@@ -162,16 +173,24 @@ class RingClient:
 
         async with trio.open_nursery() as nursery:
             while not lookup.race.is_over:
-                address = lookup.race.next(trio.current_time(), self._hedging.may_hedge)
+                address = lookup.race.next(trio.current_time(), self._may_hedge)
                 if address is not None:
                     for late in lookup.race.waited_for(address):
+                        hedged.add(address)
                         self.members.suspect(late)
                     nursery.start_soon(ask, address)
                 await lookup.wait()
             nursery.cancel_scope.cancel()
         if lookup.race.winner is None:
             raise self._nobody_answered(method.name, lookup.failures)
+        if lookup.race.winner in hedged:
+            self.on_hedge("won")
         return lookup.outcome(lookup.race.winner)
+
+    def _may_hedge(self) -> bool:
+        allowed = self._hedging.may_hedge()
+        self.on_hedge("sent" if allowed else "refused")
+        return allowed
 
     async def call_first(
         self,
@@ -255,6 +274,10 @@ async def ask_member(
         return reply
     # Others have found out, and recorded it.
     raise _hung(address, method)
+
+
+def _nothing(*_: object) -> None:
+    """Nobody counts."""
 
 
 def _hung(address: str, method: Method[Req, Rep]) -> RpcUnavailable:

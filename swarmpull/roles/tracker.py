@@ -26,6 +26,7 @@ from swarmpull.roles.cluster import OriginClient
 from swarmpull.roles.config_changes import ConfigChanges
 from swarmpull.roles.hash_log import HashLog, HashPolls, complete_growth
 from swarmpull.roles.ring_client import RingClient, open_ring
+from swarmpull.roles.ring_metrics import RingMetrics
 from swarmpull.roles.security import open_tls
 from swarmpull.roles.serving import serve_role
 from swarmpull.roles.tracker_metainfo import MetainfoLimits, MetainfoSource
@@ -265,7 +266,7 @@ async def run_tracker(
             changes.follow(origins=members)
         await background.start(members.run)
         metainfo = MetainfoSource(
-            OriginClient(RingClient(pool, members)),
+            OriginClient(RingMetrics(metrics).show(RingClient(pool, members))),
             background,
             on_seeder=partial(_add_origin, table),
             limits=MetainfoLimits(),

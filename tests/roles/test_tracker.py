@@ -371,6 +371,7 @@ async def test_the_admin_pages_tell_what_goes_on(origin):
     assert "swarmpull_tracker_seeders 1.0" in metrics
     assert "swarmpull_tracker_origins 1.0" in metrics
     assert 'swarmpull_tracker_metainfo_requests_total{source="fetch"} 1.0' in metrics
+    assert 'swarmpull_ring_members{ring="origin",state="healthy"} 1.0' in metrics
 
 
 # --- watches ----------------------------------------------------------------------------------
