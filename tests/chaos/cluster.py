@@ -91,6 +91,7 @@ class RoleProcess:
     Attributes:
         directory: of its data; a file system of its own if it has a small disk.
         endings: exit statuses of the ends that were asked for with SIGTERM.
+        ended: set while there is no process, not even one that is dying.
     """
 
     def __init__(
@@ -106,6 +107,8 @@ class RoleProcess:
         self.log = log
         self.state = "down"
         self.endings: list[int] = []
+        self.ended = trio.Event()
+        self.ended.set()
         self._command = host.command(command)
         self._environment = {**environment(), "PYTHONUNBUFFERED": "1", **variables}
         self._process: trio.Process | None = None
@@ -119,7 +122,8 @@ class RoleProcess:
         return None if self._process is None else self._process.pid
 
     async def start(self) -> None:
-        """Begin; `Cluster.wait_until_ready` waits until it serves."""
+        """Begin, when the former process has ended; `Cluster.wait_until_ready` waits until it serves."""
+        await self.ended.wait()
         assert self._process is None, f"{self.host.name} runs already"
         with self.log.open("ab") as log:
             self._process = await trio.lowlevel.open_process(
@@ -129,6 +133,7 @@ class RoleProcess:
                 stderr=log,
                 env=self._environment,
             )
+        self.ended = trio.Event()
         self.state = "up"
 
     async def kill(self, number: signal.Signals) -> int | None:
@@ -143,11 +148,13 @@ class RoleProcess:
         with trio.CancelScope(shield=True):
             with trio.move_on_after(ENDED):
                 status = await process.wait()
+                self.ended.set()
                 if number is signal.SIGTERM:
                     self.endings.append(status)
                 return status
             process.kill()
             await process.wait()
+            self.ended.set()
         raise ClusterError(
             self.host.name, f"did not end within {ENDED:g} s after {number.name}", self.said()
         )
@@ -348,8 +355,9 @@ class Cluster:
 
     # --- disks --------------------------------------------------------------------------------
 
-    def wipe(self, name: str) -> None:
-        """Lose everything that a process which is down had on its disk."""
+    async def wipe(self, name: str) -> None:
+        """Lose everything that a process had on its disk, when it has ended."""
+        await self.roles[name].ended.wait()
         for path in self.roles[name].directory.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)

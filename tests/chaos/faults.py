@@ -143,9 +143,9 @@ class Faults:
             await self._cluster.wait_until_ready(name)
         self._record.calm(name, self._clients.now())
 
-    def _wipe(self, step: Step) -> None:
+    async def _wipe(self, step: Step) -> None:
         for name in step.hosts:
-            self._cluster.wipe(name)
+            await self._cluster.wipe(name)
 
     def _freeze(self, step: Step) -> None:
         for name in step.hosts:

@@ -76,6 +76,8 @@ def details(result: Result) -> list[str]:
         f"  pulls  {_summary(result.pulls)}",
         f"  ready {_seconds(result.health)} after the end, in the backend {_seconds(result.backend)}",
     ]
+    if result.damaged:
+        lines.append(f"  {result.damaged} blobs were damaged on disks, and read again at the end")
     lines += [
         f"  {each.at:6.1f} s  {each.step:42} ready {_seconds(each.ready):>7}, "
         f"first pull {_seconds(each.pull):>7}, first push {_seconds(each.push):>7}"

@@ -64,6 +64,7 @@ class Result:
         health: seconds from the end of the faults until all roles were ready; None if they never were.
         backend: seconds until the backend had everything, too; None if that was not waited for.
         lost: acknowledged pushes that could not be read.
+        damaged: blobs of which a bit was flipped on a disk, and that were read again at the end.
         slowest: the attempts that waited for longest without an excuse.
     """
 
@@ -77,6 +78,7 @@ class Result:
     pulls: Counts
     lost: int
     cold_reads: int
+    damaged: int
     health: float | None
     backend: float | None
     recoveries: Sequence[Recovery]
@@ -162,6 +164,7 @@ async def _play(cluster: Cluster, scenario: Scenario, options: Options) -> Resul
         pulls=count(record, PULL, excused),
         lost=len(lost),
         cold_reads=len(record.pushed),
+        damaged=len(faults.corrupted),
         health=health,
         backend=backend,
         recoveries=recoveries(record),
