@@ -1,6 +1,6 @@
 """Images from one cluster to another over loopback, beside a plain copy of the bytes by one TCP connection.
 
-    python -m benchmarks.replication [--size 2GB] [--layers 6] [--rounds 3]
+    python -m benchmarks.replication [--size 2GB] [--layers 6] [--rounds 3] [--rate RATE]
 
 Each cluster is one process of all roles with directories behind it.  A round begins with clusters that have
 nothing, pushes the layers of an image to the first one, waits until its backend has them, and measures from
@@ -11,7 +11,8 @@ the put of the tag there until the registry of the other one gives the manifest:
 - the first one in a repository that goes to a cluster whose origins have the backend of the first one.
 
 The plain copy moves the bytes of the layers from the same files, with sendfile, into a file that is flushed;
-nothing is verified.
+nothing is verified.  With RATE the first cluster sends no faster than that (`remotes.rate`), as if the way
+between the two were a slow one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import math
 import os
 import shutil
 import statistics
@@ -36,15 +38,16 @@ from benchmarks.machine import load_average, machine, touch_memory
 from benchmarks.processes import Client, Server, Usage, stop_all
 from benchmarks.pull import free_ports, get
 from swarmpull.digest import Digest
-from swarmpull.units import parse_size
+from swarmpull.units import parse_rate, parse_size
 
 MB: Final = 1_000_000
 MIB: Final = 1 << 20
-POLL_SECONDS: Final = 0.02
+# Each look costs the receiving side a few ms of processor time.
+POLL_SECONDS: Final = 0.2
 SECONDS_MAX: Final = 3600.0
 LISTENERS: Final = {
     "tracker": ("rpc", "admin"),
-    "index": ("rpc", "admin"),
+    "index": ("rpc", "api", "admin"),
     "origin": ("rpc", "registry", "peer", "admin"),
     "agent": ("registry", "peer", "admin"),
 }
@@ -72,7 +75,13 @@ class Cluster:
     """All roles in one process."""
 
     def __init__(
-        self, name: str, directory: Path, remotes: dict[str, Cluster], backend: Path | None = None
+        self,
+        name: str,
+        directory: Path,
+        remotes: dict[str, Cluster],
+        *,
+        backend: Path | None = None,
+        rate: str = "unlimited",
     ) -> None:
         """``remotes``: the first component of repositories, and the cluster that they go to."""
         ports = free_ports()
@@ -92,6 +101,7 @@ class Cluster:
             options += [
                 f"remotes.{number}.name={other.name}",
                 f"remotes.{number}.indexes=127.0.0.1:{index}",
+                f"remotes.{number}.rate={rate}",
                 f"replications.{number}.pattern={first}/**",
                 f"replications.{number}.remote={other.name}",
             ]
@@ -226,7 +236,7 @@ def copy_plainly(files: Sequence[Path], target: Path) -> Measured:
     return Measured(seconds, moved, (sent.usage, received.usage))
 
 
-def measure_round(directory: Path, size: int, count: int) -> dict[str, Measured]:
+def measure_round(directory: Path, size: int, count: int, rate: str) -> dict[str, Measured]:
     """All cases once, with clusters that have nothing."""
     files = [directory / f"layer-{number}" for number in range(count + 1)]
     layers = [(write_random(file, size // count), size // count) for file in files]
@@ -236,9 +246,9 @@ def measure_round(directory: Path, size: int, count: int) -> dict[str, Measured]
     try:
         west = Cluster("west", directory, {})
         clusters.append(west)
-        shared = Cluster("shared", directory, {}, directory / "east" / "backend")
+        shared = Cluster("shared", directory, {}, backend=directory / "east" / "backend")
         clusters.append(shared)
-        east = Cluster("east", directory, {"team": west, "shared": shared})
+        east = Cluster("east", directory, {"team": west, "shared": shared}, rate=rate)
         clusters.append(east)
         east.push_blob("team/app", CONFIG, str(Digest.of(CONFIG)))
         for file, (digest, _) in zip(files[:count], layers, strict=False):
@@ -289,6 +299,7 @@ def main() -> int:
     parser.add_argument("--size", type=parse_size, default=parse_size("2GB"), metavar="SIZE")
     parser.add_argument("--layers", type=int, default=6, metavar="N")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
+    parser.add_argument("--rate", default="unlimited", metavar="RATE")
     parser.add_argument("--directory", type=Path, help="where to work: room for 7 x SIZE")
     arguments = parser.parse_args()
     if min(arguments.layers, arguments.rounds) < 1 or arguments.size < arguments.layers * MIB:
@@ -296,11 +307,14 @@ def main() -> int:
     rounds = []
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=arguments.directory) as name:
         for number in range(arguments.rounds):
-            found = measure_round(Path(name), arguments.size, arguments.layers)
+            found = measure_round(Path(name), arguments.size, arguments.layers, arguments.rate)
             told = ", ".join(f"{case} {each.seconds:.2f} s" for case, each in found.items())
             print(f"round {number + 1}: {told}, load {load_average():.1f}", file=sys.stderr)
             rounds.append(found)
     print("\n".join(report(arguments.size, arguments.layers, rounds)))
+    rate = parse_rate(arguments.rate)
+    if rate < math.inf:
+        print(f"\nAt {arguments.rate} the bytes of the image take {arguments.size / rate:.2f} s.")
     return 0
 
 

@@ -18,7 +18,13 @@ import structlog
 import trio
 
 from swarmpull.digest import Digest
-from swarmpull.errors import RpcUnavailable, StoreFull, StoreUnavailable, SwarmpullError
+from swarmpull.errors import (
+    ProtocolError,
+    RpcUnavailable,
+    StoreFull,
+    StoreUnavailable,
+    SwarmpullError,
+)
 from swarmpull.roles.cluster import ADOPT_TIMEOUT, LOOKUP_TIMEOUT
 from swarmpull.roles.foreign_pools import ForeignPools
 from swarmpull.roles.origin_content import OriginContent
@@ -29,6 +35,7 @@ from swarmpull.store.holds import Pin
 from swarmpull.store.token_bucket import TokenBucket
 from swarmpull.telemetry import Metrics
 from swarmpull.wire import api
+from swarmpull.wire.listen import parse_address
 
 log = structlog.get_logger()
 
@@ -79,13 +86,16 @@ class HandOvers:
         """Have an origin of another cluster adopt a blob; answer when it has, or how far it is.
 
         Raises:
+            ProtocolError: an owner is no address.
             BlobNotFound: this cluster does not have the blob.
             RpcUnavailable: none of the origins there answers.
             SwarmpullError: what they say: PushRefused, StoreFull, DownloadFailed...
         """
         key = (request.digest, request.namespace, request.remote)
         seconds = request.seconds if 0 <= request.seconds <= WAIT_MAX else WAIT_MAX
-        self._bucket(request.remote).set_rate(request.rate or math.inf)
+        _check_owners(request.owners)
+        rate = request.rate
+        self._bucket(request.remote).set_rate(rate if rate is not None and rate > 0 else math.inf)
         with trio.move_on_after(seconds):
             return await self._work.run(key, partial(self._hand_over, request))
         now = self._under_way.get(key)
@@ -164,3 +174,11 @@ class HandOvers:
 
     def _bucket(self, remote: str) -> TokenBucket:
         return self._buckets.setdefault(remote, TokenBucket())
+
+
+def _check_owners(owners: tuple[str, ...]) -> None:
+    try:
+        for owner in owners:
+            parse_address(owner)
+    except ValueError as error:
+        raise ProtocolError(str(error)) from error

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from swarmpull.config import (
     TrustedClusterConfig,
 )
 from swarmpull.digest import Digest
+from swarmpull.errors import BlobNotFound, RpcFailed
 from swarmpull.roles import replicator
 from swarmpull.roles.index import run_index
-from swarmpull.wire.api import RESOLVE, ReferenceRequest
+from swarmpull.wire.api import HAND_OVER, RESOLVE, HandOverRequest, ReferenceRequest
 from tests.ports import free_ports
 from tests.security.hosts import ALL, Authority, config_of
 
@@ -194,6 +196,97 @@ async def test_what_a_remote_refuses_is_set_aside_until_somebody_says_so(tmp_pat
             assert await digest_at(west) == digest
 
 
+async def test_a_remote_without_room_is_tried_until_it_has_some(tmp_path: Path) -> None:
+    async with cluster_under(tmp_path / "west") as west:
+        origin = await west.start_origin(max_bytes="10000", low_watermark="9000")
+        index = await west.start_index()
+        async with east_under(
+            tmp_path / "east", remote_index=index.address("rpc"), indexes=1
+        ) as east:
+            digest = await east.push()
+
+            async def is_short_of_room() -> bool:
+                entries = (await east.replication(0))["entries"]
+                return bool(entries) and "no room" in entries[0]["failure"]
+
+            await until(is_short_of_room)
+            document = await east.replication(0)
+            assert not document["set_aside"]
+            assert not document["remotes"][0]["failing"], "others may go on"
+            port = int(origin.address("rpc").rpartition(":")[2])
+            await origin.stop()
+            await west.start_origin(port=port)
+
+            await east.cluster.counted("index-0", 'replication_copied_total{remote="west"}', 1)
+            assert await digest_at(west) == digest
+
+
+async def test_a_circle_of_three_clusters_ends_where_it_began(tmp_path: Path) -> None:
+    names = ("a", "b", "c")
+    ports = dict(zip(names, free_ports(3), strict=True))
+    async with AsyncExitStack() as stack:
+        clusters = {}
+        for name, following in zip(names, ("b", "c", "a"), strict=True):
+            cluster = await stack.enter_async_context(cluster_under(tmp_path / name))
+            address = f"127.0.0.1:{ports[name]}"
+            cluster._learn(indexes=(address,), origins=(f"127.0.0.1:{free_ports(1)[0]}",))
+            cluster.config = attrs.evolve(
+                cluster.config,
+                remotes=(RemoteConfig(name=following, indexes=(f"127.0.0.1:{ports[following]}",)),),
+                replications=(ReplicationConfig(pattern="**", remote=following),),
+            )
+            settings = IndexConfig(
+                rpc=ListenerConfig(listen=Address("127.0.0.1", ports[name])),
+                admin=LISTEN,
+                api=API,
+                backend=BackendConfig(url=(tmp_path / name / "index-backend").as_uri()),
+                name=name,
+                data_dir=tmp_path / name / "index",
+            )
+            await cluster.start("index", run_index, settings)
+            await cluster.start_origin(
+                port=int(cluster.config.cluster.origins[0].rpartition(":")[2])
+            )
+            clusters[name] = cluster
+        manifest = await clusters["a"].push_image("origin", "team/app", CONFIG, LAYER)
+
+        async def all_are_idle() -> bool:
+            documents = [await replication_of(cluster) for cluster in clusters.values()]
+            return not any(document["queued"] for document in documents)
+
+        await clusters["b"].counted("index", 'replication_copied_total{remote="c"}', 1)
+        await until(all_are_idle)
+        for cluster in clusters.values():
+            assert await digest_at(cluster) == Digest.of(manifest)
+        # From c it would have gone to where it came from.
+        assert await clusters["a"].metric("index", 'replication_copied_total{remote="b"}') == 1
+        assert await clusters["c"].metric("index", 'replication_copied_total{remote="a"}') == 0
+
+
+async def test_a_hand_over_to_nowhere_fails_alone(tmp_path: Path) -> None:
+    async with whole_cluster(tmp_path) as cluster:
+        await cluster.push_image("origin", "team/app", CONFIG, LAYER)
+        address = cluster.roles["origin"].address("rpc")
+        for owners, rate, failure in (
+            ((), 0.0, "none of its origins is known"),
+            (("nowhere",), math.nan, "nowhere"),
+            (("127.0.0.1:1",), -1.0, "127.0.0.1:1: .*refused"),
+        ):
+            request = HandOverRequest(Digest.of(LAYER), "team/app", "west", owners, rate, 5.0)
+            with pytest.raises(RpcFailed, match=failure):
+                await cluster.pool.call(address, HAND_OVER, request, timeout=20.0)
+        missing = HandOverRequest(
+            Digest.of(b"nothing"), "team/app", "west", ("127.0.0.1:1",), None, 5.0
+        )
+        with pytest.raises(BlobNotFound):
+            await cluster.pool.call(address, HAND_OVER, missing, timeout=20.0)
+
+
+async def replication_of(cluster: Cluster) -> dict[str, Any]:
+    address = cluster.roles["index"].address("admin")
+    return (await cluster.client.get(f"http://{address}/replication")).json()
+
+
 async def test_a_rule_that_is_new_sends_what_is_there_when_it_is_asked_to(tmp_path: Path) -> None:
     async with (
         whole_cluster(tmp_path / "west") as west,
@@ -264,6 +357,7 @@ async def test_clusters_with_authorities_of_their_own_replicate_by_tls(tmp_path:
             settings = IndexConfig(
                 rpc=ListenerConfig(listen=Address("127.0.0.1", index_port)),
                 admin=LISTEN,
+                api=API,
                 backend=BackendConfig(url=(tmp_path / "west" / "index-backend").as_uri()),
             )
             await west.start("index", run_index, settings)
