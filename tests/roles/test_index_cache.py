@@ -15,6 +15,7 @@ import trio.testing
 
 from swarmpull.config import (
     Address,
+    ApiConfig,
     BackendConfig,
     ClusterConfig,
     Config,
@@ -221,6 +222,7 @@ async def two_indexes(directory: Path, lease: float = 5.0) -> AsyncIterator[Inde
         settings = IndexConfig(
             rpc=ListenerConfig(listen=Address("127.0.0.1", port)),
             admin=LOOPBACK,
+            api=ApiConfig(listen=Address("127.0.0.1", 0)),
             backend=BackendConfig(url=directory.as_uri()),
             lease=Duration(lease),
         )
