@@ -590,6 +590,46 @@ class StoreConfig:
 
 
 @attrs.frozen(kw_only=True)
+class RuntimeConfig:
+    """Which container runtimes pull what was preheated."""
+
+    docker: str = attrs.field(
+        default="",
+        metadata=_meaning(
+            "Socket of a Docker daemon, such as /var/run/docker.sock, that pulls each preheated image; "
+            "whoever may use it is root on this host. Empty: none."
+        ),
+    )
+    containerd: str = attrs.field(
+        default="",
+        metadata=_meaning(
+            "Socket of a containerd, such as /run/containerd/containerd.sock, that pulls each preheated "
+            "image by means of ctr. Empty: none."
+        ),
+    )
+    containerd_namespace: str = attrs.field(
+        default="k8s.io",
+        metadata=_meaning("The namespace in containerd: k8s.io is that of Kubernetes."),
+    )
+    containerd_hosts: str = attrs.field(
+        default="/etc/containerd/certs.d",
+        metadata=_meaning(
+            "The directory with its hosts.toml files, as swarmpull setup writes them."
+        ),
+    )
+    registry: str = attrs.field(
+        default="",
+        metadata=_meaning(
+            "The registry by which containerd calls the cluster's own images, one of cluster.names; "
+            "empty: the agent's own address."
+        ),
+    )
+    timeout: Duration = attrs.field(
+        default=Duration(1800.0), metadata=_meaning("How long one pull may take.")
+    )
+
+
+@attrs.frozen(kw_only=True)
 class AgentConfig:
     """One agent."""
 
@@ -619,6 +659,10 @@ class AgentConfig:
         metadata=_meaning(
             "Get images ahead of pulls when an index says so; the agent keeps a call open at each index."
         ),
+    )
+    runtime: RuntimeConfig = attrs.field(
+        factory=RuntimeConfig,
+        metadata=_meaning("Runtimes of this host that pull what was preheated; none by default."),
     )
     unread_timeout: Lifetime = attrs.field(
         default=NEVER,

@@ -236,9 +236,16 @@ def _certificates_at(_paths: ssl.DefaultVerifyPaths) -> ssl.SSLContext:
 
 @asynccontextmanager
 async def open_http(
-    base: str, limits: ClientLimits | None = None, login: Login | None = None
+    base: str,
+    limits: ClientLimits | None = None,
+    login: Login | None = None,
+    *,
+    socket: str | None = None,
 ) -> AsyncIterator[HttpClient]:
-    """A client of the server at ``base``, for the length of the block."""
+    """A client of the server at ``base``, for the length of the block.
+
+    ``socket`` is the path of a Unix socket where that server listens.
+    """
     limits = limits or ClientLimits()
     # The system's certificates rather than a bundle of our own.  No proxy from the environment: it
     # would be asked for registries on loopback.
@@ -246,6 +253,7 @@ async def open_http(
         base_url=base,
         timeout=httpx.Timeout(limits.silence, connect=limits.connect, pool=None),
         limits=httpx.Limits(max_connections=limits.connections),
+        transport=None if socket is None else httpx.AsyncHTTPTransport(uds=socket),
         verify=_system_certificates(),
         trust_env=False,
         headers={"Accept-Encoding": "identity", "User-Agent": f"swarmpull/{__version__}"},

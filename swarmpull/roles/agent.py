@@ -28,6 +28,7 @@ from swarmpull.registry.names import UpstreamNames
 from swarmpull.registry.service import BlobReader, StoredManifest, Terms
 from swarmpull.roles.addresses import RoleAddresses
 from swarmpull.roles.agent_preheat import AgentPreheating
+from swarmpull.roles.agent_runtime import open_runtime
 from swarmpull.roles.cluster import ORIGIN_RING, Cluster, IndexClient, OriginClient, TrackerClient
 from swarmpull.roles.config_changes import ConfigChanges
 from swarmpull.roles.repositories import Repositories, upstream_names
@@ -381,7 +382,12 @@ async def run_agent(
             )
             if settings.preheat:
                 members = cluster.indexes.members
-                preheating = AgentPreheating(registry, host.contact, members, pool, metrics)
+                runtime = open_runtime(
+                    config, settings.runtime, str(settings.registry.listen.local())
+                )
+                preheating = AgentPreheating(
+                    registry, host.contact, members, pool, metrics, runtime
+                )
                 nursery.start_soon(preheating.run, drain)
             await serve_role(
                 "agent",
