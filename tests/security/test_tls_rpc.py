@@ -19,7 +19,7 @@ import trio.testing
 from swarmpull.digest import Digest
 from swarmpull.errors import CertificateError, RpcFailed, RpcUnavailable
 from swarmpull.watched_files import WatchedFiles
-from swarmpull.wire import access, api
+from swarmpull.wire import access, api, preheat_api
 from swarmpull.wire.codec import encode
 from swarmpull.wire.listen import parse_address
 from swarmpull.wire.rpc import Method, RpcContext, RpcService, open_rpc_pool, serve_rpc
@@ -120,7 +120,8 @@ async def test_an_agent_may_not_call_what_only_origins_may(
 
 
 def test_every_method_says_who_may_call_it() -> None:
-    methods = {each.name for each in vars(api).values() if isinstance(each, Method)}
+    values = [*vars(api).values(), *vars(preheat_api).values()]
+    methods = {each.name for each in values if isinstance(each, Method)}
 
     assert methods == access.CALLERS.keys()
     assert all(access.CALLERS[name] for name in methods)
