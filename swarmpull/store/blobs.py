@@ -13,7 +13,6 @@ renamed into place, and the directory flushed.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import time
@@ -32,11 +31,11 @@ from swarmpull.errors import (
     BlobNotFound,
     DigestMismatch,
     InvalidMetainfo,
-    StartupError,
     StoreFull,
     StoreUnavailable,
 )
 from swarmpull.store.content import BlobStat, ContentTree
+from swarmpull.store.data_directory import lock_directory, unusable
 from swarmpull.store.disk import Disk, OpenFile
 from swarmpull.store.durable import Data, drop_cached, make_directory, read_exactly
 from swarmpull.store.eviction import Kind, Limits
@@ -525,34 +524,13 @@ def prepare(root: Path) -> int:
 
     The lock is held until that is closed.  Raises StartupError.
     """
+    lock = lock_directory(root)
     try:
-        make_directory(root)
-        lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise _unusable(root, error) from error
-    try:
-        _take_lock(lock, root)
         _make_layout(root)
     except OSError as error:
         os.close(lock)
-        raise _unusable(root, error) from error
-    except StartupError:
-        os.close(lock)
-        raise
+        raise unusable(root, error) from error
     return lock
-
-
-def _take_lock(lock: int, root: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = os.pread(lock, 32, 0).decode("ascii", "replace").strip() or "unknown"
-        raise StartupError(
-            f"data directory {root} is in use by another process (pid {owner})",
-            "stop that process, or give this one a data directory of its own",
-        ) from None
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"{os.getpid()}\n".encode("ascii"), 0)
 
 
 def _make_layout(root: Path) -> None:
@@ -566,10 +544,3 @@ def _make_layout(root: Path) -> None:
         else:
             leftover.unlink()
     remove_halves(root / "partials")
-
-
-def _unusable(root: Path, error: OSError) -> StartupError:
-    return StartupError(
-        f"data directory {root} cannot be used ({error.strerror or error})",
-        "make it a directory that this user can write to, or configure another",
-    )

@@ -7,6 +7,7 @@ a tag is, is read when its turn comes, so a later change of the same tag needs n
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,8 +16,7 @@ from typing import Final
 import attrs
 import trio
 
-from swarmpull.errors import StartupError
-from swarmpull.store.durable import make_directory
+from swarmpull.store.data_directory import lock_directory
 from swarmpull.store.durable_queue import DurableQueue, QueueFile, Row, open_durable_queue
 
 FILE_NAME: Final = "remote-changes.sqlite"
@@ -127,21 +127,15 @@ class RemoteQueue:
 
 @asynccontextmanager
 async def open_remote_queue(directory: Path, name: str) -> AsyncIterator[RemoteQueue]:
-    """Open the queue in a data directory, which is made if it is missing.
+    """Open the queue in a data directory, which is made if it is missing, and belongs to nobody else then.
 
     Raises:
-        StartupError: the file is damaged, or of a newer version, or the disk fails.
+        StartupError: another process has the directory; the file is damaged, or of a newer version; or the
+            disk fails.
     """
-    await trio.to_thread.run_sync(_prepare, directory)
-    async with open_durable_queue(directory / FILE_NAME, name, _FILE, tuple) as rows:
-        yield RemoteQueue(rows)
-
-
-def _prepare(directory: Path) -> None:
+    lock = await trio.to_thread.run_sync(lock_directory, directory)
     try:
-        make_directory(directory)
-    except OSError as error:
-        raise StartupError(
-            f"the data directory {directory} cannot be made ({error.strerror or error})",
-            "make its parent one that this user can write to, or set index.data_dir",
-        ) from error
+        async with open_durable_queue(directory / FILE_NAME, name, _FILE, tuple) as rows:
+            yield RemoteQueue(rows)
+    finally:
+        os.close(lock)

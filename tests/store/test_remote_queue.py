@@ -42,6 +42,13 @@ async def test_a_later_change_of_a_tag_replaces_the_one_before(tmp_path: Path) -
     assert later.stamp > A.stamp
 
 
+async def test_a_directory_has_one_index(tmp_path: Path) -> None:
+    async with open_remote_queue(tmp_path, "index"):
+        with pytest.raises(StartupError, match="in use by another process"):
+            await loaded(tmp_path)
+    assert await loaded(tmp_path) == []
+
+
 async def test_the_file_of_another_queue_is_not_touched(tmp_path: Path) -> None:
     async with open_write_back_queue(tmp_path, "origin", tuple):
         pass
