@@ -664,6 +664,14 @@ class AgentConfig:
         factory=RuntimeConfig,
         metadata=_meaning("Runtimes of this host that pull what was preheated; none by default."),
     )
+    tag_freshness: Duration = attrs.field(
+        default=Duration(1.0),
+        metadata=_meaning(
+            "How long a tag is believed before an index is asked again; 0s: it is asked every time. While no "
+            "index answers the agent goes on from what it knows.",
+            default="1s; 0s in --role all",
+        ),
+    )
     unread_timeout: Lifetime = attrs.field(
         default=NEVER,
         metadata=_meaning(
@@ -810,8 +818,8 @@ class IndexConfig:
     data_dir: Path = attrs.field(
         default=Path("swarmpull-data/index"),
         metadata=_meaning(
-            "Directory for what the index has to remember and its backend does not have: what remotes were "
-            "not told of yet.",
+            "Directory for what the index has to remember and its backend does not have: changes while that "
+            "is down, and what remotes were not told of yet. Each index has its own.",
             default="<data_dir>/index",
         ),
     )

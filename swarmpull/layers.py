@@ -585,6 +585,8 @@ _NEEDED: Final[dict[str, tuple[str, ...]]] = {
 def _derive_single_node(layers: _Layers) -> None:
     """All roles in one process: they find one another, and the agents take pushes."""
     layers.derive("agent.registry.push", True, "default of --role all")
+    # Who tries it out pushes and pulls at once.
+    layers.derive("agent.tag_freshness", 0.0, "default of --role all")
     for key, listener in _MEMBERS.items():
         if key in layers.values:
             continue

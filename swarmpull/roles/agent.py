@@ -29,6 +29,7 @@ from swarmpull.registry.service import BlobReader, StoredManifest, Terms
 from swarmpull.roles.addresses import RoleAddresses
 from swarmpull.roles.agent_preheat import AgentPreheating
 from swarmpull.roles.agent_runtime import open_runtime
+from swarmpull.roles.agent_tags import AgentTags
 from swarmpull.roles.cluster import ORIGIN_RING, Cluster, IndexClient, OriginClient, TrackerClient
 from swarmpull.roles.config_changes import ConfigChanges
 from swarmpull.roles.repositories import Repositories, upstream_names
@@ -41,6 +42,7 @@ from swarmpull.roles.swarm_host import SwarmHost, open_swarm_host
 from swarmpull.roles.swarm_status import swarm_status, unreachable
 from swarmpull.store.blobs import BlobStore
 from swarmpull.store.holds import Pin
+from swarmpull.store.tags import open_tags
 from swarmpull.store.uploads import UploadStore
 from swarmpull.swarm.peers import PeerKind
 from swarmpull.telemetry import Metrics
@@ -126,10 +128,12 @@ class AgentRegistry(Repositories):
         origins: OriginClient,
         finder: BlobFinder,
         names: UpstreamNames,
+        tags: AgentTags,
         *,
         push: bool,
     ) -> None:
         super().__init__(index, names)
+        self._tags = tags
         self._store = store
         self._host = host
         self._origins = origins
@@ -151,7 +155,7 @@ class AgentRegistry(Repositories):
         """Look up a tag or a digest.  Raises ManifestNotFound, RepositoryNotFound."""
         foreign = self._names.select(repository, upstream)
         if foreign is None:
-            return await self._index.resolve(repository, reference)
+            return await self._tags.resolve(repository, reference)
         known = await self._known(reference)
         if known is not None:
             return known.descriptor
@@ -163,7 +167,7 @@ class AgentRegistry(Repositories):
         foreign = self._names.select(repository, upstream)
         if foreign is not None:
             return await self._get_foreign(foreign, reference)
-        descriptor = await self._index.resolve(repository, reference)
+        descriptor = await self._tags.resolve(repository, reference)
         async with self._open(repository, descriptor.digest) as reader:
             content = bytearray()
             while len(content) < reader.length:
@@ -241,6 +245,11 @@ class AgentRegistry(Repositories):
             by=terms.by,
             expect=terms.expect,
         )
+        await self._tags.changed(repository, reference)
+
+    async def delete_tag(self, repository: str, tag: str, terms: Terms) -> None:
+        await super().delete_tag(repository, tag, terms)
+        await self._tags.changed(repository, tag)
 
     async def delete_blob(self, repository: str, digest: Digest) -> None:
         await self._index.unlink_blob(repository, digest)
@@ -363,6 +372,7 @@ async def run_agent(
         RingMetrics(metrics).show_all(cluster.rings)
         async with (
             open_role_store("agent", settings.data_dir, settings.store, metrics) as store,
+            open_tags(settings.data_dir / "tags.sqlite") as tags,
             _swarm_of(store, cluster, settings, config, metrics, tls) as host,
             trio.open_nursery() as nursery,
         ):
@@ -378,6 +388,7 @@ async def run_agent(
                 cluster.origin,
                 BlobFinder(cluster.tracker, cluster.origin),
                 upstream_names(config),
+                AgentTags(cluster.index, tags, store, settings.tag_freshness, metrics),
                 push=settings.registry.push,
             )
             if settings.preheat:

@@ -41,6 +41,7 @@ from swarmpull.roles.catalog_objects import (
     blob_key,
     can_be_kept,
     check_known,
+    check_levels,
     check_writable,
     digest_at_end,
     manifest_key,
@@ -56,6 +57,7 @@ from swarmpull.roles.catalog_objects import (
     without_annotations,
 )
 from swarmpull.roles.catalog_tags import CatalogTags
+from swarmpull.roles.pending_changes import PendingChanges
 from swarmpull.roles.tag_log import TagLog
 from swarmpull.store.backends.base import Backend
 from swarmpull.wire.api import (
@@ -85,10 +87,15 @@ class Catalog:
 
     Attributes:
         tags: where changes of tags can be watched.
+        pending: changes that the backend is yet to have.
     """
 
     def __init__(
-        self, backend: Backend, source: str = "index", immutable: Sequence[str] = ()
+        self,
+        backend: Backend,
+        source: str = "index",
+        immutable: Sequence[str] = (),
+        pending: PendingChanges | None = None,
     ) -> None:
         """A catalog in a backend.
 
@@ -96,10 +103,15 @@ class Catalog:
             backend: where.
             source: names this process in the stamps of changes.
             immutable: patterns of the repositories whose tags are neither moved nor deleted.
+            pending: changes that the backend is yet to have; lookups see them, listings do not.
         """
+        self.pending = pending or PendingChanges()
         patterns = [compile_pattern(pattern) for pattern in immutable]
         self.tags = CatalogTags(
-            backend, source, lambda name: any(each.fullmatch(name) for each in patterns)
+            backend,
+            source,
+            lambda name: any(each.fullmatch(name) for each in patterns),
+            self.pending,
         )
         self._backend = backend
         self._locks: dict[str, _SharedLock] = {}
@@ -127,7 +139,8 @@ class Catalog:
         check_known(repository)
         try:
             digest = await self._digest_of(repository, reference)
-            return (await self._entry(repository, digest)).descriptor
+            pending = self.pending.manifest(repository, digest)
+            return pending or (await self._entry(repository, digest)).descriptor
         except ObjectNotFound as exc:
             await self._check_exists(repository)
             raise ManifestNotFound(repository, reference) from exc
@@ -148,16 +161,26 @@ class Catalog:
 
     async def has_blob(self, repository: str, digest: Digest) -> bool:
         """Whether the blob is part of the repository."""
-        return can_be_kept(repository) and await self._exists(blob_key(repository, digest))
+        if not can_be_kept(repository):
+            return False
+        return self.pending.has_blob(repository, digest) or await self._exists(
+            blob_key(repository, digest)
+        )
 
     async def check_references(
         self, repository: str, blobs: Iterable[Digest], manifests: Iterable[Digest]
     ) -> None:
         """Raises ManifestReferencesMissing, with all that are missing; PushRefused for the name."""
         check_writable(repository)
-        wanted = [(digest, blob_key(repository, digest)) for digest in dict.fromkeys(blobs)]
+        wanted = [
+            (digest, blob_key(repository, digest))
+            for digest in dict.fromkeys(blobs)
+            if not self.pending.has_blob(repository, digest)
+        ]
         wanted += [
-            (digest, manifest_key(repository, digest)) for digest in dict.fromkeys(manifests)
+            (digest, manifest_key(repository, digest))
+            for digest in dict.fromkeys(manifests)
+            if self.pending.manifest(repository, digest) is None
         ]
         found = await _map(self._exists, [key for _, key in wanted])
         missing = [
@@ -209,7 +232,8 @@ class Catalog:
 
         Raises:
             ManifestReferencesMissing: the repository lacks what the manifest refers to.
-            ManifestInvalid: the tag is outside the grammar, or the entry is too long.
+            ManifestInvalid: the tag is outside the grammar, the entry is too long, or lists are nested too
+                deeply.
             PushRefused: the name cannot be kept, or the subject has too many referrers.
             TagChanged: the tag is not what is expected.
             TagImmutable: the tag is there, and of an immutable repository.
@@ -218,9 +242,10 @@ class Catalog:
         check_writable(repository)
         if request.tag is not None and not is_tag(request.tag):
             raise ManifestInvalid(f"{shorten(request.tag)!r} is not a tag")
-        entry = pack_entry(ManifestEntry(request.manifest, request.subject))
         async with self._exclusive(repository):
             await self.check_references(repository, request.blobs, request.manifests)
+            levels = check_levels(request, await self._levels(repository, request.manifests))
+            entry = pack_entry(ManifestEntry(request.manifest, request.subject, levels))
             await self._check_room_for_referrer(request)
             await self._mark(repository)
             await self._backend.put_bytes(manifest_key(repository, digest), entry)
@@ -320,6 +345,20 @@ class Catalog:
         key = manifest_key(repository, digest)
         data = await self._backend.get_bytes(key, limit=ENTRY_BYTES_MAX)
         return unpacked(self._backend, key, data, partial(unpack_entry, digest))
+
+    async def _levels(self, repository: str, manifests: tuple[Digest, ...]) -> dict[Digest, int]:
+        """How deep the trees below some manifests are.  Raises ManifestReferencesMissing."""
+
+        async def levels_of(digest: Digest) -> int:
+            if pending := self.pending.levels(repository, digest):
+                return pending
+            try:
+                return (await self._entry(repository, digest)).levels
+            except ObjectNotFound as exc:
+                raise ManifestReferencesMissing(repository, (str(digest),)) from exc
+
+        wanted = tuple(dict.fromkeys(manifests))
+        return dict(zip(wanted, await _map(levels_of, wanted), strict=True))
 
     async def _descriptor_or_none(self, name: tuple[str, Digest]) -> Descriptor | None:
         try:

@@ -16,7 +16,7 @@ MinIO would not list that.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final, TypeVar
 
 import attrs
@@ -32,7 +32,7 @@ from swarmpull.errors import (
 from swarmpull.registry.errors import shorten
 from swarmpull.registry.names import is_repository
 from swarmpull.store.backends.base import SEGMENT_BYTES_MAX, Backend, check_key
-from swarmpull.wire.api import Descriptor
+from swarmpull.wire.api import Descriptor, RecordManifestRequest
 
 T = TypeVar("T")
 
@@ -42,14 +42,20 @@ MARKERS: Final = "catalog/"
 # What is below the repository ``a`` is not below its marker.  In names ``.`` comes right before ``/``, and no
 # character after ``~``, so these sort as ``/`` does.
 BELOW: Final = ".~/"
+# Lists of lists of lists: nobody makes more than three, and who walks through a tree must come to its end.
+LEVELS_MAX: Final = 8
 
 
 @attrs.frozen
 class ManifestEntry:
-    """What the catalog keeps of one manifest."""
+    """What the catalog keeps of one manifest.
+
+    ``levels``: how deep the tree below it is: 1 for an image, 2 for a list of images.
+    """
 
     descriptor: Descriptor
     subject: Digest | None
+    levels: int = 1
 
 
 # --- keys -------------------------------------------------------------------------------------
@@ -148,6 +154,7 @@ def pack_entry(entry: ManifestEntry) -> bytes:
         "artifact_type": descriptor.artifact_type,
         "annotations": descriptor.annotations,
         "subject": None if entry.subject is None else str(entry.subject),
+        "levels": entry.levels,
     }
     try:
         data = json.dumps(fields, ensure_ascii=False).encode()
@@ -169,7 +176,29 @@ def unpack_entry(digest: Digest, data: bytes) -> ManifestEntry:
         fields["artifact_type"],
         fields["annotations"],
     )
-    return ManifestEntry(descriptor, None if subject is None else Digest.parse(subject))
+    parsed = None if subject is None else Digest.parse(subject)
+    # Former versions did not count.
+    return ManifestEntry(descriptor, parsed, int(fields.get("levels", 1)))
+
+
+def check_levels(request: RecordManifestRequest, levels: Mapping[Digest, int]) -> int:
+    """How deep the tree below a manifest is, from that of each manifest that it refers to.
+
+    Raises:
+        ManifestInvalid: deeper than LEVELS_MAX, or it refers to itself.
+    """
+    digest = request.manifest.digest
+    if digest in (*request.manifests, request.subject):
+        raise ManifestInvalid(f"{digest} refers to itself")
+    deepest = max(levels, key=lambda child: levels[child], default=None)
+    if deepest is None:
+        return 1
+    if levels[deepest] >= LEVELS_MAX:
+        raise ManifestInvalid(
+            f"{digest} refers to {deepest}, which has {levels[deepest]} levels of manifests already: "
+            f"{LEVELS_MAX} are allowed"
+        )
+    return levels[deepest] + 1
 
 
 def annotation_bytes(descriptor: Descriptor) -> int:

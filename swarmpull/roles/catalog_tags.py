@@ -9,7 +9,7 @@ agrees, and looks again afterwards, so the last one to touch either leaves both 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Final, Protocol
 
 import attrs
@@ -24,6 +24,7 @@ from swarmpull.errors import (
     TagImmutable,
 )
 from swarmpull.roles.catalog_objects import changes_key, tag_key, unpacked
+from swarmpull.roles.pending_changes import PendingChanges
 from swarmpull.roles.tag_log import (
     LOG_BYTES_MAX,
     NAME_MAX,
@@ -65,6 +66,8 @@ class CatalogTags:
 
     Attributes:
         watchers: are told of changes, in this order.
+        source: names this process in the stamps of its changes.
+        is_immutable: whether the tags of a repository are neither moved nor deleted.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class CatalogTags:
         backend: Backend,
         source: str,
         is_immutable: Callable[[str], bool] = lambda _repository: False,
+        pending: PendingChanges | None = None,
     ) -> None:
         """Tags in a backend.
 
@@ -79,16 +83,27 @@ class CatalogTags:
             backend: where.
             source: names this process in the stamps of its changes: no other one may have it.
             is_immutable: whether the tags of a repository are neither moved nor deleted.
+            pending: changes that the backend is yet to have.
         """
         self.watchers: list[TagWatcher] = []
         self._backend = backend
-        self._source = source
-        self._is_immutable = is_immutable
+        self.source = source
+        self.is_immutable = is_immutable
+        self._pending = pending or PendingChanges()
 
     async def log(self, repository: str, tag: str) -> TagLog:
-        """The changes of a tag; none of one that never was."""
-        log, _ = await self._read(repository, tag)
-        return log
+        """The changes of a tag; none of one that never was.
+
+        While the backend is down, of a tag that has pending changes those.
+        """
+        pending = self._pending.tag_changes(repository, tag)
+        try:
+            log, _ = await self._read(repository, tag)
+        except BackendUnavailable:
+            if not pending:
+                raise
+            log = TagLog()
+        return _with(log, pending)
 
     async def _read(self, repository: str, tag: str) -> tuple[TagLog, str]:
         """The changes of a tag, and the version of the object that has them; empty if there is none."""
@@ -129,7 +144,7 @@ class CatalogTags:
 
         async def make(log: TagLog) -> TagChange | None:
             if stamp is not None or log.digest != digest:
-                _check_expected(repository, tag, log, expect)
+                check_expected(repository, tag, log, expect)
                 return self._made(log, digest, stamp, by)
             # The one that made it so may have been cut off before the listing.
             await self._list(repository, tag)
@@ -156,7 +171,7 @@ class CatalogTags:
 
         async def make(log: TagLog) -> TagChange:
             if log.digest is not None:
-                _check_expected(repository, tag, log, expect)
+                check_expected(repository, tag, log, expect)
             if stamp is not None or log.digest is not None:
                 return self._made(log, None, stamp, by)
             # Another delete may have been cut off before the listing.
@@ -174,7 +189,7 @@ class CatalogTags:
         await self._change(repository, tag, make)
 
     def _made(self, log: TagLog, digest: Digest | None, stamp: Stamp | None, by: str) -> TagChange:
-        stamp = stamp or log.next_stamp(time.time_ns(), self._source)
+        stamp = stamp or log.next_stamp(time.time_ns(), self.source)
         stamp = attrs.evolve(stamp, source=stamp.source[:NAME_MAX])
         return TagChange(stamp, digest, by[:NAME_MAX])
 
@@ -182,27 +197,41 @@ class CatalogTags:
         """Make a change of what is there; again when another process has changed that meanwhile."""
         for _ in range(ATTEMPTS):
             log, version = await self._read(repository, tag)
-            change = await make(log)
+            known = _with(log, self._pending.tag_changes(repository, tag))
+            change = await make(known)
             if change is None:
                 return
+            self.check_mutable(repository, tag, known, known.with_change(change).digest)
             try:
-                await self._write(repository, tag, log, version, change)
+                await self._write(repository, tag, log, version, known, change)
             except ObjectReplaced:
                 continue
             return
         raise self._restless(repository, tag)
 
+    def check_mutable(self, repository: str, tag: str, log: TagLog, digest: Digest | None) -> None:
+        """Raises TagImmutable when a tag with that log must not become ``digest``."""
+        if log.digest not in (None, digest) and self.is_immutable(repository):
+            raise TagImmutable(repository, tag, str(log.digest))
+
     async def _write(
-        self, repository: str, tag: str, log: TagLog, version: str, change: TagChange
+        self,
+        repository: str,
+        tag: str,
+        log: TagLog,
+        version: str,
+        known: TagLog,
+        change: TagChange,
     ) -> None:
-        """Raises ObjectReplaced when the log is not of that version any more; TagImmutable."""
-        changed = log.with_change(change)
+        """Write a change, and what else is ``known``, beside the ``log`` that is there.
+
+        Raises ObjectReplaced when that is not of the version any more.
+        """
+        changed = known.with_change(change)
         if changed == log:
             await self._settle(repository, tag, log)
             return
         counts = changed.latest == change
-        if log.digest not in (None, changed.digest) and self._is_immutable(repository):
-            raise TagImmutable(repository, tag, str(log.digest))
         if counts:
             for watcher in self.watchers:
                 await watcher.changing(repository, tag, change)
@@ -255,7 +284,13 @@ class CatalogTags:
             return  # it was not there
 
 
-def _check_expected(repository: str, tag: str, log: TagLog, expect: str | None) -> None:
+def _with(log: TagLog, changes: Iterable[TagChange]) -> TagLog:
+    for change in changes:
+        log = log.with_change(change)
+    return log
+
+
+def check_expected(repository: str, tag: str, log: TagLog, expect: str | None) -> None:
     """Raises TagChanged when the tag is not what it has to be."""
     actual = "" if log.digest is None else str(log.digest)
     if expect is None or expect == actual or (expect == "*" and actual):

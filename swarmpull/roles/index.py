@@ -10,6 +10,8 @@ from __future__ import annotations
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
+from math import inf
 from typing import Any, Final, TypeVar
 
 import attrs
@@ -25,7 +27,10 @@ from swarmpull.roles.cluster import OriginClient
 from swarmpull.roles.config_changes import ConfigChanges
 from swarmpull.roles.foreign_pools import ForeignPools
 from swarmpull.roles.index_cache import ResolveCache
+from swarmpull.roles.index_journal import Journal, open_journal
+from swarmpull.roles.index_outage import Outage
 from swarmpull.roles.index_peers import IndexPeers
+from swarmpull.roles.pending_changes import PendingChanges
 from swarmpull.roles.preheat import start_preheating
 from swarmpull.roles.remotes import Remote, Rules
 from swarmpull.roles.replicator import Replicator
@@ -51,6 +56,8 @@ Rep = TypeVar("Rep")
 # How often the backend is tried for the readiness, and how long it may take.
 CHECK_INTERVAL: Final = 5.0
 CHECK_TIMEOUT: Final = 10.0
+# The same while it is down.
+CHECK_INTERVAL_DOWN: Final = 1.0
 # For one object, whatever timeouts and attempts its location has: less than callers wait for a lookup, so
 # that it is the backend that they are told of, and this index does not look ill.
 OBJECT_PATIENCE: Final = 8.0
@@ -66,6 +73,9 @@ class Index:
         catalog: Catalog,
         cache: ResolveCache,
         peers: IndexPeers,
+        watch: BackendWatch,
+        journal: Journal,
+        outage: Outage,
         metrics: Metrics,
         origins: Membership,
         cluster: ClusterConfig,
@@ -74,6 +84,9 @@ class Index:
         self._catalog = catalog
         self._cache = cache
         self._peers = peers
+        self._watch = watch
+        self._journal = journal
+        self._outage = outage
         self._origins = origins
         self._cluster = cluster
         self._requests = metrics.counter(
@@ -93,6 +106,8 @@ class Index:
         service = RpcService()
         self._register(service, api.RESOLVE, self._resolve, at_once=self._resolve_at_once)
         service.register(api.FORGET, self._forget, at_once=self._forget_at_once)
+        self._register(service, api.KEEP_PENDING, self._keep_pending)
+        self._register(service, api.PENDING, self._pending)
         self._register(service, api.TAG_LOG, self._tag_log)
         self._register(service, api.CHECK_REFERENCES, self._check_references)
         self._register(service, api.RECORD_MANIFEST, self._record_manifest)
@@ -147,6 +162,30 @@ class Index:
 
         service.register(method, handle, at_once=at_once)
 
+    async def _change(
+        self, at_backend: Callable[[], Awaitable[None]], in_journal: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Make a change in the backend, or while that is down in the journal."""
+        if not self._watch.trouble:
+            try:
+                await at_backend()
+            except BackendUnavailable:
+                # It may be about this one object.
+                await self._watch.look()
+                if not self._watch.trouble:
+                    raise
+            else:
+                return
+        await in_journal()
+
+    async def _keep_pending(
+        self, request: api.KeepPendingRequest, _: RpcContext
+    ) -> api.PendingKept:
+        return await self._journal.keep(request)
+
+    async def _pending(self, request: api.PendingRequest, _: RpcContext) -> api.PendingReply:
+        return self._journal.pending(request)
+
     async def _resolve(self, request: api.ReferenceRequest, _: RpcContext) -> api.Descriptor:
         return await self._cache.resolve(
             request.repository, request.reference, self._catalog.resolve
@@ -176,7 +215,10 @@ class Index:
         self, request: api.RecordManifestRequest, context: RpcContext
     ) -> Empty:
         request = attrs.evolve(request, by=request.by or _name_of(context))
-        await self._catalog.record_manifest(request)
+        await self._change(
+            partial(self._catalog.record_manifest, request),
+            partial(self._outage.record_manifest, request),
+        )
         if request.tag is not None:
             # Also if nothing was changed: whoever did change it may have died before it told the others.
             await self._peers.spread(request.repository, (request.tag,))
@@ -197,13 +239,18 @@ class Index:
 
     async def _delete_tag(self, request: api.DeleteTagRequest, context: RpcContext) -> Empty:
         request = attrs.evolve(request, by=request.by or _name_of(context))
-        await self._catalog.delete_tag(request)
+        await self._change(
+            partial(self._catalog.delete_tag, request), partial(self._outage.delete_tag, request)
+        )
         await self._peers.spread(request.repository, (request.reference,))
         log.info("tag_deleted", repository=request.repository, tag=request.reference)
         return Empty()
 
     async def _link_blob(self, request: api.DigestInRepository, _: RpcContext) -> Empty:
-        await self._catalog.link_blob(request.repository, request.digest)
+        await self._change(
+            partial(self._catalog.link_blob, request.repository, request.digest),
+            partial(self._outage.link_blob, request.repository, request.digest),
+        )
         return Empty()
 
     async def _unlink_blob(self, request: api.DigestInRepository, _: RpcContext) -> Empty:
@@ -240,18 +287,33 @@ def _name_of(context: RpcContext) -> str:
 
 @attrs.define(eq=False)
 class BackendWatch:
-    """Whether the backend answers, as of the last try; ``trouble`` is empty when it does."""
+    """Whether the backend answers, as of the last try; ``trouble`` is empty when it does.
+
+    ``reason`` is the same without the name of the backend.
+    """
 
     catalog: Catalog
     trouble: str = ""
+    reason: str = ""
+    _looking: trio.Lock = attrs.field(factory=trio.Lock, init=False)
+    _looks: int = attrs.field(default=0, init=False)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Try it until cancelled; started after the first try."""
-        await self._look()
+        await self.look()
         task_status.started()
         while True:
-            await trio.sleep(CHECK_INTERVAL)
+            await trio.sleep(min(CHECK_INTERVAL, CHECK_INTERVAL_DOWN if self.trouble else inf))
+            await self.look()
+
+    async def look(self) -> None:
+        """Try it now; whoever waits for a look does not begin another one."""
+        looks = self._looks
+        async with self._looking:
+            if self._looks > looks + 1:
+                return  # one that began after the call
             await self._look()
+            self._looks += 1
 
     async def _look(self) -> None:
         before, self.trouble = self.trouble, await self._try()
@@ -265,9 +327,12 @@ class BackendWatch:
             with trio.fail_after(CHECK_TIMEOUT):
                 await self.catalog.check_backend()
         except BackendUnavailable as exc:
+            self.reason = exc.reason
             return str(exc)
         except trio.TooSlowError:
-            return f"the backend has not answered for {CHECK_TIMEOUT:g} s"
+            self.reason = f"the backend has not answered for {CHECK_TIMEOUT:g} s"
+            return self.reason
+        self.reason = ""
         return ""
 
 
@@ -311,6 +376,46 @@ async def _open_replicator(
         nursery.cancel_scope.cancel()
 
 
+@asynccontextmanager
+async def _open_answers(
+    config: Config,
+    settings: IndexConfig,
+    watch: BackendWatch,
+    cache: ResolveCache,
+    origins: Membership,
+    indexes: Membership,
+    pool: RpcPool,
+    tls: Tls | None,
+    metrics: Metrics,
+) -> AsyncIterator[tuple[RpcService, Journal, Replicator | None]]:
+    """The methods of an index; its journal, and what replicates, are at work for the block.
+
+    Raises:
+        StartupError: the journal or the queue cannot be used.
+    """
+    catalog = watch.catalog
+    pending = catalog.pending
+    peers = IndexPeers(pool, indexes, cache)
+    async with (
+        open_journal(settings.data_dir, pending, catalog, cache, peers, metrics) as journal,
+        _open_replicator(
+            config, settings, catalog, origins, indexes, pool, tls, metrics
+        ) as replicator,
+        trio.open_nursery() as nursery,
+    ):
+        await journal.load_from_others()
+        nursery.start_soon(journal.run, lambda: bool(watch.trouble))
+        outage = Outage(journal, pending, catalog.tags, catalog.backend_name, lambda: watch.reason)
+        index = Index(
+            catalog, cache, peers, watch, journal, outage, metrics, origins, config.cluster
+        )
+        service = index.service()
+        if replicator is not None:
+            index.replicate(service, replicator)
+        yield service, journal, replicator
+        nursery.cancel_scope.cancel()
+
+
 async def run_index(
     config: Config,
     settings: IndexConfig,
@@ -326,9 +431,8 @@ async def run_index(
     """
     metrics = Metrics()
     backend = await open_backend(settings.backend.url)
-    catalog = Catalog(
-        ImpatientBackend(backend, OBJECT_PATIENCE), _source(settings), settings.immutable
-    )
+    guarded = ImpatientBackend(backend, OBJECT_PATIENCE, lambda: watch.reason)
+    catalog = Catalog(guarded, _source(settings), settings.immutable, PendingChanges())
     watch = BackendWatch(catalog)
     async with (
         open_tls("index", config.tls, metrics) as tls,
@@ -346,19 +450,14 @@ async def run_index(
         await background.start(indexes.run)
         # Without knowing the others it can keep nothing that they may change.
         cache = ResolveCache(float(settings.lease) if config.cluster.indexes else 0.0)
-        peers = IndexPeers(pool, indexes, cache)
         background.start_soon(_close_cache, cache, drain)
-        async with _open_replicator(
-            config, settings, catalog, origins, indexes, pool, tls, metrics
-        ) as replicator:
-            index = Index(catalog, cache, peers, metrics, origins, config.cluster)
-            service = index.service()
+        async with _open_answers(
+            config, settings, watch, cache, origins, indexes, pool, tls, metrics
+        ) as (service, journal, replicator):
             preheating = start_preheating(
                 config, settings, origins, pool, drain, metrics, background
             )
             preheating.register(service)
-            if replicator is not None:
-                index.replicate(service, replicator)
             await serve_role(
                 "index",
                 settings,
@@ -366,7 +465,10 @@ async def run_index(
                 tls=tls,
                 metrics=metrics,
                 readiness=lambda: [watch.trouble] if watch.trouble else [],
-                status=lambda: {**_status(watch, cache), "preheating": preheating.status()},
+                status=lambda: {
+                    **_status(watch, cache, journal),
+                    "preheating": preheating.status(),
+                },
                 more={"api": preheating.app()},
                 drain=drain,
                 grace=config.drain_timeout,
@@ -387,7 +489,7 @@ async def _close_cache(cache: ResolveCache, drain: trio.Event) -> None:
     cache.close()
 
 
-def _status(watch: BackendWatch, cache: ResolveCache) -> dict[str, Any]:
+def _status(watch: BackendWatch, cache: ResolveCache, journal: Journal) -> dict[str, Any]:
     return {
         "backend": {
             "url": watch.catalog.backend_name,
@@ -395,6 +497,7 @@ def _status(watch: BackendWatch, cache: ResolveCache) -> dict[str, Any]:
             "trouble": watch.trouble,
             "conditional_puts": watch.catalog.conditional,
         },
+        "journal": journal.status(),
         "cache": {
             "lease": cache.lease,
             "entries": len(cache),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import uuid
-from typing import Final
+from typing import Final, Protocol, TypeVar
 
 import structlog
 import trio
@@ -18,9 +18,21 @@ from swarmpull.ring.membership import Membership
 from swarmpull.roles.index_cache import ResolveCache
 from swarmpull.wire import api
 from swarmpull.wire.listen import parse_address
-from swarmpull.wire.rpc import RpcPool
+from swarmpull.wire.rpc import Method, RpcPool
 
 log = structlog.get_logger()
+
+Req = TypeVar("Req")
+
+
+class _Tells(Protocol):
+    """A reply that names the process of the callee."""
+
+    @property
+    def process(self) -> str: ...
+
+
+Told = TypeVar("Told", bound=_Tells)
 
 # Two clocks that both run at their own speed.
 MARGIN: Final = 1.05
@@ -83,21 +95,30 @@ class IndexPeers:
             for address in others:
                 nursery.start_soon(self._tell, address, request, deadline)
 
+    async def call(
+        self, address: str, method: Method[Req, Told], request: Req, *, timeout: float
+    ) -> Told:
+        """Call one of the others, and notice when it is this process.
+
+        Raises RpcUnavailable, and the errors of the method.
+        """
+        reply = await self._pool.call(address, method, request, timeout=timeout)
+        if reply.process == self.process:
+            self._own[address] = trio.current_time()
+        return reply
+
     async def _tell(self, address: str, request: api.ForgetRequest, deadline: float) -> None:
         reason = ""
         with trio.move_on_at(deadline):
             while True:
                 try:
-                    reply = await self._pool.call(
-                        address, api.FORGET, request, timeout=deadline - trio.current_time()
-                    )
+                    left = deadline - trio.current_time()
+                    await self.call(address, api.FORGET, request, timeout=left)
                 except RpcUnavailable as error:
                     reason = error.reason
                 except SwarmpullError:
                     return  # of a version that keeps nothing
                 else:
-                    if reply.process == self.process:
-                        self._own[address] = trio.current_time()
                     return
                 if await _is_refused(address):
                     return

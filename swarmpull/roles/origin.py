@@ -145,8 +145,11 @@ class OriginRegistry(Repositories):
 
     async def mount_blob(self, repository: str, digest: Digest, source: str | None) -> bool:
         """Make a blob of another repository part of this one; between two backends it is copied."""
-        if source is None or not await self._index.has_blob(source, digest):
-            return False
+        try:
+            if source is None or not await self._index.has_blob(source, digest):
+                return False
+        except BackendUnavailable:
+            return False  # nobody can tell just now: the client sends it
         if not self._content.namespaces.share_backend(source, repository):
             with self._content.store.hold(digest, Pin.NOT_WRITTEN_BACK):
                 await self._content.ensure_local(digest, source)
@@ -159,9 +162,7 @@ class OriginRegistry(Repositories):
     ) -> None:
         """Check what it refers to, accept its bytes, and only then let the index know it."""
         self.check_push(repository)
-        await self._index.check_references(
-            repository, blobs=manifest.blobs, manifests=manifest.manifests
-        )
+        await self._check_references(repository, manifest)
         with self._content.store.hold(manifest.digest, Pin.NOT_WRITTEN_BACK):
             await store_manifest(self._content.store, manifest.digest, manifest.content)
             await self._write_back.accept(manifest.digest, repository)
@@ -208,6 +209,20 @@ class OriginRegistry(Repositories):
             return False
         await self._index.link_blob(repository, digest)
         return True
+
+    async def _check_references(self, repository: str, manifest: Manifest) -> None:
+        """Raises ManifestReferencesMissing.
+
+        While the index cannot tell, since its backend is down, what is here becomes part of the repository.
+        """
+        try:
+            await self._index.check_references(
+                repository, blobs=manifest.blobs, manifests=manifest.manifests
+            )
+        except BackendUnavailable:
+            for digest in manifest.blobs:
+                await self._content.stat(digest, repository)
+                await self._index.link_blob(repository, digest)
 
     async def delete_blob(self, repository: str, digest: Digest) -> None:
         """Take a blob out of a repository; its bytes stay for the other repositories."""

@@ -6,7 +6,13 @@ import structlog
 
 from swarmpull.config import Config
 from swarmpull.digest import Digest
-from swarmpull.errors import BlobNotFound, ManifestNotFound, RepositoryNotFound, RpcUnavailable
+from swarmpull.errors import (
+    BackendUnavailable,
+    BlobNotFound,
+    ManifestNotFound,
+    RepositoryNotFound,
+    RpcUnavailable,
+)
 from swarmpull.registry.names import UpstreamNames
 from swarmpull.registry.service import Terms
 from swarmpull.roles.cluster import IndexClient
@@ -48,7 +54,7 @@ class Repositories:
     async def check_membership(self, repository: str | None, digest: Digest) -> None:
         """Raise BlobNotFound when a repository does not have a blob.
 
-        Content is addressed by its digest, so where no index answers, availability goes first and the
+        Content is addressed by its digest, so where no index can tell, availability goes first and the
         blob is taken to be there.
         """
         if repository is None:
@@ -59,7 +65,7 @@ class Repositories:
                 repository, digest
             ):
                 return
-        except RpcUnavailable as error:
+        except (RpcUnavailable, BackendUnavailable) as error:
             log.warning(
                 "membership_unknown", repository=repository, digest=str(digest), reason=str(error)
             )

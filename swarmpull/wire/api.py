@@ -590,18 +590,63 @@ class RecordManifestRequest:
 
 
 @attrs.frozen
+class DigestInRepository:
+    repository: str
+    digest: Digest
+
+
+@attrs.frozen
+class PendingChange:
+    """A change that is acknowledged although the backend does not have it: one of the three.
+
+    Attributes:
+        link: a blob became part of a repository.
+        manifest: a manifest was put; with a stamp if a tag was.
+        deletion: a tag was deleted, with a stamp.
+    """
+
+    link: DigestInRepository | None = None
+    manifest: RecordManifestRequest | None = None
+    deletion: DeleteTagRequest | None = None
+
+
+@attrs.frozen
+class KeepPendingRequest:
+    """Another index acknowledges changes while the backend is down: to be kept on the disk, too."""
+
+    changes: tuple[PendingChange, ...]
+
+
+@attrs.frozen
+class PendingKept:
+    """They are.  ``process`` as in `ForgetReply`."""
+
+    process: str
+
+
+@attrs.frozen
+class PendingRequest:
+    """An index that starts asks for pending changes whose ids follow ``after``."""
+
+    after: str = ""
+
+
+@attrs.frozen
+class PendingReply:
+    """Some of them in the order of their ids; ``more`` when others follow."""
+
+    process: str
+    changes: tuple[PendingChange, ...]
+    more: bool
+
+
+@attrs.frozen
 class CheckReferencesRequest:
     """Would a manifest with these references be accepted?"""
 
     repository: str
     blobs: tuple[Digest, ...] = ()
     manifests: tuple[Digest, ...] = ()
-
-
-@attrs.frozen
-class DigestInRepository:
-    repository: str
-    digest: Digest
 
 
 @attrs.frozen
@@ -741,6 +786,9 @@ DELETE_MANIFEST: Final = Method("index.delete_manifest", DigestInRepository, Emp
 DELETE_TAG: Final = Method("index.delete_tag", DeleteTagRequest, Empty)
 # Also of a tag that was deleted.  Raises ManifestNotFound, RepositoryNotFound.
 TAG_LOG: Final = Method("index.tag_log", ReferenceRequest, TagLogReply)
+# Both among the indexes of a cluster.  KEEP_PENDING raises StoreFull, StoreUnavailable.
+KEEP_PENDING: Final = Method("index.keep_pending", KeepPendingRequest, PendingKept)
+PENDING: Final = Method("index.pending", PendingRequest, PendingReply)
 FORGET: Final = Method("index.forget", ForgetRequest, ForgetReply)
 LINK_BLOB: Final = Method("index.link_blob", DigestInRepository, Empty)
 # Raises BlobNotFound.

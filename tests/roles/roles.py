@@ -21,6 +21,7 @@ from swarmpull.config import (
     BackendConfig,
     ClusterConfig,
     Config,
+    Duration,
     IndexConfig,
     ListenerConfig,
     NamespaceConfig,
@@ -130,7 +131,9 @@ class Cluster:
 
     async def start_index(self) -> Role:
         backend = BackendConfig(url=(self.root / "index-backend").as_uri())
-        settings = IndexConfig(rpc=LISTEN, admin=LISTEN, api=API, backend=backend)
+        settings = IndexConfig(
+            rpc=LISTEN, admin=LISTEN, api=API, backend=backend, data_dir=self.root / "index"
+        )
         role = await self.start("index", run_index, settings)
         self._learn(indexes=(role.address("rpc"),))
         return role
@@ -176,6 +179,7 @@ class Cluster:
             peer=PeerListenerConfig(listen=Address("127.0.0.1", peer_port)),
             admin=LISTEN,
             data_dir=self.root / name,
+            tag_freshness=Duration(0.0),
             store=StoreConfig(**store),
         )
         return await self.start(name, run_agent, settings)

@@ -194,6 +194,35 @@ async def test_many_references_are_checked_in_their_order(catalog):
     assert caught.value.missing == tuple(map(str, blobs[1::2]))
 
 
+async def test_lists_that_are_nested_too_deeply_are_refused(catalog):
+    await catalog.record_manifest(request(0))
+    for level in range(1, catalog_objects.LEVELS_MAX):
+        await catalog.record_manifest(request(level, manifests=(digest(0), digest(level - 1))))
+    deepest = catalog_objects.LEVELS_MAX - 1
+
+    with pytest.raises(ManifestInvalid) as caught:
+        await catalog.record_manifest(request(99, manifests=(digest(0), digest(deepest)), tag="v1"))
+    for named in (digest(99), digest(deepest)):
+        assert str(named) in str(caught.value)
+    with pytest.raises(ManifestNotFound):
+        await catalog.resolve("team/app", "v1")
+
+
+@pytest.mark.parametrize("fields", [{"manifests": (digest(1),)}, {"subject": digest(1)}])
+async def test_a_manifest_that_refers_to_itself_is_refused(catalog, fields):
+    await catalog.record_manifest(request(1))
+
+    with pytest.raises(ManifestInvalid, match=f"{digest(1)} refers to itself"):
+        await catalog.record_manifest(request(1, **fields))
+
+
+async def test_an_artifact_of_an_unknown_type_is_recorded_as_any_other(catalog):
+    manifest = Descriptor(digest(5), "application/vnd.example.unheard-of.v3+json", 7, "text/x")
+    await catalog.record_manifest(request(5, manifest=manifest, tag="odd"))
+
+    assert await catalog.resolve("team/app", "odd") == manifest
+
+
 async def test_blobs_of_another_repository_do_not_count(catalog):
     await catalog.link_blob("other", LAYER)
 

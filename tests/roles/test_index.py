@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -53,7 +54,7 @@ def describe(number: int, **fields: object) -> api.Descriptor:
     return api.Descriptor(digest, "type", number, **fields)  # type: ignore[arg-type]
 
 
-def settings_for(backend: Path | str) -> IndexConfig:
+def settings_for(backend: Path | str, data_dir: Path) -> IndexConfig:
     """``backend``: a directory, or the URL of something else."""
     url = backend if isinstance(backend, str) else backend.as_uri()
     return IndexConfig(
@@ -61,6 +62,7 @@ def settings_for(backend: Path | str) -> IndexConfig:
         admin=LOOPBACK,
         api=ApiConfig(listen=Address("127.0.0.1", 0)),
         backend=BackendConfig(url=url),
+        data_dir=data_dir,
     )
 
 
@@ -84,7 +86,9 @@ async def running_index(backend: Path | str) -> AsyncIterator[Running]:
     drain, ended = trio.Event(), trio.Event()
 
     async def run(*, task_status: trio.TaskStatus[RoleAddresses]) -> None:
-        await run_index(Config(), settings_for(backend), drain=drain, task_status=task_status)
+        with tempfile.TemporaryDirectory() as name:
+            settings = settings_for(backend, Path(name))
+            await run_index(Config(), settings, drain=drain, task_status=task_status)
         ended.set()
 
     with trio.fail_after(30):
@@ -207,9 +211,9 @@ async def test_a_backend_that_is_gone_is_an_error_and_the_index_goes_on(tmp_path
         assert str(directory) in answer.text
 
         (tmp_path / "elsewhere").rename(directory)
-        assert await index.client.resolve("a", "v1") == describe(1)
         while (await index.get("/readiness")).status_code != 200:
             pass
+        assert await index.client.resolve("a", "v1") == describe(1)
 
 
 async def test_a_backend_that_hangs_is_not_ready(autojump_clock):
@@ -226,7 +230,7 @@ async def test_a_backend_that_hangs_is_not_ready(autojump_clock):
         nursery.cancel_scope.cancel()
 
 
-async def test_a_change_fails_soon_when_the_bucket_says_nothing(monkeypatch):
+async def test_nobody_waits_for_long_when_the_bucket_says_nothing(monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setattr(s3, "STARTUP_PATIENCE", 0.1)
@@ -240,9 +244,8 @@ async def test_a_change_fails_soon_when_the_bucket_says_nothing(monkeypatch):
         async with running_index(url) as index:
             # One request to the bucket would wait for 30 s, and five are made.
             with trio.fail_after(20):
-                with pytest.raises(BackendUnavailable, match=r"no answer for 0\.3 s"):
-                    await index.client.link_blob("a", LAYER)
-                with pytest.raises(BackendUnavailable, match=r"no answer for 0\.3 s"):
+                await index.client.link_blob("a", LAYER)
+                with pytest.raises(BackendUnavailable, match=r"not answered for 0\.1 s"):
                     await index.client.resolve("a", "v1")
 
 
@@ -296,7 +299,9 @@ async def test_a_drain_lets_the_push_under_way_finish(index, monkeypatch):
 
 
 async def test_a_backend_url_that_cannot_be_used_is_an_error_for_the_operator(tmp_path):
-    settings = attrs.evolve(settings_for(tmp_path), backend=BackendConfig(url="gopher://x/y"))
+    settings = attrs.evolve(
+        settings_for(tmp_path, tmp_path / "data"), backend=BackendConfig(url="gopher://x/y")
+    )
 
     with pytest.raises(StartupError, match="gopher"):
         await run_index(Config(), settings, drain=trio.Event())
@@ -306,4 +311,6 @@ async def test_a_directory_that_is_a_file_is_an_error_for_the_operator(tmp_path)
     (tmp_path / "file").write_text("")
 
     with pytest.raises(StartupError, match="file"):
-        await run_index(Config(), settings_for(tmp_path / "file"), drain=trio.Event())
+        await run_index(
+            Config(), settings_for(tmp_path / "file", tmp_path / "data"), drain=trio.Event()
+        )

@@ -225,6 +225,7 @@ async def two_indexes(directory: Path, lease: float = 5.0) -> AsyncIterator[Inde
             api=ApiConfig(listen=Address("127.0.0.1", 0)),
             backend=BackendConfig(url=directory.as_uri()),
             lease=Duration(lease),
+            data_dir=directory.parent / f"index-{port}",
         )
         await run_index(config, settings, drain=trio.Event(), task_status=task_status)
 

@@ -135,6 +135,7 @@ async def test_a_standby_takes_over_from_an_index_that_has_died(tmp_path: Path) 
                 admin=LISTEN,
                 api=API,
                 backend=BackendConfig(url=(tmp_path / "west-index").as_uri()),
+                data_dir=tmp_path / "west-index-data",
             )
             west._learn(indexes=(f"127.0.0.1:{west_port}",))
             origin = await west.start_origin()

@@ -127,6 +127,7 @@ async def test_a_blob_that_was_pushed_to_an_agent_stays_until_an_origin_has_it(
             cast(Any, origins),
             unused,
             UpstreamNames(()),
+            unused,
             push=True,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from pathlib import Path
 
@@ -19,9 +19,11 @@ class ImpatientBackend:
     Files and listings may be long, and take what they take.
     """
 
-    def __init__(self, backend: Backend, patience: float) -> None:
+    def __init__(self, backend: Backend, patience: float, trouble: Callable[[], str] = str) -> None:
+        """``trouble``: why the backend does not answer just now: then nobody waits; empty when it does."""
         self._backend = backend
         self._patience = patience
+        self._trouble = trouble
 
     @property
     def name(self) -> str:
@@ -68,6 +70,8 @@ class ImpatientBackend:
 
     @contextmanager
     def _limit(self, key: str) -> Iterator[None]:
+        if trouble := self._trouble():
+            raise BackendUnavailable(self.name, key, trouble)
         try:
             with trio.fail_after(self._patience):
                 yield

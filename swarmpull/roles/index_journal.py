@@ -1,0 +1,367 @@
+"""The journal of an index: changes that were acknowledged while the backend was down.
+
+A change is on the disk of every index that answers before it is acknowledged.  Each of them writes it to the
+backend when that is back; made twice it is made once, because of its stamp.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+import structlog
+import trio
+
+from swarmpull.errors import (
+    BackendUnavailable,
+    ProtocolError,
+    RpcUnavailable,
+    StartupError,
+    StoreFull,
+    SwarmpullError,
+)
+from swarmpull.roles.catalog import Catalog
+from swarmpull.roles.index_cache import ResolveCache
+from swarmpull.roles.index_peers import IndexPeers
+from swarmpull.roles.pending_changes import PendingChanges, id_of
+from swarmpull.store.durable import make_directory
+from swarmpull.store.durable_queue import DurableQueue, QueueFile, Row, open_durable_queue
+from swarmpull.store.retry_schedule import backoff
+from swarmpull.telemetry import Metrics
+from swarmpull.wire import api
+from swarmpull.wire.api import PendingChange
+from swarmpull.wire.codec import decode, encode
+
+log = structlog.get_logger()
+
+FILE_NAME: Final = "index-journal.sqlite"
+# All changes are in memory, too.
+CHANGES_MAX: Final = 100_000
+BYTES_MAX: Final = 64 << 20
+# Seconds for another index to have a change on its disk.
+SHARE_TIMEOUT: Final = 3.0
+# Of one call among indexes: changes, and bytes of them.
+BATCH: Final = 200
+BATCH_BYTES: Final = 1 << 20
+# Seconds between two tries to give another index what it lacks.
+SHARE_INTERVAL: Final = 2.0
+# For so many seconds after the return of the backend the changes of others are left to them.
+COURTESY: Final = 3.0
+BACKOFF_MAX: Final = 5.0
+
+
+@attrs.frozen
+class _Kept:
+    """``mine``: it was asked for here, not at another index; ``kept_at`` is in seconds since the epoch."""
+
+    change: PendingChange
+    mine: bool
+    kept_at: float
+    size: int
+
+
+def _row(kept: _Kept) -> Row:
+    return id_of(kept.change), kept.mine, kept.kept_at, encode(kept.change)
+
+
+def _kept(row: Row) -> _Kept:
+    _, mine, kept_at, body = row
+    return _Kept(decode(body, PendingChange), bool(mine), kept_at, len(body))
+
+
+_FILE: Final = QueueFile(
+    what="the journal of the index",
+    # "swpj"
+    application_id=0x7377706A,
+    create="""
+        create table changes (
+            id text not null primary key,
+            mine integer not null,
+            kept_at real not null,
+            body blob not null
+        ) strict
+    """,
+    put="insert or replace into changes values (?, ?, ?, ?)",
+    remove="delete from changes where id = ?",
+    all="select * from changes order by kept_at, id",
+    pack=_row,
+    unpack=_kept,
+    when_damaged=(
+        "move it and what is named like it away: the other indexes have what was in it; what only this one "
+        "had has to be pushed again"
+    ),
+)
+
+
+class Journal:
+    """Keeps changes until the backend has them.
+
+    Attributes:
+        trouble: why the last attempt to write a change to the backend failed; empty when it did not.
+    """
+
+    def __init__(
+        self,
+        rows: DurableQueue[_Kept],
+        pending: PendingChanges,
+        catalog: Catalog,
+        cache: ResolveCache,
+        peers: IndexPeers,
+        metrics: Metrics,
+    ) -> None:
+        self.trouble = ""
+        self._rows = rows
+        self._pending = pending
+        self._catalog = catalog
+        self._cache = cache
+        self._peers = peers
+        self._bytes = 0
+        self._changes: dict[str, _Kept] = {}
+        self._lacking: dict[str, set[str]] = {}
+        self._filled = trio.Event()
+        self._depth = metrics.gauge(
+            "index_journal_changes", "Acknowledged changes that the backend does not have yet."
+        )
+        self._age = metrics.gauge(
+            "index_journal_age_seconds", "Age of the oldest such change; 0 when there is none."
+        )
+        for kept in rows.loaded:
+            self._enter(kept)
+
+    @property
+    def age(self) -> float:
+        """Seconds since the oldest change was acknowledged; 0 when there is none."""
+        oldest = min((kept.kept_at for kept in self._changes.values()), default=time.time())
+        return max(0.0, time.time() - oldest)
+
+    def status(self) -> dict[str, Any]:
+        """For the status of the role."""
+        return {
+            "changes": len(self._changes),
+            "bytes": self._bytes,
+            "age": self.age,
+            "trouble": self.trouble if self._changes else "",
+        }
+
+    # --- keeping ------------------------------------------------------------------------------
+
+    async def add(self, change: PendingChange) -> None:
+        """Return when a change is on the disk of every index that answers.
+
+        Raises:
+            StoreFull: one of them has no room for it, or holds as many as it may.
+            StoreUnavailable: the disk of one of them fails.
+        """
+        await self._keep([change], mine=True)
+        await self._share([change])
+
+    async def keep(self, request: api.KeepPendingRequest) -> api.PendingKept:
+        """Changes that another index has acknowledged, or is about to.  Raises what `add` does."""
+        await self._keep(request.changes, mine=False)
+        return api.PendingKept(self._peers.process)
+
+    def pending(self, request: api.PendingRequest) -> api.PendingReply:
+        """Changes whose ids follow that of the request, for an index that has just started."""
+        found: list[PendingChange] = []
+        size = 0
+        for each in sorted(each for each in self._changes if each > request.after):
+            size += self._changes[each].size
+            if found and (len(found) >= BATCH or size > BATCH_BYTES):
+                return api.PendingReply(self._peers.process, tuple(found), more=True)
+            found.append(self._changes[each].change)
+        return api.PendingReply(self._peers.process, tuple(found), more=False)
+
+    async def _keep(self, changes: Iterable[PendingChange], *, mine: bool) -> None:
+        for change in changes:
+            if id_of(change) in self._changes:
+                continue
+            kept = _Kept(change, mine, time.time(), len(encode(change)))
+            if len(self._changes) >= CHANGES_MAX or self._bytes + kept.size > BYTES_MAX:
+                raise StoreFull(
+                    self._rows.name,
+                    kept.size,
+                    f"the backend is down and the journal of the index holds {len(self._changes)} changes, "
+                    "as many as it may: wait until the backend is back",
+                )
+            await self._rows.put(kept)
+            if id_of(change) not in self._changes:
+                self._enter(kept)
+
+    def _enter(self, kept: _Kept) -> None:
+        self._changes[id_of(kept.change)] = kept
+        self._bytes += kept.size
+        self._pending.add(kept.change)
+        self._forget(kept.change)
+        self._filled.set()
+        self._tell_metrics()
+
+    def _forget(self, change: PendingChange) -> None:
+        """What is kept of a lookup may be what was before."""
+        for request, reference in (
+            (change.manifest, change.manifest and change.manifest.tag),
+            (change.deletion, change.deletion and change.deletion.reference),
+        ):
+            if request is not None and reference:
+                self._cache.forget(request.repository, (reference,))
+
+    # --- the other indexes --------------------------------------------------------------------
+
+    async def load_from_others(self) -> None:
+        """What the others keep; those that do not answer are done without."""
+        async with trio.open_nursery() as nursery:
+            for address in self._peers.others:
+                nursery.start_soon(self._load_from, address)
+
+    async def _load_from(self, address: str) -> None:
+        after, more = "", True
+        try:
+            while more:
+                reply = await self._peers.call(
+                    address, api.PENDING, api.PendingRequest(after), timeout=SHARE_TIMEOUT
+                )
+                await self._keep(reply.changes, mine=False)
+                after = max(map(id_of, reply.changes), default=after)
+                more = reply.more and bool(reply.changes)
+        except SwarmpullError as error:
+            log.info("index_journal_not_loaded", index=address, reason=str(error))
+
+    async def _share(self, changes: Sequence[PendingChange]) -> None:
+        failures: list[SwarmpullError] = []
+
+        async def give(address: str) -> None:
+            try:
+                await self._give(address, changes)
+            except RpcUnavailable as error:
+                # It has it when it answers again; until then it does not count as healthy.
+                self._lacking.setdefault(address, set()).update(map(id_of, changes))
+                log.info("index_journal_not_shared", index=address, reason=error.reason)
+            except SwarmpullError as error:
+                failures.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for address in self._peers.others:
+                nursery.start_soon(give, address)
+        if failures:
+            raise failures[0]
+
+    async def _give(self, address: str, changes: Sequence[PendingChange]) -> None:
+        request = api.KeepPendingRequest(tuple(changes))
+        await self._peers.call(address, api.KEEP_PENDING, request, timeout=SHARE_TIMEOUT)
+
+    async def _give_what_they_lack(self) -> None:
+        for address, lacking in list(self._lacking.items()):
+            ids = [each for each in lacking if each in self._changes]
+            while ids and address in self._peers.others:
+                batch, ids = ids[:BATCH], ids[BATCH:]
+                try:
+                    await self._give(address, [self._changes[each].change for each in batch])
+                except SwarmpullError as error:
+                    log.info("index_journal_not_shared", index=address, reason=str(error))
+                    break
+                lacking.difference_update(batch)
+            else:
+                self._lacking.pop(address, None)
+
+    # --- writing to the backend ---------------------------------------------------------------
+
+    async def run(self, is_down: Callable[[], bool]) -> None:
+        """Write what there is to the backend whenever that is up, until cancelled."""
+        failures = 0
+        while True:
+            if not self._changes:
+                self._filled = trio.Event()
+                await self._filled.wait()
+            back_at = trio.current_time()
+            while is_down():
+                self._tell_metrics()
+                await self._give_what_they_lack()
+                await trio.sleep(SHARE_INTERVAL / 4)
+                back_at = trio.current_time()
+            await self._write(mine_only=True)
+            if self._changes:
+                await trio.sleep_until(back_at + COURTESY)
+                await self._write(mine_only=False)
+            failures = failures + 1 if self._changes else 0
+            if failures:
+                await trio.sleep(backoff(failures, BACKOFF_MAX, random.Random()))
+
+    async def _write(self, *, mine_only: bool) -> None:
+        before = len(self._changes)
+        for kept in sorted(self._changes.values(), key=lambda each: each.kept_at):
+            if mine_only and not kept.mine:
+                continue
+            try:
+                await self._write_one(kept.change)
+            except SwarmpullError as error:
+                self.trouble = f"{id_of(kept.change)}: {error}"
+                log.warning(
+                    "index_journal_not_written", change=id_of(kept.change), reason=str(error)
+                )
+                if isinstance(error, BackendUnavailable):
+                    break
+            else:
+                await self._remove(kept)
+        if before and not self._changes:
+            self.trouble = ""
+            log.info("index_journal_written", changes=before)
+
+    async def _write_one(self, change: PendingChange) -> None:
+        if change.link is not None:
+            await self._catalog.link_blob(change.link.repository, change.link.digest)
+        if change.manifest is not None:
+            await self._catalog.record_manifest(change.manifest)
+        if change.deletion is not None:
+            await self._catalog.delete_tag(change.deletion)
+
+    async def _remove(self, kept: _Kept) -> None:
+        name = id_of(kept.change)
+        # From the disk first: what is found there after a crash is made once more, which does no harm.
+        await self._rows.remove_row((name,))
+        if self._changes.pop(name, None) is not None:
+            self._bytes -= kept.size
+            self._pending.remove(kept.change)
+        self._tell_metrics()
+
+    def _tell_metrics(self) -> None:
+        self._depth.set(len(self._changes))
+        self._age.set(math.ceil(self.age) if self._changes else 0)
+
+
+@asynccontextmanager
+async def open_journal(
+    directory: Path,
+    pending: PendingChanges,
+    catalog: Catalog,
+    cache: ResolveCache,
+    peers: IndexPeers,
+    metrics: Metrics,
+) -> AsyncIterator[Journal]:
+    """The journal in the data directory of an index, which is made if it is missing.
+
+    Raises:
+        StartupError: the file is damaged, or of a newer version, or the disk fails.
+    """
+    await trio.to_thread.run_sync(_prepare, directory)
+    try:
+        async with open_durable_queue(directory / FILE_NAME, "index", _FILE, tuple) as rows:
+            yield Journal(rows, pending, catalog, cache, peers, metrics)
+    except ProtocolError as error:
+        raise StartupError(
+            f"{directory / FILE_NAME} is damaged ({error})", _FILE.when_damaged
+        ) from error
+
+
+def _prepare(directory: Path) -> None:
+    try:
+        make_directory(directory)
+    except OSError as error:
+        raise StartupError(
+            f"the data directory {directory} cannot be made ({error.strerror or error})",
+            "make its parent one that this user can write to, or set index.data_dir",
+        ) from error

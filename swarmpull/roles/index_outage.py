@@ -1,0 +1,144 @@
+"""What an index acknowledges while its backend is down, from what it knows without it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import attrs
+
+from swarmpull.digest import Digest
+from swarmpull.errors import BackendUnavailable, ManifestInvalid, ManifestNotFound
+from swarmpull.registry.errors import shorten
+from swarmpull.registry.names import is_tag
+from swarmpull.roles.catalog_objects import (
+    ManifestEntry,
+    check_levels,
+    check_writable,
+    pack_entry,
+    tag_key,
+)
+from swarmpull.roles.catalog_tags import CatalogTags, check_expected
+from swarmpull.roles.index_journal import Journal
+from swarmpull.roles.pending_changes import PendingChanges
+from swarmpull.roles.tag_log import TagLog
+from swarmpull.wire.api import (
+    DeleteTagRequest,
+    DigestInRepository,
+    PendingChange,
+    RecordManifestRequest,
+    Stamp,
+    TagChange,
+)
+
+
+class Outage:
+    """Changes while the backend is down: they go to the journal.
+
+    What depends on what only the backend knows raises BackendUnavailable.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        pending: PendingChanges,
+        tags: CatalogTags,
+        backend: str,
+        reason: Callable[[], str],
+    ) -> None:
+        self._journal = journal
+        self._pending = pending
+        self._tags = tags
+        self._backend = backend
+        self._reason = reason
+
+    async def link_blob(self, repository: str, digest: Digest) -> None:
+        """Make a blob part of a repository.  Raises PushRefused, and what `Journal.add` does."""
+        check_writable(repository)
+        if not self._pending.has_blob(repository, digest):
+            await self._journal.add(PendingChange(link=DigestInRepository(repository, digest)))
+
+    async def record_manifest(self, request: RecordManifestRequest) -> None:
+        """Enter a manifest, and move a tag to it; what it refers to must be pending too.
+
+        Raises what `Catalog.record_manifest` and `Journal.add` do.
+        """
+        check_writable(request.repository)
+        if request.tag is not None and not is_tag(request.tag):
+            raise ManifestInvalid(f"{shorten(request.tag)!r} is not a tag")
+        pack_entry(ManifestEntry(request.manifest, request.subject))
+        self._check_references(request)
+        below = {each: self._pending.levels(request.repository, each) for each in request.manifests}
+        check_levels(request, below)
+        if request.tag is None:
+            await self._journal.add(PendingChange(manifest=attrs.evolve(request, stamp=None)))
+            return
+        change = self._change(request, request.tag, request.manifest.digest)
+        request = attrs.evolve(request, stamp=change.stamp, expect=None)
+        pending = PendingChange(manifest=request)
+        await self._make(request.repository, request.tag or "", change, pending)
+
+    async def delete_tag(self, request: DeleteTagRequest) -> None:
+        """Remove a tag that is pending, or one of which another cluster says so."""
+        check_writable(request.repository)
+        if not is_tag(request.reference):
+            raise ManifestNotFound(request.repository, shorten(request.reference))
+        log = self._log(request.repository, request.reference)
+        if request.stamp is None and log.digest is None:
+            if log.changes:
+                raise ManifestNotFound(request.repository, request.reference)
+            raise self._unknown(tag_key(request.repository, request.reference))
+        change = self._change(request, request.reference, None)
+        request = attrs.evolve(request, stamp=change.stamp, expect=None)
+        pending = PendingChange(deletion=request)
+        await self._make(request.repository, request.reference, change, pending)
+
+    async def _make(
+        self, repository: str, tag: str, change: TagChange, pending: PendingChange
+    ) -> None:
+        counts = self._log(repository, tag).with_change(change).latest == change
+        if counts:
+            for watcher in self._tags.watchers:
+                await watcher.changing(repository, tag, change)
+        await self._journal.add(pending)
+        if counts:
+            for watcher in self._tags.watchers:
+                await watcher.changed(repository, tag, change)
+
+    def _log(self, repository: str, tag: str) -> TagLog:
+        log = TagLog()
+        for change in self._pending.tag_changes(repository, tag):
+            log = log.with_change(change)
+        return log
+
+    def _change(
+        self, request: RecordManifestRequest | DeleteTagRequest, tag: str, digest: Digest | None
+    ) -> TagChange:
+        """Raises TagChanged, or BackendUnavailable when only the backend knows whether it may be made."""
+        repository = request.repository
+        log = self._log(repository, tag)
+        depends = request.expect is not None or self._tags.is_immutable(repository)
+        if depends and not log.changes:
+            raise self._unknown(tag_key(repository, tag))
+        if log.digest != digest or digest is None:
+            check_expected(repository, tag, log, request.expect)
+            self._tags.check_mutable(repository, tag, log, digest)
+        stamp: Stamp = request.stamp or log.next_stamp(time.time_ns(), self._tags.source)
+        return TagChange(stamp, digest, request.by)
+
+    def _check_references(self, request: RecordManifestRequest) -> None:
+        repository = request.repository
+        unknown = [each for each in request.blobs if not self._pending.has_blob(repository, each)]
+        unknown += [
+            each for each in request.manifests if self._pending.manifest(repository, each) is None
+        ]
+        if unknown:
+            raise BackendUnavailable(
+                self._backend,
+                f"repositories/{repository}",
+                f"{self._reason()}; whether the repository has {', '.join(map(str, unknown))} cannot be "
+                "told: push that again, or wait",
+            )
+
+    def _unknown(self, key: str) -> BackendUnavailable:
+        return BackendUnavailable(self._backend, key, self._reason())

@@ -1,0 +1,284 @@
+"""Puts while the backend is down: acknowledged, seen at every index, and in the backend when it is back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import attrs
+import httpx
+import pytest
+import trio
+
+from swarmpull.config import (
+    Address,
+    ApiConfig,
+    BackendConfig,
+    ClusterConfig,
+    Config,
+    Duration,
+    IndexConfig,
+    ListenerConfig,
+)
+from swarmpull.digest import Digest
+from swarmpull.errors import (
+    BackendUnavailable,
+    ManifestNotFound,
+    StoreFull,
+    TagChanged,
+)
+from swarmpull.roles import index as index_module
+from swarmpull.roles import index_journal
+from swarmpull.roles.catalog import Catalog
+from swarmpull.roles.cluster import Cluster, IndexClient
+from swarmpull.roles.index import run_index
+from swarmpull.store.backends import open_backend
+from swarmpull.wire import api
+from swarmpull.wire.rpc import RpcPool, open_rpc_pool
+from tests.ports import free_ports
+
+LAYER = Digest.of(b"layer")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch) -> None:
+    monkeypatch.setattr(index_module, "CHECK_INTERVAL", 0.02)
+    monkeypatch.setattr(index_journal, "SHARE_INTERVAL", 0.1)
+    monkeypatch.setattr(index_journal, "COURTESY", 0.1)
+
+
+def describe(number: int) -> api.Descriptor:
+    return api.Descriptor(Digest.of(f"manifest {number}".encode()), "type", number)
+
+
+def put(number: int, tag: str | None = "v1", **fields: object) -> api.RecordManifestRequest:
+    return api.RecordManifestRequest("app", describe(number), tag, **fields)  # type: ignore[arg-type]
+
+
+@attrs.define
+class Indexes:
+    """Indexes in this process over one backend, which can be taken away."""
+
+    root: Path
+    nursery: trio.Nursery
+    pool: RpcPool
+    ports: list[int]
+    immutable: tuple[str, ...] = ()
+    scopes: dict[int, trio.CancelScope] = attrs.field(factory=dict)
+    admin: dict[int, str] = attrs.field(factory=dict)
+
+    @property
+    def backend(self) -> Path:
+        return self.root / "backend"
+
+    def client(self, number: int) -> IndexClient:
+        address = f"127.0.0.1:{self.ports[number]}"
+        return Cluster(self.pool, ClusterConfig(indexes=(address,))).index
+
+    async def start(self, number: int) -> None:
+        config = Config(
+            cluster=ClusterConfig(indexes=tuple(f"127.0.0.1:{port}" for port in self.ports))
+        )
+        settings = IndexConfig(
+            name=f"index{number}",
+            rpc=ListenerConfig(listen=Address("127.0.0.1", self.ports[number])),
+            admin=ListenerConfig(listen=Address("127.0.0.1", 0)),
+            api=ApiConfig(listen=Address("127.0.0.1", 0)),
+            backend=BackendConfig(url=self.backend.as_uri()),
+            data_dir=self.root / f"index-{number}",
+            lease=Duration(0.2),
+            immutable=self.immutable,
+        )
+        scope = self.scopes[number] = trio.CancelScope()
+
+        async def run(*, task_status: trio.TaskStatus[str]) -> None:
+            with scope:
+                async with trio.open_nursery() as nursery:
+                    addresses = await nursery.start(self._run, config, settings)
+                    task_status.started(addresses.listeners["admin"])
+
+        self.admin[number] = await self.nursery.start(run)
+
+    async def _run(
+        self, config: Config, settings: IndexConfig, *, task_status: trio.TaskStatus[object]
+    ) -> None:
+        await run_index(config, settings, drain=trio.Event(), task_status=task_status)
+
+    def kill(self, number: int) -> None:
+        """Without a word to anybody."""
+        self.scopes[number].cancel()
+
+    async def status(self, number: int) -> dict[str, object]:
+        async with httpx.AsyncClient() as client:
+            answer = await client.get(f"http://{self.admin[number]}/status")
+        return json.loads(answer.text)
+
+    async def wait(self, *, down: bool, numbers: tuple[int, ...] = (0, 1)) -> None:
+        for number in numbers:
+            while (await self.status(number))["backend"]["available"] is down:
+                pass
+
+    async def written(self, number: int) -> None:
+        while (await self.status(number))["journal"]["changes"]:
+            pass
+
+    async def take_away(self) -> None:
+        self.backend.rename(self.root / "away")
+        await self.wait(down=True)
+
+    def bring_back(self) -> None:
+        (self.root / "away").rename(self.backend)
+
+    async def catalog(self) -> Catalog:
+        return Catalog(await open_backend(self.backend.as_uri()), "test")
+
+
+@asynccontextmanager
+async def indexes_in(root: Path, immutable: tuple[str, ...] = ()) -> AsyncIterator[Indexes]:
+    with trio.fail_after(60):
+        async with open_rpc_pool() as pool, trio.open_nursery() as nursery:
+            indexes = Indexes(root, nursery, pool, free_ports(2), immutable)
+            for number in range(2):
+                await indexes.start(number)
+            yield indexes
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_put_is_seen_at_every_index_and_reaches_the_backend(tmp_path):
+    async with indexes_in(tmp_path) as indexes:
+        first, second = indexes.client(0), indexes.client(1)
+        await first.record_manifest(put(1))
+        await indexes.take_away()
+
+        await first.link_blob("app", LAYER)
+        await second.check_references("app", blobs=(LAYER,))
+        await second.record_manifest(put(2, blobs=(LAYER,)))
+        for client in (first, second):
+            assert await client.resolve("app", "v1") == describe(2)
+            assert await client.resolve("app", str(describe(2).digest)) == describe(2)
+            assert await client.has_blob("app", LAYER)
+        await first.record_manifest(put(3, "v2"))
+        await second.delete_tag("app", "v2")
+        for client in (first, second):
+            with pytest.raises((ManifestNotFound, BackendUnavailable)):
+                await client.resolve("app", "v2")
+        journal = (await indexes.status(1))["journal"]
+        assert journal["changes"] == 4
+        assert journal["age"] >= 0
+
+        indexes.bring_back()
+        for number in range(2):
+            await indexes.written(number)
+        catalog = await indexes.catalog()
+        assert await catalog.resolve("app", "v1") == describe(2)
+        history = [change.digest for change in (await catalog.tag_log("app", "v1")).changes]
+        assert history == [describe(1).digest, describe(2).digest]
+        history = [change.digest for change in (await catalog.tag_log("app", "v2")).changes]
+        assert history == [describe(3).digest, None]
+        assert (await catalog.list_tags("app", "", 10)).names == ("v1",)
+
+
+async def test_what_was_acknowledged_survives_the_death_of_either_index(tmp_path):
+    async with indexes_in(tmp_path) as indexes:
+        await indexes.client(0).record_manifest(put(0, "old"))
+        await indexes.take_away()
+        await indexes.client(0).record_manifest(put(1))
+        indexes.kill(0)
+        assert await indexes.client(1).resolve("app", "v1") == describe(1)
+        await indexes.client(1).record_manifest(put(2))
+        # It has the first from its own disk, and the second from the other.
+        (tmp_path / "backend").symlink_to(tmp_path / "away")
+        await indexes.written(1)
+        (tmp_path / "backend").unlink()
+        indexes.bring_back()
+        catalog = await indexes.catalog()
+        assert await catalog.resolve("app", "v1") == describe(2)
+        history = [change.digest for change in (await catalog.tag_log("app", "v1")).changes]
+        assert history == [describe(1).digest, describe(2).digest]
+
+
+async def test_an_index_that_starts_again_writes_what_its_journal_has(tmp_path):
+    async with indexes_in(tmp_path) as indexes:
+        indexes.kill(1)
+        await indexes.client(0).record_manifest(put(0, "old"))
+        indexes.backend.rename(tmp_path / "away")
+        await indexes.wait(down=True, numbers=(0,))
+        await indexes.client(0).record_manifest(put(1))
+        indexes.kill(0)
+
+        indexes.bring_back()
+        await indexes.start(0)
+        assert await indexes.client(0).resolve("app", "v1") == describe(1)
+        await indexes.written(0)
+        assert await (await indexes.catalog()).resolve("app", "v1") == describe(1)
+
+
+async def test_an_index_that_comes_late_knows_what_the_others_keep(tmp_path, monkeypatch):
+    async with indexes_in(tmp_path) as indexes:
+        indexes.kill(1)
+        indexes.backend.rename(tmp_path / "away")
+        await indexes.wait(down=True, numbers=(0,))
+        for number in range(5):
+            await indexes.client(0).record_manifest(put(number, f"v{number}"))
+        monkeypatch.setattr(index_journal, "BATCH", 2)
+
+        # Its own backend is another directory that is empty: what it knows is from the other index.
+        indexes.backend.mkdir()
+        await indexes.start(1)
+        for number in range(5):
+            assert await indexes.client(1).resolve("app", f"v{number}") == describe(number)
+
+
+async def test_what_only_the_backend_knows_is_not_guessed(tmp_path):
+    async with indexes_in(tmp_path, immutable=("fixed",)) as indexes:
+        client = indexes.client(0)
+        await indexes.take_away()
+
+        with pytest.raises(BackendUnavailable, match=str(LAYER)):
+            await client.record_manifest(put(1, blobs=(LAYER,)))
+        with pytest.raises(BackendUnavailable):
+            await client.record_manifest(put(1, expect=""))
+        with pytest.raises(BackendUnavailable):
+            await client.record_manifest(api.RecordManifestRequest("fixed", describe(1), "v1"))
+        with pytest.raises(BackendUnavailable):
+            await client.delete_tag("app", "v1")
+        with pytest.raises(BackendUnavailable):
+            await client.resolve("app", "v1")
+        with pytest.raises(BackendUnavailable):
+            await client.has_blob("app", LAYER)
+        assert (await indexes.status(0))["journal"]["changes"] == 0
+
+        await client.record_manifest(put(1))
+        await client.record_manifest(put(2, expect=str(describe(1).digest)))
+        with pytest.raises(TagChanged):
+            await client.record_manifest(put(3, expect=str(describe(1).digest)))
+        indexes.bring_back()
+
+
+async def test_the_later_stamp_decides_when_the_backend_is_back(tmp_path):
+    async with indexes_in(tmp_path) as indexes:
+        await indexes.client(0).record_manifest(put(1, stamp=api.Stamp(1 << 62, "far")))
+        await indexes.take_away()
+        await indexes.client(0).record_manifest(put(2))
+        assert await indexes.client(1).resolve("app", "v1") == describe(2)
+        indexes.bring_back()
+        await indexes.written(0)
+        catalog = await indexes.catalog()
+        history = [change.digest for change in (await catalog.tag_log("app", "v1")).changes]
+        # A clock that was ahead: neither is lost, and every index agrees.
+        assert history == [describe(2).digest, describe(1).digest]
+
+
+async def test_a_journal_that_is_full_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_journal, "CHANGES_MAX", 2)
+    async with indexes_in(tmp_path) as indexes:
+        await indexes.take_away()
+        for number in range(2):
+            await indexes.client(0).record_manifest(put(number, f"v{number}"))
+        with pytest.raises(StoreFull, match="journal of the index holds 2 changes"):
+            await indexes.client(0).record_manifest(put(3))
+        indexes.bring_back()
+        await indexes.written(0)
+        await indexes.client(0).record_manifest(put(3))
