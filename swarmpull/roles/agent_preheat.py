@@ -150,7 +150,9 @@ class AgentPreheating:
                         pause = PAUSE_MIN
                         self._take(reply, works, nursery)
                         interval = min(reply.interval, WAIT) if works else WAIT
-                        await trio.sleep(min(reply.retry_after, UNKNOWN_PAUSE))
+                        # Not all at once: thousands were told the same.
+                        pause_asked = min(reply.retry_after, UNKNOWN_PAUSE)
+                        await trio.sleep(pause_asked * random.uniform(0.5, 1.5))
         finally:
             del self._works[address]
 

@@ -64,6 +64,8 @@ WAIT_MAX: Final = 30.0
 # Agents that wait; further ones are told to come back later.
 WAITING_MAX: Final = 20_000
 RETRY_AFTER: Final = 30.0
+# For which agents leave alone an index that shuts down, in seconds: another one may have its address soon.
+RETRY_AFTER_DRAIN: Final = 5.0
 LOOK_INTERVAL: Final = 5.0
 # Blobs of one job that are brought to origins at the same time.
 ORIGIN_BLOBS: Final = 8
@@ -72,6 +74,10 @@ ATTEMPTS: Final = 3
 PAUSE: Final = 2.0
 # Pushes that registries have told of and that have not begun.
 NOTIFIED_MAX: Final = 1000
+# How many of them are looked at at a time, so that an upstream that hangs does not hold up the others; and
+# seconds between two looks for room while as many jobs as there may be are under way.
+NOTIFIED_WORKERS: Final = 4
+ROOM_INTERVAL: Final = 0.5
 _PLATFORM: Final = re.compile(r"(?:[a-z0-9]{1,30}/[a-z0-9]{1,30})?", re.ASCII)
 _NAME_LENGTH_MAX: Final = 255
 
@@ -351,7 +357,9 @@ class Preheating:
         former = self._wakes.pop(address, None)
         if former is not None:
             former.set()
-        if self._draining or not is_known or len(self._wakes) >= WAITING_MAX:
+        if self._draining:
+            return AwaitJobsReply(retry_after=RETRY_AFTER_DRAIN)
+        if not is_known or len(self._wakes) >= WAITING_MAX:
             return AwaitJobsReply(retry_after=RETRY_AFTER)
         # Written so that NaN becomes the most.
         seconds = request.seconds if 0 <= request.seconds <= WAIT_MAX else WAIT_MAX
@@ -388,7 +396,7 @@ class Preheating:
             tuple(job.task() for job in new[:1]),
             tuple(sorted(known - jobs.keys())),
             report_interval(hosts),
-            RETRY_AFTER if self._draining else 0.0,
+            RETRY_AFTER_DRAIN if self._draining else 0.0,
         )
 
     def _report(self, address: str, progress: TaskProgress) -> None:
@@ -429,12 +437,24 @@ class Preheating:
                 continue
             wish = Wish(f"{repository}@{pushed.digest}", self._notified_agents())
             try:
-                await self.start(wish)
+                await self._start_in_turn(wish)
             except SwarmpullError as error:
                 self._events.labels("failed").inc()
                 log.warning("notification_failed", image=wish.image, reason=str(error))
             else:
                 self._events.labels("started").inc()
+
+    async def _start_in_turn(self, wish: Wish) -> None:
+        """Begin a job as soon as there is room for one.  Raises what `start` does."""
+        while True:
+            try:
+                await self.start(wish)
+            except RegistryError as error:
+                if error.code is not Code.TOOMANYREQUESTS:
+                    raise
+                await trio.sleep(ROOM_INTERVAL)
+            else:
+                return
 
     def _notified_agents(self) -> str:
         return "" if self._notified_target == "origins" else self._notified_target
@@ -517,6 +537,7 @@ def start_preheating(
     client = OriginClient(RingClient(pool, origins))
     preheating = Preheating(client, config, settings, nursery, metrics)
     nursery.start_soon(preheating.watch_agents)
-    nursery.start_soon(preheating.take_notified)
+    for _ in range(NOTIFIED_WORKERS):
+        nursery.start_soon(preheating.take_notified)
     nursery.start_soon(preheating.end_waits, drain)
     return preheating

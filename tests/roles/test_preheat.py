@@ -14,7 +14,7 @@ import trio
 
 from swarmpull.digest import Digest
 from swarmpull.registry.client import put_rates
-from swarmpull.roles import agent_preheat
+from swarmpull.roles import agent_preheat, preheat, preheat_jobs
 from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN
 
 from .peers import make_content
@@ -260,6 +260,28 @@ async def test_notifications_begin_jobs_for_the_registries_that_are_known(bare: 
     assert [(job["digest"], job["target"]) for job in jobs] == [(digest, "origins")]
     assert (await ended(bare, jobs[0]["id"]))["state"] == "done"
     assert await bare.metric("index", 'preheat_notifications_total{result="ignored"}') == 1.0
+
+
+async def test_more_pushes_than_jobs_may_run_wait_for_one_another(
+    bare: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preheat_jobs, "RUNNING_MAX", 1)
+    monkeypatch.setattr(preheat, "ROOM_INTERVAL", 0.05)
+    manifests = [
+        await bare.push_image("origin", f"team/app-{number}", CONFIG, b"layer %d" % number)
+        for number in range(4)
+    ]
+    events = [
+        docker_event(url="", repository=f"team/app-{number}", digest=str(Digest.of(manifest)))
+        | {"request": None}
+        for number, manifest in enumerate(manifests)
+    ]
+
+    reply = await api(bare, "POST", "/registry/notifications", json={"events": events})
+
+    assert reply.json()["pushed"] == 4
+    with trio.fail_after(60.0):
+        await bare.counted("index", 'preheat_jobs_total{state="done"}', 4.0)
 
 
 async def test_a_body_that_is_no_notification_is_refused(bare: Cluster) -> None:
