@@ -374,7 +374,10 @@ class Catalog:
         more = True
         while more and len(names) < limit:
             page = await self._backend.list(
-                prefix, after=prefix + after, limit=min(limit - len(names), 1000)
+                # All at once: a backend that is not in order goes through everything for each page.
+                prefix,
+                after=prefix + after,
+                limit=limit - len(names),
             )
             names += [key.removeprefix(prefix) for key in page.keys]
             more = page.more and bool(page.keys)

@@ -8,6 +8,7 @@ nobody gives out what was changed by an acknowledged change.
 from __future__ import annotations
 
 import copy
+import random
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -15,7 +16,7 @@ from typing import Final
 import attrs
 import trio
 
-from swarmpull.errors import SwarmpullError
+from swarmpull.errors import BackendUnavailable, SwarmpullError
 from swarmpull.roles.catalog_objects import annotation_bytes
 from swarmpull.wire.api import Descriptor
 from swarmpull.wire.codec import encode
@@ -25,6 +26,10 @@ BYTES_MAX: Final = 32 << 20
 ANNOTATION_BYTES_MAX: Final = 4 << 10
 # What an answer takes besides its texts.
 OVERHEAD: Final = 1000
+# The part of its lease after which an answer is read again for the next one who asks, while all others
+# still have it; by chance, since what came together would run out together.
+RENEW_MIN: Final = 0.5
+RENEW_MAX: Final = 0.9
 
 Key = tuple[str, str]
 
@@ -33,6 +38,7 @@ Key = tuple[str, str]
 class _Answer:
     descriptor: Descriptor
     packed: bytes
+    renew_at: float
     expires_at: float
     size: int
 
@@ -76,8 +82,9 @@ class ResolveCache:
 
     def get(self, repository: str, reference: str) -> bytes | None:
         """A packed `Descriptor`, if there is one that counts."""
-        found = self._find((repository, reference))
-        return None if found is None else found.packed
+        key = repository, reference
+        found = self._find(key)
+        return None if found is None or self._is_due(key, found) else found.packed
 
     async def resolve(
         self,
@@ -89,12 +96,12 @@ class ResolveCache:
         key = repository, reference
         while True:
             found = self._find(key)
-            if found is not None:
+            if found is not None and not self._is_due(key, found):
                 return found.descriptor
             under_way = self._reads.get(key)
             if under_way is None or not self._counts(under_way.begun_at):
                 self.misses += 1
-                return await self._read(key, read)
+                return await self._read(key, read, found)
             await under_way.done.wait()
             if under_way.error is not None:
                 # An exception collects the traceback of whoever raises it: each caller raises its own.
@@ -104,20 +111,28 @@ class ResolveCache:
             # Whoever read has left.
 
     async def _read(
-        self, key: Key, read: Callable[[str, str], Awaitable[Descriptor]]
+        self,
+        key: Key,
+        read: Callable[[str, str], Awaitable[Descriptor]],
+        known: _Answer | None,
     ) -> Descriptor:
         mine = self._reads[key] = _Read(trio.current_time())
         try:
             mine.descriptor = await read(*key)
         except SwarmpullError as error:
             mine.error = error
-            raise
+            still = self._answers.get(key)
+            if known is None or still is not known or not isinstance(error, BackendUnavailable):
+                raise
+            if trio.current_time() >= known.expires_at:
+                raise
+            return known.descriptor
         finally:
             if self._reads.get(key) is mine:
                 del self._reads[key]
             mine.done.set()
         if not mine.is_void and self._counts(mine.begun_at):
-            self._keep(key, mine.descriptor, mine.begun_at + self.lease)
+            self._keep(key, mine.descriptor, mine.begun_at)
         return mine.descriptor
 
     def forget(self, repository: str, references: tuple[str, ...] = ()) -> None:
@@ -143,6 +158,10 @@ class ResolveCache:
     def _counts(self, begun_at: float) -> bool:
         return trio.current_time() < begun_at + self.lease
 
+    def _is_due(self, key: Key, found: _Answer) -> bool:
+        """Whether somebody should read it again, and nobody does."""
+        return trio.current_time() >= found.renew_at and key not in self._reads
+
     def _find(self, key: Key) -> _Answer | None:
         found = self._answers.get(key)
         if found is None:
@@ -154,7 +173,7 @@ class ResolveCache:
         self._answers.move_to_end(key)
         return found
 
-    def _keep(self, key: Key, descriptor: Descriptor, expires_at: float) -> None:
+    def _keep(self, key: Key, descriptor: Descriptor, begun_at: float) -> None:
         annotations = annotation_bytes(descriptor)
         if annotations > ANNOTATION_BYTES_MAX:
             return
@@ -162,7 +181,8 @@ class ResolveCache:
         # Packed and unpacked.
         size = OVERHEAD + sum(map(len, key)) + len(packed) + 2 * annotations
         self._drop(key)
-        self._answers[key] = _Answer(descriptor, packed, expires_at, size)
+        renew_at = begun_at + self.lease * random.uniform(RENEW_MIN, RENEW_MAX)
+        self._answers[key] = _Answer(descriptor, packed, renew_at, begun_at + self.lease, size)
         self._references.setdefault(key[0], set()).add(key[1])
         self._bytes += size
         while self._bytes > self._capacity:

@@ -66,8 +66,10 @@ def source() -> Source:
 
 
 async def test_an_answer_is_kept_for_the_lease_from_when_it_began_to_be_read(
-    autojump_clock, source
+    autojump_clock, source, monkeypatch
 ):
+    monkeypatch.setattr(index_cache, "RENEW_MIN", 1.0)
+    monkeypatch.setattr(index_cache, "RENEW_MAX", 1.0)
     cache = ResolveCache(1.0)
     source.delay = 0.4
     assert await cache.resolve("a", "v1", source) == describe(1)
@@ -82,6 +84,40 @@ async def test_an_answer_is_kept_for_the_lease_from_when_it_began_to_be_read(
     assert cache.get("a", "v1") is None
     assert await cache.resolve("a", "v1", source) == describe(2)
     assert source.reads == 2
+
+
+async def test_one_who_asks_reads_ahead_of_the_end_of_the_lease_and_the_others_do_not_wait(
+    autojump_clock, source
+):
+    cache = ResolveCache(1.0)
+    await cache.resolve("a", "v1", source)
+    await trio.sleep(0.95)
+    source.current, source.delay = describe(2), 0.02
+    assert cache.get("a", "v1") is None, "this one is to read"
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(cache.resolve, "a", "v1", source)
+        await trio.sleep(0.01)
+        assert cache.get("a", "v1") is not None
+        assert await cache.resolve("a", "v1", source) == describe(1)
+    await trio.sleep(0.4)
+    assert await cache.resolve("a", "v1", source) == describe(2)
+    assert source.reads == 2
+
+
+async def test_a_backend_that_fails_ahead_of_the_end_of_the_lease_changes_nothing(
+    autojump_clock, source
+):
+    cache = ResolveCache(1.0)
+    await cache.resolve("a", "v1", source)
+
+    async def fail(_repository: str, _reference: str) -> api.Descriptor:
+        raise BackendUnavailable("backend", "key", "down")
+
+    await trio.sleep(0.95)
+    assert await cache.resolve("a", "v1", fail) == describe(1)
+    await trio.sleep(0.1)
+    with pytest.raises(BackendUnavailable):
+        await cache.resolve("a", "v1", fail)
 
 
 async def test_what_took_longer_than_the_lease_to_read_is_not_kept(autojump_clock, source):

@@ -391,13 +391,12 @@ def _walk(directory: Path, base: str, prefix: str, after: str) -> Iterator[str]:
     Code points sort as their UTF-8 bytes do, and ``s`` before ``s/...``, so it suffices to sort each
     directory.
     """
-    for key, is_object in sorted(_entries(directory, base)):
-        if is_object:
-            if key.startswith(prefix) and key > after:
-                yield key
-        elif _may_hold(key, prefix, after):
-            name = key[len(base) : -1] + DIRECTORY_SUFFIX
-            yield from _walk(directory / name, key, prefix, after)
+    for name in sorted(_entries(directory, base, prefix, after)):
+        if not name.endswith("/"):
+            yield base + name
+        else:
+            below = directory / (name[:-1] + DIRECTORY_SUFFIX)
+            yield from _walk(below, base + name, prefix, after)
 
 
 def _may_hold(base: str, prefix: str, after: str) -> bool:
@@ -406,21 +405,32 @@ def _may_hold(base: str, prefix: str, after: str) -> bool:
     return matches and (base > after or after.startswith(base))
 
 
-def _entries(directory: Path, base: str) -> Iterator[tuple[str, bool]]:
-    """What is in a directory: keys of objects, and beginnings of keys, which end in ``/``."""
+def _entries(directory: Path, base: str, prefix: str, after: str) -> Iterator[str]:
+    """What may be wanted of a directory, without ``base``: objects, and beginnings of keys, with a ``/``.
+
+    A page of a large directory needs a small part of it: what is not wanted is not looked at any further.
+    """
     try:
-        found = list(os.scandir(directory))
+        found = os.scandir(directory)
     except FileNotFoundError:
         return  # a delete has emptied and removed it
-    for entry in found:
-        if entry.name.endswith(OBJECT_SUFFIX) and entry.is_file():
-            key, is_object = base + entry.name.removesuffix(OBJECT_SUFFIX), True
-        elif entry.name.endswith(DIRECTORY_SUFFIX) and entry.is_dir():
-            key, is_object = base + entry.name.removesuffix(DIRECTORY_SUFFIX) + "/", False
-        else:
-            continue
-        if _well_formed(key.removesuffix("/")):
-            yield key, is_object
+    with found:
+        for entry in found:
+            name = entry.name
+            if name.endswith(OBJECT_SUFFIX):
+                name = name.removesuffix(OBJECT_SUFFIX)
+                key = base + name
+                if key <= after or not key.startswith(prefix) or not entry.is_file():
+                    continue
+            elif name.endswith(DIRECTORY_SUFFIX):
+                name = name.removesuffix(DIRECTORY_SUFFIX) + "/"
+                key = base + name
+                if not _may_hold(key, prefix, after) or not entry.is_dir():
+                    continue
+            else:
+                continue
+            if _well_formed(key.removesuffix("/")):
+                yield name
 
 
 def _well_formed(key: str) -> bool:
