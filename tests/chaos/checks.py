@@ -37,7 +37,7 @@ KNOWN: Final = frozenset(
         "origin",
         *(
             f"{name}.sqlite{end}"
-            for name in ("write-back", "upstream-tags")
+            for name in ("write-back", "upstream-tags", "tags", "index-journal")
             for end in ("", "-wal", "-shm")
         ),
     }
