@@ -6,7 +6,6 @@ import json
 from typing import IO, TYPE_CHECKING, Any, Final
 
 import click
-import trio
 
 from swarmpull.cli.options import (
     EXIT_FAILED,
@@ -128,6 +127,8 @@ async def _ask(
 
 async def _follow(http: HttpClient, job: dict[str, Any], progress: ProgressOf) -> dict[str, Any]:
     """Show how far a job is until it has ended."""
+    import trio
+
     from swarmpull.registry.preheat_client import call_api
 
     show = progress("preheating")
