@@ -18,11 +18,11 @@ class PlainEnd:
     """The end of a connection without TLS.
 
     Attributes:
-        holds_more: never: what was received and not taken is with the kernel, which says so.
+        held: nothing: what was received and not taken is with the kernel, which says so.
     """
 
     __slots__ = ("socket",)
-    holds_more = False
+    held = 0
 
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
@@ -62,9 +62,9 @@ class SecuredEnd:
         self.socket: socket.socket = stream.socket
 
     @property
-    def holds_more(self) -> bool:
-        """Whether there is more to receive of which the kernel says nothing."""
-        return self._stream.holds_more
+    def held(self) -> int:
+        """How many bytes are left to receive of which the kernel says nothing."""
+        return self._stream.held
 
     def receive(self, size: int) -> bytes | None:
         return self._stream.receive_now(size)

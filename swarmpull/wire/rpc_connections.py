@@ -251,22 +251,25 @@ class _Connection:
         try:
             if events & select.EPOLLOUT:
                 self._flush()
-                if len(self._inbox):
-                    self._process()
+                self._go_on()
             if events & ~select.EPOLLOUT:
                 if self._is_held_up():
                     self._check_alive(events)
                 else:
-                    self._read()
+                    self._read(RECEIVE_MORE_BYTES if len(self._inbox) else RECEIVE_BYTES)
         except CONNECTION_ERRORS as error:
             self.end(error)
         if not self._ended:
             self._settle()
 
-    def _read(self) -> None:
-        more = True
-        while more and not self._ended and not self._is_held_up():
-            size = RECEIVE_MORE_BYTES if len(self._inbox) else RECEIVE_BYTES
+    def _go_on(self) -> None:
+        """Take in what is here already, which nothing will tell of, after having been held up."""
+        if len(self._inbox):
+            self._process()
+        self._read(self._end.held)
+
+    def _read(self, size: int) -> None:
+        while size and not self._ended and not self._is_held_up():
             data = self._end.receive(size)
             if data is None:
                 return
@@ -275,8 +278,8 @@ class _Connection:
                 return
             self._inbox.feed(data)
             self._process()
-            # What the kernel still has comes with the next turn.
-            more = self._end.holds_more
+            # The rest of a record and not the next one: what the kernel still has comes with the next turn.
+            size = self._end.held
 
     def _check_alive(self, events: int) -> None:
         """Whether a connection that is not read from at the moment still is one."""
@@ -387,7 +390,7 @@ class _Connection:
         self._waiting = None
         try:
             self._owner.start(self, request, begun)
-            self._process()
+            self._go_on()
         except CONNECTION_ERRORS as error:
             self.end(error)
         else:

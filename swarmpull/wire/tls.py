@@ -326,9 +326,9 @@ class TlsStream(trio.abc.Stream):
             return None
 
     @property
-    def holds_more(self) -> bool:
-        """Whether something is left to receive of which the kernel does not know."""
-        return self._failure is not None or self.socket.pending() > 0
+    def held(self) -> int:
+        """How many bytes are left to receive of which the kernel does not know; 1 for an error."""
+        return 1 if self._failure is not None else self.socket.pending()
 
     def _read_records(self, size: int) -> bytes:
         """What is there; OpenSSL gives one record at a time, and each turn of the event loop costs more."""

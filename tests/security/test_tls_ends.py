@@ -11,6 +11,7 @@ import pytest
 import trio
 import trio.testing
 
+from swarmpull.wire.ends import SecuredEnd
 from swarmpull.wire.tls import Entrance, Tls, TlsStream
 
 from .hosts import Authority, tls_of
@@ -79,6 +80,19 @@ async def test_who_floods_a_connection_that_ends_leaves_turns_to_others(
         nursery.cancel_scope.cancel()
 
     assert turns > 30
+
+
+async def test_who_never_pauses_is_read_to_the_end_of_a_record_and_no_further(tls: Tls) -> None:
+    async with pair(tls) as (here, there):
+        for _ in range(10):
+            await here.send_all(bytes(10_000))
+        end, size, total = SecuredEnd(there), 8192, 0
+        await trio.lowlevel.wait_readable(there.socket)
+        while size:
+            total += len(end.receive(size) or b"")
+            size = end.held
+
+    assert total == 10_000
 
 
 async def test_a_connection_whose_last_words_are_cut_short_is_closed(tls: Tls) -> None:

@@ -21,9 +21,18 @@ from swarmpull.errors import CertificateError, RpcFailed, RpcUnavailable
 from swarmpull.watched_files import WatchedFiles
 from swarmpull.wire import access, api, preheat_api
 from swarmpull.wire.codec import encode
+from swarmpull.wire.frames import FrameBuffer
 from swarmpull.wire.listen import parse_address
-from swarmpull.wire.rpc import Method, RpcContext, RpcService, open_rpc_pool, serve_rpc
-from swarmpull.wire.rpc_messages import RpcHello, RpcRequest, pack
+from swarmpull.wire.rpc import (
+    Method,
+    RpcContext,
+    RpcLimits,
+    RpcService,
+    open_rpc_pool,
+    serve_rpc,
+)
+from swarmpull.wire.rpc_connections import RECEIVE_BYTES
+from swarmpull.wire.rpc_messages import RpcHello, RpcReply, RpcRequest, pack, unpack
 from swarmpull.wire.tls import Tls, TlsFiles, load_contexts
 
 from .hosts import ALL, Authority, tls_of, unchecked
@@ -63,11 +72,13 @@ class Origin:
 
 
 @asynccontextmanager
-async def serving(tls: Tls | None, origin: Origin | None = None) -> AsyncIterator[str]:
+async def serving(
+    tls: Tls | None, origin: Origin | None = None, limits: RpcLimits | None = None
+) -> AsyncIterator[str]:
     service = (origin or Origin()).service()
     with trio.fail_after(DEADLINE):
         async with trio.open_nursery() as nursery:
-            serve = partial(serve_rpc, service, "127.0.0.1", 0, tls=tls)
+            serve = partial(serve_rpc, service, "127.0.0.1", 0, tls=tls, limits=limits)
             host, port = await nursery.start(serve)
             yield f"{host}:{port}"
             nursery.cancel_scope.cancel()
@@ -296,6 +307,32 @@ async def test_a_caller_that_stops_inside_a_key_update_ends_its_own_connection_o
 
     reasons = [entry["reason"] for entry in logs if entry["event"] == "rpc_connection_closed"]
     assert "connection lost: the other side stopped inside a message of TLS itself" in reasons
+
+
+async def test_requests_that_openssl_has_received_are_read_when_there_is_room_again(
+    agent: TlsFiles, origin: TlsFiles
+) -> None:
+    served, limits = Origin(), RpcLimits(requests_max=1)
+    async with serving(tls_of(origin), served, limits) as address:
+        stream = await trio.open_tcp_stream(*parse_address(address))
+        secured, _ = await tls_of(agent).connect(stream)
+        async with secured:
+            urge = encode(api.UrgeRequest(Digest.of(b"x"), (1,)))
+            requests = [pack(RpcRequest(n, 20_000, api.URGE.name, urge)) for n in range(100)]
+            # One record, longer than what is read at once.
+            sent = pack(RpcHello(1)) + b"".join(requests)
+            assert RECEIVE_BYTES < len(sent) < 1 << 14
+            await secured.send_all(sent)
+            await until(lambda: served.urged)
+            served.release.set()
+            replies = FrameBuffer(body_bytes_max=1 << 20)
+            answered: set[int] = set()
+            while len(answered) < len(requests):
+                replies.feed(await secured.receive_some())
+                while (frame := replies.take()) is not None:
+                    message = unpack(frame.type, frame.body)
+                    if isinstance(message, RpcReply):
+                        answered.add(message.id)
 
 
 async def test_new_connections_use_new_files_and_old_ones_go_on(
