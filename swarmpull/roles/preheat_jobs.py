@@ -227,7 +227,9 @@ class JobTable:
         host.received = job.tree.length if host.state == DONE else max(0, progress.received)
         host.received = min(host.received, job.tree.length)
         host.reason = progress.reason[:REASON_LENGTH_MAX]
-        self.settle(job, now)
+        if progress.state in (DONE, FAILED):
+            # Else nothing is settled by it, and settling looks at every host.
+            self.settle(job, now)
 
     def settle(self, job: Job, now: float) -> None:
         """End a job of which no host has anything left to do."""

@@ -34,9 +34,10 @@ class KnownAgent:
     address: str
     name: str
 
-    def is_called(self, name: str) -> bool:
-        """Whether somebody means this agent: by its address, with or without the port, or its host's name."""
-        return name in (self.address, self.name, self.address.rpartition(":")[0])
+    @property
+    def names(self) -> frozenset[str]:
+        """What it is called: its address, with and without the port, and its host's name."""
+        return frozenset((self.address, self.name, self.address.rpartition(":")[0]))
 
 
 @attrs.frozen
@@ -76,13 +77,11 @@ class Share:
     ) -> tuple[tuple[KnownAgent, ...], tuple[str, ...]]:
         """Those that are meant, always the same for the same seed, and the names that nobody has."""
         if self.names:
-            chosen = [
-                agent for agent in agents if any(agent.is_called(name) for name in self.names)
-            ]
-            unknown = [
-                name for name in self.names if not any(agent.is_called(name) for agent in agents)
-            ]
-            return tuple(chosen), tuple(unknown)
+            # Sets: thousands of names are looked for among thousands of agents, in one go.
+            wanted = frozenset(self.names)
+            chosen = tuple(agent for agent in agents if not wanted.isdisjoint(agent.names))
+            called = {name for agent in chosen for name in agent.names}
+            return chosen, tuple(name for name in self.names if name not in called)
         count = math.ceil(round(len(agents) * self.fraction, 6))
         if self.number is not None:
             count = min(count, self.number)
