@@ -264,7 +264,9 @@ class Preheating:
             except SwarmpullError as error:
                 self._end(job, FAILED, str(error))
             finally:
-                del self._scopes[job.number]
+                # The same job may have been begun again before this one has been cancelled to its end.
+                if self._scopes.get(job.number) is scope:
+                    del self._scopes[job.number]
         self._note_end(job)
 
     async def _read_manifest(self, repository: str, digest: Digest) -> bytes:
@@ -274,17 +276,17 @@ class Preheating:
         if job.has_ended:
             return
         job.end(state, time.time(), reason)
-        scope = self._scopes.get(job.number)
-        if scope is not None:
-            scope.cancel()
         self._note_end(job)
         self._wake(job)
 
     def _note_end(self, job: Job) -> None:
-        """Say once how a job has ended."""
+        """Say once how a job has ended, and leave what is under way for it."""
         if not job.has_ended or job.is_noted:
             return
         job.is_noted = True
+        scope = self._scopes.get(job.number)
+        if scope is not None:
+            scope.cancel()
         self._ended.labels(job.state).inc()
         log.info(
             "preheat_ended",

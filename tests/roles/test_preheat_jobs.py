@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import random
+from typing import Any, cast
 
 import pytest
+import trio
+import trio.testing
 
+from swarmpull.config import Config
 from swarmpull.digest import Digest
 from swarmpull.errors import ManifestInvalid, SwarmpullError, UpstreamUnknown
 from swarmpull.registry.errors import RegistryError
 from swarmpull.registry.names import UpstreamNames
 from swarmpull.registry.notifications import EVENTS_MAX, parse_notifications
-from swarmpull.roles.preheat import parse_image
+from swarmpull.registry.preheat_app import Wish
+from swarmpull.roles.preheat import Preheating, parse_image
 from swarmpull.roles.preheat_jobs import (
     DONE,
     ENDED_MAX,
@@ -31,6 +36,8 @@ from swarmpull.roles.preheat_jobs import (
 )
 from swarmpull.roles.preheat_share import KnownAgent, Share
 from swarmpull.roles.preheat_tree import DEPTH_MAX, Tree, read_tree
+from swarmpull.telemetry import Metrics
+from swarmpull.wire.api import Descriptor, UpstreamManifestReply
 from swarmpull.wire.preheat_api import Part, TaskProgress
 
 AGENTS = [KnownAgent(f"10.0.0.{number}:7100", f"host-{number}") for number in range(1, 11)]
@@ -362,3 +369,41 @@ def test_only_pushes_of_manifests_count() -> None:
 def test_what_is_no_notification_is_refused(body: bytes) -> None:
     with pytest.raises(ValueError, match=r"it |events"):
         parse_notifications(body)
+
+
+async def test_a_job_begun_again_before_its_cancelled_one_has_ended_can_be_cancelled() -> None:
+    child = json.dumps(
+        {
+            "schemaVersion": 2,
+            "config": entry(b"c", "application/vnd.oci.image.config.v1+json"),
+            "layers": [],
+        }
+    )
+    root = index(child.encode())
+    unwound: list[str] = []
+
+    class Origins:
+        """Of the manifest in the index nothing comes, and leaving it takes some turns."""
+
+        async def get_manifest(self, _: str, reference: str) -> UpstreamManifestReply:
+            if reference == "v1":
+                return UpstreamManifestReply(Descriptor(Digest.of(root), "", len(root)), root)
+            try:
+                await trio.sleep_forever()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await trio.sleep(0.01)
+                unwound.append(reference)
+            raise AssertionError
+
+    async with trio.open_nursery() as nursery:
+        config = Config()
+        preheating = Preheating(cast("Any", Origins()), config, config.index, nursery, Metrics())
+        for _ in range(2):
+            job = await preheating.start(Wish("team/app:v1"))
+            await trio.testing.wait_all_tasks_blocked(0.001)
+            cancelled = preheating.cancel(str(job["id"]))
+            assert cancelled is not None
+            assert cancelled["state"] == "cancelled"
+
+    assert len(unwound) == 2
