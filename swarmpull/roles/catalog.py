@@ -42,6 +42,7 @@ from swarmpull.roles.catalog_objects import (
     can_be_kept,
     check_known,
     check_levels,
+    check_stamp,
     check_writable,
     digest_at_end,
     manifest_key,
@@ -234,7 +235,8 @@ class Catalog:
             ManifestReferencesMissing: the repository lacks what the manifest refers to.
             ManifestInvalid: the tag is outside the grammar, the entry is too long, or lists are nested too
                 deeply.
-            PushRefused: the name cannot be kept, or the subject has too many referrers.
+            PushRefused: the name cannot be kept, the stamp is far ahead of the clock, or the subject has
+                too many referrers.
             TagChanged: the tag is not what is expected.
             TagImmutable: the tag is there, and of an immutable repository.
         """
@@ -242,6 +244,7 @@ class Catalog:
         check_writable(repository)
         if request.tag is not None and not is_tag(request.tag):
             raise ManifestInvalid(f"{shorten(request.tag)!r} is not a tag")
+        check_stamp(request.tag or "", request.stamp)
         async with self._exclusive(repository):
             await self.check_references(repository, request.blobs, request.manifests)
             levels = check_levels(request, await self._levels(repository, request.manifests))
@@ -285,7 +288,7 @@ class Catalog:
 
         Raises:
             ManifestNotFound, RepositoryNotFound: there is no such tag.
-            PushRefused: the name cannot be kept.
+            PushRefused: the name cannot be kept, or the stamp is far ahead of the clock.
             TagChanged: the tag is not what is expected.
             TagImmutable: the repository is immutable.
         """
@@ -296,6 +299,7 @@ class Catalog:
             check_writable(repository)
         if not is_tag(tag):
             raise ManifestNotFound(repository, shorten(tag))
+        check_stamp(tag, request.stamp)
         async with self._exclusive(repository):
             try:
                 await self.tags.delete(

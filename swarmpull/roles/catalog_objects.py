@@ -16,6 +16,7 @@ MinIO would not list that.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from typing import Final, TypeVar
 
@@ -32,7 +33,7 @@ from swarmpull.errors import (
 from swarmpull.registry.errors import shorten
 from swarmpull.registry.names import is_repository
 from swarmpull.store.backends.base import SEGMENT_BYTES_MAX, Backend, check_key
-from swarmpull.wire.api import Descriptor, RecordManifestRequest
+from swarmpull.wire.api import Descriptor, RecordManifestRequest, Stamp
 
 T = TypeVar("T")
 
@@ -44,6 +45,9 @@ MARKERS: Final = "catalog/"
 BELOW: Final = ".~/"
 # Lists of lists of lists: nobody makes more than three, and who walks through a tree must come to its end.
 LEVELS_MAX: Final = 8
+# So far a stamp from elsewhere may be ahead of the clock here, in ns: a clock that is wrong by more than a
+# day would win over every other cluster for good.
+AHEAD_MAX: Final = 86_400 * 10**9
 
 
 @attrs.frozen
@@ -130,6 +134,15 @@ def check_writable(repository: str) -> None:
         raise PushRefused(
             f"{shorten(repository)!r} cannot be the name of a repository: outside the grammar, or with "
             f"a component of more than {SEGMENT_BYTES_MAX - len(BELOW) + 1} characters"
+        )
+
+
+def check_stamp(tag: str, stamp: Stamp | None) -> None:
+    """Raises PushRefused for one that is too far in the future."""
+    if stamp is not None and stamp.time > time.time_ns() + AHEAD_MAX:
+        raise PushRefused(
+            f"the change of tag {shorten(tag)} has a stamp more than a day ahead of the clock here: set the "
+            f"clock of {shorten(stamp.source)}, or of this index, and change the tag again"
         )
 
 

@@ -266,7 +266,10 @@ class Journal:
                     break
                 lacking.difference_update(batch)
             else:
-                self._lacking.pop(address, None)
+                # Others may have come meanwhile.
+                lacking.intersection_update(self._changes)
+                if not lacking or address not in self._peers.others:
+                    self._lacking.pop(address, None)
 
     # --- writing to the backend ---------------------------------------------------------------
 
@@ -298,6 +301,7 @@ class Journal:
                 continue
             try:
                 await self._write_one(kept.change)
+                await self._remove(kept)
             except SwarmpullError as error:
                 self.trouble = f"{id_of(kept.change)}: {error}"
                 log.warning(
@@ -305,8 +309,6 @@ class Journal:
                 )
                 if isinstance(error, BackendUnavailable):
                     break
-            else:
-                await self._remove(kept)
         if before and not self._changes:
             self.trouble = ""
             log.info("index_journal_written", changes=before)

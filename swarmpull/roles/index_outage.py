@@ -14,6 +14,7 @@ from swarmpull.registry.names import is_tag
 from swarmpull.roles.catalog_objects import (
     ManifestEntry,
     check_levels,
+    check_stamp,
     check_writable,
     pack_entry,
     tag_key,
@@ -66,6 +67,7 @@ class Outage:
         check_writable(request.repository)
         if request.tag is not None and not is_tag(request.tag):
             raise ManifestInvalid(f"{shorten(request.tag)!r} is not a tag")
+        check_stamp(request.tag or "", request.stamp)
         pack_entry(ManifestEntry(request.manifest, request.subject))
         self._check_references(request)
         below = {each: self._pending.levels(request.repository, each) for each in request.manifests}
@@ -83,6 +85,7 @@ class Outage:
         check_writable(request.repository)
         if not is_tag(request.reference):
             raise ManifestNotFound(request.repository, shorten(request.reference))
+        check_stamp(request.reference, request.stamp)
         log = self._log(request.repository, request.reference)
         if request.stamp is None and log.digest is None:
             if log.changes:

@@ -125,7 +125,8 @@ class DurableQueue(Generic[T]):
         error: SwarmpullError | None = None
         try:
             await trio.to_thread.run_sync(_commit, self._database, changes, limiter=self._thread)
-        except sqlite3.Error as failure:
+        except (sqlite3.Error, OverflowError) as failure:
+            # A number beyond 64 bits is no error of sqlite's.
             error = _translated(self.name, self._file.what, failure)
         del self._changes[: len(changes)]
         for change in changes:
@@ -258,14 +259,14 @@ def _commit(database: sqlite3.Connection, changes: list[_Change]) -> None:
         for change in changes:
             database.execute(change.statement, change.values)
         database.execute("commit")
-    except sqlite3.Error:
+    except (sqlite3.Error, OverflowError):
         # Some errors have ended the transaction already.
         if database.in_transaction:
             database.execute("rollback")
         raise
 
 
-def _translated(name: str, what: str, error: sqlite3.Error) -> SwarmpullError:
+def _translated(name: str, what: str, error: Exception) -> SwarmpullError:
     if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
         return StoreFull(name, 0, f"the disk has no room for {what}: free disk space")
     return StoreUnavailable(name, f"{what.removeprefix('the ')}: {error}")

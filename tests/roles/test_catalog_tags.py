@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,7 +33,8 @@ from swarmpull.wire.api import (
     TagChange,
 )
 
-FAR = 1 << 62
+# An hour ahead.
+FAR = time.time_ns() + 3600 * 10**9
 
 
 def digest(number: int) -> Digest:
@@ -210,6 +212,16 @@ async def test_a_deletion_that_comes_before_the_earlier_put_counts(catalog):
     with pytest.raises(ManifestNotFound):
         await catalog.resolve("app", "v1")
     assert await tags(catalog) == ()
+
+
+async def test_a_stamp_more_than_a_day_ahead_is_refused(catalog):
+    await catalog.record_manifest(put(1))
+    for time_ns in (time.time_ns() + 2 * 86_400 * 10**9, 1 << 63):
+        with pytest.raises(PushRefused, match="more than a day ahead"):
+            await catalog.record_manifest(put(2, stamp=Stamp(time_ns, "z")))
+        with pytest.raises(PushRefused, match="more than a day ahead"):
+            await catalog.delete_tag(delete(stamp=Stamp(time_ns, "z")))
+    assert (await catalog.resolve("app", "v1")).digest == digest(1)
 
 
 async def test_a_change_made_here_is_later_than_whatever_came_from_a_clock_that_is_ahead(catalog):

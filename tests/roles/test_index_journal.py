@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -35,11 +36,14 @@ from swarmpull.roles.catalog import Catalog
 from swarmpull.roles.cluster import Cluster, IndexClient
 from swarmpull.roles.index import run_index
 from swarmpull.store.backends import open_backend
+from swarmpull.store.durable_queue import DurableQueue
 from swarmpull.wire import api
 from swarmpull.wire.rpc import RpcPool, open_rpc_pool
 from tests.ports import free_ports
 
 LAYER = Digest.of(b"layer")
+# In ns.
+HOUR = 3600 * 10**9
 
 
 @pytest.fixture(autouse=True)
@@ -259,7 +263,9 @@ async def test_what_only_the_backend_knows_is_not_guessed(tmp_path):
 
 async def test_the_later_stamp_decides_when_the_backend_is_back(tmp_path):
     async with indexes_in(tmp_path) as indexes:
-        await indexes.client(0).record_manifest(put(1, stamp=api.Stamp(1 << 62, "far")))
+        await indexes.client(0).record_manifest(
+            put(1, stamp=api.Stamp(time.time_ns() + HOUR, "far"))
+        )
         await indexes.take_away()
         await indexes.client(0).record_manifest(put(2))
         assert await indexes.client(1).resolve("app", "v1") == describe(2)
@@ -282,3 +288,27 @@ async def test_a_journal_that_is_full_says_so(tmp_path, monkeypatch):
         indexes.bring_back()
         await indexes.written(0)
         await indexes.client(0).record_manifest(put(3))
+
+
+async def test_a_disk_that_fails_when_the_journal_is_emptied_does_not_end_the_index(
+    tmp_path, monkeypatch
+):
+    failed = 0
+    remove_row = DurableQueue.remove_row
+
+    async def remove_once_it_works(self, key):
+        nonlocal failed
+        if failed < 2:
+            failed += 1
+            raise StoreFull("index", 0, "the disk has no room: free disk space")
+        await remove_row(self, key)
+
+    monkeypatch.setattr(DurableQueue, "remove_row", remove_once_it_works)
+    async with indexes_in(tmp_path) as indexes:
+        await indexes.take_away()
+        await indexes.client(0).record_manifest(put(1))
+        indexes.bring_back()
+        for number in range(2):
+            await indexes.written(number)
+        assert failed == 2
+        assert await indexes.client(0).resolve("app", "v1") == describe(1)

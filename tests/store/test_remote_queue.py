@@ -7,7 +7,7 @@ from pathlib import Path
 import attrs
 import pytest
 
-from swarmpull.errors import StartupError
+from swarmpull.errors import StartupError, StoreUnavailable
 from swarmpull.store.remote_queue import FILE_NAME, RemoteChange, open_remote_queue
 from swarmpull.store.write_back_queue import open_write_back_queue
 
@@ -40,6 +40,15 @@ async def test_a_later_change_of_a_tag_replaces_the_one_before(tmp_path: Path) -
 
     assert await loaded(tmp_path) == [later]
     assert later.stamp > A.stamp
+
+
+async def test_a_number_that_no_row_takes_does_not_stop_the_queue(tmp_path: Path) -> None:
+    async with open_remote_queue(tmp_path, "index") as queue:
+        with pytest.raises(StoreUnavailable, match="too large"):
+            await queue.put(attrs.evolve(A, time=1 << 63))
+        await queue.put(B)
+
+    assert await loaded(tmp_path) == [B]
 
 
 async def test_a_directory_has_one_index(tmp_path: Path) -> None:
