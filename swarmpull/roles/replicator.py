@@ -133,6 +133,8 @@ class Replicator:
         self._entries: dict[ChangeKey, _Entry] = {}
         self._wake = trio.Event()
         self._syncs: list[str] = []
+        # Memory and disk change together, one entry at a time: what was looked at still holds afterwards.
+        self._turn = trio.Lock()
         self._metrics = _ReplicatorMetrics(metrics, self)
         for change in queue.loaded:
             self._remember(change, max(0.0, change.next_at - time.time()))
@@ -170,24 +172,28 @@ class Replicator:
         self, repository: str, tag: str, stamp: api.Stamp, remotes: Iterable[str], delay: float
     ) -> None:
         for remote in remotes:
-            known = self._entries.get((remote, repository, tag))
-            now = time.time()
-            self._check_room(known)
-            latest = (stamp.time, stamp.source)
-            if known is not None:
-                latest = max(latest, known.change.stamp)
-            change = RemoteChange(
-                remote,
-                repository,
-                tag,
-                *latest,
-                known.change.enqueued_at if known else now,
-                next_at=now + delay,
-            )
-            # On the disk first: what is in memory counts as queued.
-            with trio.CancelScope(shield=True):
-                await self._queue.put(change)
-                self._remember(change, delay)
+            async with self._turn:
+                known = self._entries.get((remote, repository, tag))
+                now = time.time()
+                self._check_room(known)
+                latest = (stamp.time, stamp.source)
+                if known is not None:
+                    latest = max(latest, known.change.stamp)
+                change = RemoteChange(
+                    remote,
+                    repository,
+                    tag,
+                    *latest,
+                    known.change.enqueued_at if known else now,
+                    next_at=now + delay,
+                )
+                await self._put(change, delay)
+
+    async def _put(self, change: RemoteChange, delay: float) -> None:
+        """On the disk first: what is in memory counts as queued.  The caller has the turn."""
+        with trio.CancelScope(shield=True):
+            await self._queue.put(change)
+            self._remember(change, delay)
 
     def _check_room(self, known: _Entry | None) -> None:
         if known is None and len(self._entries) >= QUEUED_MAX:
@@ -220,24 +226,22 @@ class Replicator:
         if self._standby.is_own(request.process):
             return api.KeepChangesReply(itself=True)
         for each in request.changes:
-            if each.remote not in self._lanes:
-                continue
-            key = (each.remote, each.repository, each.tag)
-            known = self._entries.get(key)
-            self._check_room(known)
-            stamp = (each.stamp.time, each.stamp.source)
-            change = RemoteChange(*key, *stamp, time.time(), standby=True)
-            if known is not None:
-                # What this index sees to, it goes on seeing to.
-                change = attrs.evolve(
-                    known.change,
-                    time=max(stamp, known.change.stamp)[0],
-                    source=max(stamp, known.change.stamp)[1],
-                )
-            with trio.CancelScope(shield=True):
-                await self._queue.put(change)
-                self._remember(change, WRITING)
+            if each.remote in self._lanes:
+                async with self._turn:
+                    await self._keep_one(each)
         return api.KeepChangesReply()
+
+    async def _keep_one(self, each: api.ChangeForRemote) -> None:
+        key = (each.remote, each.repository, each.tag)
+        known = self._entries.get(key)
+        self._check_room(known)
+        stamp = (each.stamp.time, each.stamp.source)
+        change = RemoteChange(*key, *stamp, time.time(), standby=True)
+        if known is not None:
+            # What this index sees to, it goes on seeing to.
+            latest, source = max(stamp, known.change.stamp)
+            change = attrs.evolve(known.change, time=latest, source=source)
+        await self._put(change, WRITING)
 
     def kept(self, request: api.ChangesKeptRequest) -> api.ChangesKeptReply:
         """What this index sees to, of what another one stands by for."""
@@ -269,14 +273,15 @@ class Replicator:
                 await self._take_over(mine[change])
 
     async def _take_over(self, key: ChangeKey) -> None:
-        entry = self._entries.get(key)
-        if entry is None or not entry.change.standby:
-            return
-        entered_at = entry.entered_at
-        await self._update(entry, standby=False, next_at=time.time())
-        self._remember(entry.change, 0.0)
-        # When the change was made counts for how long it is waited for, not when it was taken over.
-        entry.entered_at = entered_at
+        async with self._turn:
+            entry = self._entries.get(key)
+            if entry is None or not entry.change.standby:
+                return
+            entered_at = entry.entered_at
+            await self._update(entry, standby=False, next_at=time.time())
+            self._remember(entry.change, 0.0)
+            # When the change was made counts for how long it is waited for, not when it was taken over.
+            entry.entered_at = entered_at
 
     # --- working it off -----------------------------------------------------------------------
 
@@ -341,61 +346,66 @@ class Replicator:
 
     async def _copied(self, entry: _Entry, lane: _Lane, stamp: tuple[int, str]) -> None:
         """The remote knows what the tag was with this stamp, or something later."""
-        now = trio.current_time()
-        key = entry.change.key
-        if entry.change.stamp > stamp:
-            # It has changed meanwhile.
-            lane.schedule.postpone(key, 0.0, now)
-            return
-        if lane.schedule.done(key, now):
-            log.info("replication_goes_on", remote=lane.remote.name, after=lane.failure)
-            lane.logged_at.clear()
-        lane.failure = ""
-        del self._entries[key]
-        try:
-            await self._queue.remove(key)
-        except (StoreFull, StoreUnavailable) as error:
-            # At the next start it is found to be there already.
-            log.warning("replication_entry_left", key=key, reason=str(error))
+        async with self._turn:
+            now = trio.current_time()
+            key = entry.change.key
+            if entry.change.stamp > stamp:
+                # It has changed meanwhile.
+                lane.schedule.postpone(key, 0.0, now)
+                return
+            if lane.schedule.done(key, now):
+                log.info("replication_goes_on", remote=lane.remote.name, after=lane.failure)
+                lane.logged_at.clear()
+            lane.failure = ""
+            del self._entries[key]
+            try:
+                await self._queue.remove(key)
+            except (StoreFull, StoreUnavailable) as error:
+                # At the next start it is found to be there already.
+                log.warning("replication_entry_left", key=key, reason=str(error))
 
     async def _failed(
         self, entry: _Entry, lane: _Lane, error: SwarmpullError, tried: tuple[int, str]
     ) -> None:
         """What the tag was with the stamp ``tried`` did not get there."""
-        change, now = entry.change, trio.current_time()
-        kind, reason = type(error).__name__, str(error)[:ERROR_TEXT_MAX]
-        self._metrics.failures.labels(lane.remote.name, kind).inc()
-        lane.failure = reason
-        attempts = change.attempts + 1
-        # What it has become meanwhile may do better.
-        if isinstance(error, _HOPELESS) and change.stamp <= tried:
-            lane.schedule.forget(change.key)
-            log.warning(
-                "replication_set_aside",
-                remote=change.remote,
-                repository=change.repository,
-                tag=change.tag,
-                reason=reason,
-                remedy="swarmpull replication retry, once that is mended",
+        async with self._turn:
+            change, now = entry.change, trio.current_time()
+            kind, reason = type(error).__name__, str(error)[:ERROR_TEXT_MAX]
+            self._metrics.failures.labels(lane.remote.name, kind).inc()
+            lane.failure = reason
+            attempts = change.attempts + 1
+            # What it has become meanwhile may do better.
+            if isinstance(error, _HOPELESS) and change.stamp <= tried:
+                lane.schedule.forget(change.key)
+                log.warning(
+                    "replication_set_aside",
+                    remote=change.remote,
+                    repository=change.repository,
+                    tag=change.tag,
+                    reason=reason,
+                    remedy="swarmpull replication retry, once that is mended",
+                )
+                await self._update(entry, attempts=attempts, last_error=reason, set_aside=True)
+                return
+            is_of_remote = isinstance(error, _OF_THE_REMOTE)
+            delay = lane.schedule.failed(change.key, attempts, now, target=is_of_remote)
+            if now - lane.logged_at.get(kind, -math.inf) >= LOG_INTERVAL:
+                lane.logged_at[kind] = now
+                log.warning(
+                    "replication_failing",
+                    remote=change.remote,
+                    repository=change.repository,
+                    tag=change.tag,
+                    attempts=attempts,
+                    queued=len(self._entries),
+                    reason=reason,
+                )
+            await self._update(
+                entry, attempts=attempts, last_error=reason, next_at=time.time() + delay
             )
-            await self._update(entry, attempts=attempts, last_error=reason, set_aside=True)
-            return
-        is_of_remote = isinstance(error, _OF_THE_REMOTE)
-        delay = lane.schedule.failed(change.key, attempts, now, target=is_of_remote)
-        if now - lane.logged_at.get(kind, -math.inf) >= LOG_INTERVAL:
-            lane.logged_at[kind] = now
-            log.warning(
-                "replication_failing",
-                remote=change.remote,
-                repository=change.repository,
-                tag=change.tag,
-                attempts=attempts,
-                queued=len(self._entries),
-                reason=reason,
-            )
-        await self._update(entry, attempts=attempts, last_error=reason, next_at=time.time() + delay)
 
     async def _update(self, entry: _Entry, **changes: Any) -> None:  # noqa: ANN401 - any field
+        """Change an entry of the queue.  The caller has the turn."""
         entry.change = attrs.evolve(entry.change, **changes)
         try:
             await self._queue.put(entry.change)
@@ -491,10 +501,16 @@ class Replicator:
             change = entry.change
             is_wanted = all(getattr(change, key) == value for key, value in wanted.items())
             if is_wanted and not change.standby:
-                await self._update(entry, set_aside=False, attempts=0, next_at=time.time())
-                self._remember(entry.change, 0.0)
-                count += 1
+                count += await self._retry_one(entry)
         return count
+
+    async def _retry_one(self, entry: _Entry) -> bool:
+        async with self._turn:
+            if self._entries.get(entry.change.key) is not entry:
+                return False  # the remote has it by now
+            await self._update(entry, set_aside=False, attempts=0, next_at=time.time())
+            self._remember(entry.change, 0.0)
+        return True
 
     async def _sync(self, pattern: str) -> None:
         """Queue every tag that a pattern and a rule match; the remotes know best what they lack."""

@@ -11,6 +11,7 @@ from typing import Any
 import attrs
 import pytest
 import trio
+import trio.testing
 
 from swarmpull.config import (
     Address,
@@ -27,7 +28,19 @@ from swarmpull.digest import Digest
 from swarmpull.errors import BlobNotFound, RpcFailed
 from swarmpull.roles import replicator
 from swarmpull.roles.index import run_index
-from swarmpull.wire.api import HAND_OVER, RESOLVE, HandOverRequest, ReferenceRequest
+from swarmpull.roles.remotes import Rules
+from swarmpull.roles.replicator import Replicator
+from swarmpull.roles.tag_log import TagLog
+from swarmpull.store.remote_queue import ChangeKey, RemoteChange
+from swarmpull.telemetry import Metrics
+from swarmpull.wire.api import (
+    HAND_OVER,
+    RESOLVE,
+    HandOverRequest,
+    ReferenceRequest,
+    Stamp,
+    TagChange,
+)
 from tests.ports import free_ports
 from tests.security.hosts import ALL, Authority, config_of
 
@@ -402,3 +415,76 @@ async def test_one_backend_for_both_needs_no_bytes(tmp_path: Path) -> None:
 
             assert await digest_at(west) == digest
             assert (await west.status("origin"))["bytes_received"]["origin"] == 0
+
+
+class _GatedQueue:
+    """A queue in memory; whoever takes something out waits at a gate first."""
+
+    name = "the queue"
+    loaded: tuple[RemoteChange, ...] = ()
+
+    def __init__(self) -> None:
+        self.rows: dict[ChangeKey, RemoteChange] = {}
+        self.at_gate = trio.Event()
+        self.gate = trio.Event()
+
+    async def put(self, change: RemoteChange) -> None:
+        await trio.lowlevel.checkpoint()
+        self.rows[change.key] = change
+
+    async def remove(self, key: ChangeKey) -> None:
+        self.at_gate.set()
+        await self.gate.wait()
+        self.rows.pop(key, None)
+
+
+class _Watched:
+    """What a `Replicator` asks a remote, a catalog, a copier and its standby: all is well, and quickly."""
+
+    name, process, tags = "west", "me", property(lambda self: self)
+
+    def __init__(self) -> None:
+        self.now = TagLog()
+
+    async def run(self) -> None:
+        await trio.sleep_forever()
+
+    async def log(self, *_: object) -> TagLog:
+        await trio.lowlevel.checkpoint()
+        return self.now
+
+    async def copy(self, *_: object) -> bool:
+        await trio.lowlevel.checkpoint()
+        return True
+
+    async def keep(self, *_: object) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+async def test_a_change_that_comes_while_the_former_one_is_taken_out_stays_in_the_queue(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    queue, world = _GatedQueue(), _Watched()
+    rules = Rules([ReplicationConfig(pattern="team/**", remote="west")])
+    parts: Any = (queue, rules, [world], world, world, world)
+    replicating = Replicator(*parts, Metrics())
+    digest = Digest.of(CONFIG)
+    first, second = (TagChange(Stamp(time, "index"), digest) for time in (1, 2))
+
+    async def make(change: TagChange) -> None:
+        await replicating.changing("team/app", "v1", change)
+        world.now = world.now.with_change(change)
+        await replicating.changed("team/app", "v1", change)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(replicating.run)
+        await make(first)
+        await queue.at_gate.wait()
+        nursery.start_soon(replicating.changing, "team/app", "v1", second)
+        await trio.testing.wait_all_tasks_blocked()
+        queue.gate.set()
+        await trio.testing.wait_all_tasks_blocked()
+
+        # On the disk, so that it is not lost when the process dies now.
+        assert [change.stamp for change in queue.rows.values()] == [(2, "index")]
+        nursery.cancel_scope.cancel()
