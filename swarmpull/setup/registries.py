@@ -86,17 +86,24 @@ def _registries(path: str, text: str) -> list[dict[str, Any]]:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise SetupRefused(path, f"it is not valid TOML: {error}") from error
-    found = document.get("registry", [])
-    if not isinstance(found, list):
+    found: list[dict[str, Any]] = document.get("registry", [])
+    if not _is_tables(found):
         raise SetupRefused(
             path, "its registry is no list of tables: version 1 of its form has no mirrors"
         )
     for entry in found:
-        for each in (entry, *entry.get("mirror", [])):
+        mirrors = entry.get("mirror", [])
+        if not _is_tables(mirrors):
+            raise SetupRefused(path, "the mirror of a registry is no list of tables")
+        for each in (entry, *mirrors):
             for key, value in each.items():
                 if key != "mirror" and type(value) not in (str, bool):
                     raise SetupRefused(path, f"its {key} is neither text nor true or false")
     return found
+
+
+def _is_tables(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(each, dict) for each in value)
 
 
 def _section(name: str, values: dict[str, Any]) -> list[str]:

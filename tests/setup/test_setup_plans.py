@@ -289,7 +289,15 @@ def test_a_file_that_comes_later_is_told_of() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["[[registry]", "[registry]\na = 1\n", "[[registry]]\nlocation = 1\n"]
+    "text",
+    [
+        "[[registry]",
+        "[registry]\na = 1\n",
+        "[[registry]]\nlocation = 1\n",
+        'registry = ["x"]\n',
+        "[[registry]]\nmirror = 3\n",
+        '[[registry]]\nmirror = ["x"]\n',
+    ],
 )
 def test_a_registries_conf_that_cannot_be_read_is_refused(text: str) -> None:
     with pytest.raises(SetupRefused, match="nothing was changed"):
