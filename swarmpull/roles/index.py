@@ -232,6 +232,7 @@ class Index:
 
     async def _delete_manifest(self, request: api.DigestInRepository, context: RpcContext) -> Empty:
         by = _name_of(context)
+        self._outage.check_written(request.repository, request.digest)
         await self._catalog.delete_manifest(request.repository, request.digest, by=by)
         await self._peers.spread(request.repository)
         log.info("manifest_deleted", repository=request.repository, digest=str(request.digest))
@@ -254,6 +255,7 @@ class Index:
         return Empty()
 
     async def _unlink_blob(self, request: api.DigestInRepository, _: RpcContext) -> Empty:
+        self._outage.check_written(request.repository, request.digest)
         await self._catalog.unlink_blob(request.repository, request.digest)
         log.info("blob_unlinked", repository=request.repository, digest=str(request.digest))
         return Empty()

@@ -96,6 +96,16 @@ class Outage:
         pending = PendingChange(deletion=request)
         await self._make(request.repository, request.reference, change, pending)
 
+    def check_written(self, repository: str, digest: Digest) -> None:
+        """Raise BackendUnavailable while it is still to be written: what is deleted now would come back."""
+        if self._pending.has_blob(repository, digest) or self._pending.manifest(repository, digest):
+            raise BackendUnavailable(
+                self._backend,
+                f"repositories/{repository}",
+                f"{digest} was put while the backend was down, and is still to be written there: delete it "
+                "in a moment",
+            )
+
     async def _make(
         self, repository: str, tag: str, change: TagChange, pending: PendingChange
     ) -> None:

@@ -312,3 +312,35 @@ async def test_a_disk_that_fails_when_the_journal_is_emptied_does_not_end_the_in
             await indexes.written(number)
         assert failed == 2
         assert await indexes.client(0).resolve("app", "v1") == describe(1)
+
+
+async def test_what_is_still_to_be_written_is_not_deleted_in_vain(tmp_path, monkeypatch):
+    gate = trio.Event()
+    remove_row = DurableQueue.remove_row
+
+    async def remove_later(self, key):
+        await gate.wait()
+        await remove_row(self, key)
+
+    monkeypatch.setattr(DurableQueue, "remove_row", remove_later)
+    async with indexes_in(tmp_path) as indexes:
+        await indexes.take_away()
+        client = indexes.client(0)
+        await client.link_blob("app", LAYER)
+        await client.record_manifest(put(1))
+        indexes.bring_back()
+        await indexes.wait(down=False)
+
+        with pytest.raises(BackendUnavailable, match="still to be written"):
+            await client.delete_manifest("app", describe(1).digest)
+        with pytest.raises(BackendUnavailable, match="still to be written"):
+            await client.unlink_blob("app", LAYER)
+
+        gate.set()
+        for number in range(2):
+            await indexes.written(number)
+        await client.delete_manifest("app", describe(1).digest)
+        await client.unlink_blob("app", LAYER)
+        assert not await client.has_blob("app", LAYER)
+        with pytest.raises(ManifestNotFound):
+            await client.resolve("app", "v1")
