@@ -316,7 +316,7 @@ def _reason(failure: BaseException) -> str:
     seen: BaseException | None = failure
     while seen is not None:
         if isinstance(seen, ssl.SSLCertVerificationError):
-            return f"its certificate is not trusted: {seen.verify_message}"
+            return f"its certificate is not trusted: {seen.verify_message.rstrip('.')}"
         if isinstance(seen, ssl.SSLError):
             return f"TLS failed: {seen.reason or seen}"
         if isinstance(seen, OSError) and seen.errno:
