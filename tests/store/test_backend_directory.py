@@ -12,7 +12,7 @@ import pytest
 
 from swarmpull.errors import BackendUnavailable, ObjectNotFound, StartupError
 from swarmpull.store import backend_urls, backends
-from swarmpull.store.backends import DirectoryBackend, open_backend
+from swarmpull.store.backends import DirectoryBackend, directory, open_backend
 from swarmpull.store.backends.directory import MARKER
 
 
@@ -49,6 +49,22 @@ async def test_deleting_removes_the_directories_that_became_empty(tmp_path) -> N
     assert sorted(os.listdir(tmp_path / "a.d")) == ["x.o"]
     await backend.delete("a/x")
     assert sorted(os.listdir(tmp_path)) == [MARKER, "temporary"]
+
+
+async def test_a_put_whose_object_is_deleted_at_once_has_happened(tmp_path, monkeypatch) -> None:
+    backend = await open_backend(tmp_path.as_uri())
+    sync_directory = directory.sync_directory
+
+    def delete_first(path: Path) -> None:
+        if path.name == "a.d":
+            (path / "b.o").unlink()
+            path.rmdir()
+        sync_directory(path)
+
+    monkeypatch.setattr(directory, "sync_directory", delete_first)
+    await backend.put_bytes("a/b", b"content")
+
+    assert (await backend.list()).keys == ()
 
 
 async def test_a_directory_that_vanished_does_not_look_empty(tmp_path) -> None:

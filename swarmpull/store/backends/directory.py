@@ -38,10 +38,10 @@ from swarmpull.store.backends.base import (
 from swarmpull.store.disk import OpenFile
 from swarmpull.store.durable import (
     make_directory,
-    publish,
     read_exactly,
     remove,
     sync_directory,
+    sync_file,
     write_all,
 )
 
@@ -376,11 +376,17 @@ def _copy_step(source: int, target: int, offset: int) -> int:
 
 
 def _publish(source: Path, target: Path) -> None:
+    """As `swarmpull.store.durable.publish`, while others delete from the same directory."""
+    sync_file(source)
     for _ in range(PUBLISH_ATTEMPTS):
         try:
-            publish(source, target)
+            make_directory(target.parent)
+            source.rename(target)
         except FileNotFoundError:
             continue
+        # Not there any more: it was deleted meanwhile, and its directory with it.
+        with suppress(FileNotFoundError):
+            sync_directory(target.parent)
         return
     raise OSError(errno.EBUSY, f"{target.parent} is removed again and again by others")
 
