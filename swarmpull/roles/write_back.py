@@ -273,7 +273,8 @@ class WriteBack:
             self._content.namespaces.check_push(queued.blob.namespace)
             if await self._is_left_to_another(queued):
                 queued.postponed += 1
-                delay = rank_delay(queued.blob.rank, queued.blob.length)
+                # One step, whatever the rank: the one that is ahead writes when it is alone, too.
+                delay = rank_delay(1, queued.blob.length)
                 lane.schedule.postpone(queued.blob.key, delay, trio.current_time())
             else:
                 await self._write(queued)
