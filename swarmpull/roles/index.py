@@ -344,7 +344,7 @@ async def _open_replicator(
     settings: IndexConfig,
     catalog: Catalog,
     origins: Membership,
-    indexes: Membership,
+    peers: IndexPeers,
     pool: RpcPool,
     tls: Tls | None,
     metrics: Metrics,
@@ -369,7 +369,7 @@ async def _open_replicator(
             [Remote(each, pools.of(each.name)) for each in config.remotes if each.name in wanted],
             TagCopier(OriginClient(RingClient(pool, origins))),
             catalog,
-            Standby(pool, indexes, metrics),
+            Standby(pool, peers, metrics),
             metrics,
         )
         catalog.tags.watchers.append(replicator)
@@ -401,7 +401,7 @@ async def _open_answers(
     async with (
         open_journal(settings.data_dir, pending, catalog, cache, peers, metrics) as journal,
         _open_replicator(
-            config, settings, catalog, origins, indexes, pool, tls, metrics
+            config, settings, catalog, origins, peers, pool, tls, metrics
         ) as replicator,
         trio.open_nursery() as nursery,
     ):

@@ -1,8 +1,4 @@
-"""The other indexes of the cluster, as one that changes something needs them.
-
-An index does not have to be told which member of the ring it is: it calls all alike, and finds the name of
-its own process in the answer.
-"""
+"""The other indexes of the cluster, as one that changes something needs them."""
 
 from __future__ import annotations
 
@@ -16,6 +12,7 @@ import trio
 from swarmpull.errors import RpcUnavailable, SwarmpullError
 from swarmpull.ring.membership import Membership
 from swarmpull.roles.index_cache import ResolveCache
+from swarmpull.roles.own_addresses import OwnAddresses
 from swarmpull.wire import api
 from swarmpull.wire.listen import parse_address
 from swarmpull.wire.rpc import Method, RpcPool
@@ -38,8 +35,6 @@ Told = TypeVar("Told", bound=_Tells)
 MARGIN: Final = 1.05
 # Until a member that does not answer is tried once more, in seconds.
 PAUSE: Final = 0.05
-# Seconds for which an address that was found to be this process counts as such: it may move to another host.
-OWN_BELIEVED: Final = 60.0
 # Seconds between two lines in the log about a member that does not answer.
 LOG_INTERVAL: Final = 60.0
 
@@ -48,7 +43,8 @@ class IndexPeers:
     """Tells the other indexes what they have to forget.
 
     Attributes:
-        process: names this process among the indexes.
+        process: names this process among the indexes; made anew at each start.
+        own: the members that are this process.
         members: the indexes of the cluster, with this one.
     """
 
@@ -58,15 +54,13 @@ class IndexPeers:
         self._pool = pool
         self._cache = cache
         self._lease = cache.lease
-        self._own: dict[str, float] = {}
+        self.own = OwnAddresses()
         self._logged_at = -math.inf
 
     @property
     def others(self) -> list[str]:
         """The members that are not known to be this process."""
-        now = trio.current_time()
-        self._own = {each: at for each, at in self._own.items() if now < at + OWN_BELIEVED}
-        return [each for each in self.members.members if each not in self._own]
+        return [each for each in self.members.members if each not in self.own]
 
     def forget(self, request: api.ForgetRequest) -> api.ForgetReply:
         """What another index asks for."""
@@ -104,7 +98,7 @@ class IndexPeers:
         """
         reply = await self._pool.call(address, method, request, timeout=timeout)
         if reply.process == self.process:
-            self._own[address] = trio.current_time()
+            self.own.add(address)
         return reply
 
     async def _tell(self, address: str, request: api.ForgetRequest, deadline: float) -> None:

@@ -17,6 +17,7 @@ import trio
 from swarmpull.digest import Digest
 from swarmpull.errors import BlobNotFound, RpcUnavailable, SwarmpullError
 from swarmpull.ring.membership import Membership
+from swarmpull.roles.own_addresses import OwnAddresses
 from swarmpull.roles.ring_client import ask_member
 from swarmpull.roles.swarm_host import SwarmHost
 from swarmpull.store.write_back_schedule import Key
@@ -51,8 +52,6 @@ HELD_PATIENCE: Final = 2.0
 QUEUED_PATIENCE: Final = 10.0
 # Origins that are asked for one blob; a cluster has a few.
 ASKED_MAX: Final = 16
-# Seconds for which an address that was found to be this process counts as such: it may move to another host.
-OWN_BELIEVED: Final = 60.0
 
 
 @attrs.frozen
@@ -91,8 +90,7 @@ class Replication:
         self._copies = copies
         self._logged_at = -math.inf
         self._spreading = trio.CapacityLimiter(SPREADING_MAX)
-        # Members that turned out to be this process, and when.
-        self._own: dict[str, float] = {}
+        self._own = OwnAddresses()
         # Members that were given up because no piece came to them, and when.
         self._stalled: dict[str, float] = {}
         self._missing = metrics.counter(
@@ -110,7 +108,7 @@ class Replication:
         """Have the owners of a blob of this disk take copies of it; with fewer, go on and count that."""
         order = self._members.order(str(metainfo.digest))
         wanted = min(self._copies, len(order))
-        if self._copies == 1 or all(map(self._is_own, order)):
+        if self._copies == 1 or all(each in self._own for each in order):
             return
         holders: list[str] = []
         failures: dict[str, str] = {}
@@ -137,9 +135,9 @@ class Replication:
         self, digest: Digest, wanted: int, holders: list[str], failures: dict[str, str]
     ) -> None:
         members = self._members.members
-        others = [each for each in members if not self._is_own(each)]
+        others = [each for each in members if each not in self._own]
         # This origin has the blob, even if the time was over before its turn came.
-        holders = [each for each in members if each in holders or self._is_own(each)]
+        holders = [each for each in members if each in holders or each in self._own]
         if len(holders) < wanted:
             self._missing.inc(wanted - len(holders))
             if trio.current_time() - self._logged_at >= LOG_INTERVAL:
@@ -151,7 +149,7 @@ class Replication:
                     holders=holders,
                     failures=failures,
                 )
-        if others and all(map(self._is_own, holders)):
+        if others and all(each in self._own for each in holders):
             self._alone.inc()
 
     def _passed_over(self, address: str) -> str:
@@ -159,7 +157,7 @@ class Replication:
 
         Every push would wait for it anew: one whose time is over finds out whether it is back.
         """
-        if address in self._members.unhealthy() and not self._is_own(address):
+        if address in self._members.unhealthy() and address not in self._own:
             return "did not answer of late"
         stalled_at = self._stalled.get(address, -math.inf)
         if trio.current_time() - stalled_at < STALLED_BELIEVED:
@@ -168,7 +166,7 @@ class Replication:
 
     async def copy_to(self, address: str, metainfo: Metainfo, namespace: str, rank: int) -> str:
         """Wait until a member has a blob; returns why it does not, or nothing."""
-        if self._is_own(address):
+        if address in self._own:
             return ""
         request = api.ReplicateRequest(metainfo, namespace, self._host.contact, rank, POLL)
         received, heard_at = 0, trio.current_time()
@@ -177,7 +175,7 @@ class Replication:
             if isinstance(reply, str):
                 return reply
             if reply.itself:
-                self._own[address] = trio.current_time()
+                self._own.add(address)
             if reply.itself or reply.stored:
                 return ""
             if reply.received > received:
@@ -224,13 +222,13 @@ class Replication:
             patience=0.0,
         )
         if reply.itself:
-            self._own[address] = trio.current_time()
+            self._own.add(address)
             return {}
         return dict(zip(keys, reply.ranks, strict=False))
 
     def own(self) -> frozenset[str]:
         """The members that turned out to be this process."""
-        return frozenset(address for address in self._own if self._is_own(address))
+        return frozenset(self._own)
 
     # --- reading ------------------------------------------------------------------------------
 
@@ -279,7 +277,7 @@ class Replication:
         Those that did not answer of late are not called: a client waits, and most blobs that are asked for
         here are nowhere.
         """
-        order = [each for each in self._members.order(str(digest)) if not self._is_own(each)]
+        order = [each for each in self._members.order(str(digest)) if each not in self._own]
         unhealthy = set(self._members.unhealthy())
         silent = {each: "did not answer of late" for each in order if each in unhealthy}
         found: dict[str, api.HeldReply] = {}
@@ -318,10 +316,6 @@ class Replication:
             raise
         self._members.record_success(address)
         if held.seeder.peer_id == self._host.contact.peer_id:
-            self._own[address] = trio.current_time()
+            self._own.add(address)
             return None
         return held
-
-    def _is_own(self, address: str) -> bool:
-        found_at = self._own.get(address, -math.inf)
-        return trio.current_time() - found_at < OWN_BELIEVED

@@ -1,14 +1,9 @@
-"""The other indexes of a cluster as one that replicates needs them: one of them stands by for each change.
-
-An index does not have to be told which member of the ring it is: it calls all alike, and finds its own
-process in the answer.
-"""
+"""The other indexes of a cluster as one that replicates needs them: one of them stands by for each change."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import uuid
 from collections.abc import Iterator, Sequence
 from typing import Final
 
@@ -16,7 +11,7 @@ import structlog
 import trio
 
 from swarmpull.errors import RpcUnavailable, SwarmpullError
-from swarmpull.ring.membership import Membership
+from swarmpull.roles.index_peers import IndexPeers
 from swarmpull.roles.ring_client import ask_member
 from swarmpull.telemetry import Metrics
 from swarmpull.wire import api
@@ -30,25 +25,18 @@ KEEP_PATIENCE: Final = 3.0
 ASK_PATIENCE: Final = 10.0
 # Changes of one call.
 BATCH: Final = 1000
-# Seconds for which an address that was found to be this process counts as such: it may move to another host.
-OWN_BELIEVED: Final = 60.0
 # Seconds between two lines in the log about changes that nobody stands by for.
 LOG_INTERVAL: Final = 60.0
 
 
 class Standby:
-    """Calls of the other indexes.
+    """Calls of the other indexes."""
 
-    Attributes:
-        process: names this process; made anew at each start.
-    """
-
-    def __init__(self, pool: RpcPool, members: Membership, metrics: Metrics) -> None:
-        self.process = uuid.uuid4().hex
+    def __init__(self, pool: RpcPool, peers: IndexPeers, metrics: Metrics) -> None:
+        self._process = peers.process
+        self._own = peers.own
         self._pool = pool
-        self._members = members
-        # Members that turned out to be this process, and when.
-        self._own: dict[str, float] = {}
+        self._members = peers.members
         self._logged_at = -math.inf
         self._alone = metrics.counter(
             "replication_without_standby_total",
@@ -58,13 +46,13 @@ class Standby:
 
     def is_own(self, process: str) -> bool:
         """Whether a call came from this process."""
-        return process == self.process
+        return process == self._process
 
     async def keep(self, repository: str, changes: tuple[api.ChangeForRemote, ...]) -> None:
         """Have one other index keep changes; without any that can, go on and count that."""
         failures: dict[str, str] = {}
         for address in self._others(repository):
-            request = api.KeepChangesRequest(self.process, changes)
+            request = api.KeepChangesRequest(self._process, changes)
             try:
                 reply = await ask_member(
                     self._members,
@@ -80,7 +68,7 @@ class Standby:
                 continue
             if not reply.itself:
                 return
-            self._own[address] = trio.current_time()
+            self._own.add(address)
         if failures:
             self._alone.inc(len(changes))
             if trio.current_time() - self._logged_at >= LOG_INTERVAL:
@@ -92,7 +80,7 @@ class Standby:
         found: set[api.ChangeForRemote] = set()
         for address in self._others(""):
             for batch in _batches(changes):
-                request = api.ChangesKeptRequest(self.process, batch)
+                request = api.ChangesKeptRequest(self._process, batch)
                 try:
                     reply = await ask_member(
                         self._members,
@@ -108,7 +96,7 @@ class Standby:
                     level("standby_not_answered", index=address, reason=str(error))
                     break
                 if reply.itself:
-                    self._own[address] = trio.current_time()
+                    self._own.add(address)
                     break
                 found.update(
                     change for change, kept in zip(batch, reply.kept, strict=False) if kept
@@ -117,9 +105,7 @@ class Standby:
 
     def _others(self, key: str) -> list[str]:
         """The members that may be other processes, in the order of the ring, those that are ill last."""
-        oldest = trio.current_time() - OWN_BELIEVED
-        order = self._members.order(key)
-        return [each for each in order if self._own.get(each, -math.inf) < oldest]
+        return [each for each in self._members.order(key) if each not in self._own]
 
 
 def _batches(
