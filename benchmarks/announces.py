@@ -20,9 +20,7 @@ import math
 import random
 import resource
 import select
-import socket
 import statistics
-import struct
 import sys
 import tempfile
 import time
@@ -35,19 +33,14 @@ import attrs
 from benchmarks.machine import load_average, machine
 from benchmarks.processes import Server, Usage
 from benchmarks.pull import free_ports, get
+from benchmarks.rpc_socket import RpcSocket, numbered
 from swarmpull.digest import Digest
-from swarmpull.errors import ProtocolError
 from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
 from swarmpull.wire import api
 from swarmpull.wire.codec import decode, encode
-from swarmpull.wire.frames import FrameBuffer
 from swarmpull.wire.rpc_messages import (
-    FrameType,
-    RpcHello,
-    RpcReply,
     RpcRequest,
     pack,
-    unpack,
 )
 
 MIB: Final = 1 << 20
@@ -63,13 +56,11 @@ HELD_RATE: Final = 10.0
 CLOSED_RATE: Final = 5000.0
 # Messages under way at a time when it is found out what the tracker bears.
 UNDER_WAY: Final = 64
-FRAME_BYTES_MAX: Final = 1 << 20
 # Connections that wait to be accepted at the same time; the tracker's backlog is longer.
 CONNECTING_MAX: Final = 64
 ANSWER_SECONDS_MAX: Final = 60.0
 # A process needs a few descriptors besides those of its connections.
 DESCRIPTORS_SPARE: Final = 200
-_REQUEST_ID: Final = struct.Struct("!I")
 
 
 @attrs.frozen
@@ -92,7 +83,7 @@ class Measured:
         return sorted(self.waits)[min(int(len(self.waits) * share), len(self.waits) - 1)]
 
 
-class Agent:
+class Agent(RpcSocket):
     """One host: a connection to the tracker, and the announce that it repeats."""
 
     def __init__(
@@ -102,18 +93,11 @@ class Agent:
         host = f"10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"
         self._peer = PeerContact(rng.randbytes(16).hex(), host, 7100, PeerKind.AGENT)
         self._digests = digests
-        self._buffer = FrameBuffer(body_bytes_max=FRAME_BYTES_MAX)
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=ANSWER_SECONDS_MAX)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket.sendall(pack(RpcHello(64)))
         self._announce = b""
+        super().__init__("tracker", port, ANSWER_SECONDS_MAX)
 
     def shake_hands(self) -> None:
-        """Take the tracker's HELLO."""
-        while (frame := self._buffer.take()) is None:
-            self._buffer.feed(self._received())
-        if not isinstance(unpack(frame.type, frame.body), RpcHello):
-            raise ProtocolError("the tracker did not begin with HELLO")
+        super().shake_hands()
         self.socket.setblocking(False)
 
     def become(self, kind: str) -> None:
@@ -127,29 +111,11 @@ class Agent:
 
     def announce(self, number: int) -> None:
         """Send it as request ``number``; the socket's buffer holds many of them."""
-        head = self._announce[:5]
-        rest = self._announce[5 + _REQUEST_ID.size :]
-        sent = self.socket.send(head + _REQUEST_ID.pack(number) + rest)
+        sent = self.socket.send(numbered(self._announce, number))
         if sent != len(self._announce):
             raise RuntimeError(
                 "the tracker reads so slowly that an announce did not fit the socket"
             )
-
-    def answers(self) -> Iterator[RpcReply]:
-        """What has come since the last time."""
-        self._buffer.feed(self._received())
-        while (frame := self._buffer.take()) is not None:
-            message = unpack(frame.type, frame.body)
-            if isinstance(message, RpcReply):
-                yield message
-            elif frame.type != FrameType.HELLO:
-                raise RuntimeError(f"the tracker answered {message}")
-
-    def _received(self) -> bytes:
-        data = self.socket.recv(MIB)
-        if not data:
-            raise RuntimeError("the tracker has closed a connection")
-        return data
 
 
 class Bench:

@@ -16,9 +16,7 @@ import argparse
 import contextlib
 import os
 import select
-import socket
 import statistics
-import struct
 import sys
 import tempfile
 import time
@@ -30,25 +28,20 @@ from typing import Final
 
 import attrs
 
-from benchmarks.announces import FRAME_BYTES_MAX
 from benchmarks.machine import load_average, machine
 from benchmarks.processes import Server, Usage
 from benchmarks.pull import free_ports, get
+from benchmarks.rpc_socket import RpcSocket, numbered
 from benchmarks.s3 import BUCKET, CREDENTIALS, client_of, find_weed, start_s3
 from swarmpull.digest import Digest
-from swarmpull.errors import ProtocolError
 from swarmpull.registry.images import PAGE_MAX
 from swarmpull.wire import api
 from swarmpull.wire.codec import decode, encode
-from swarmpull.wire.frames import FrameBuffer
 from swarmpull.wire.rpc_messages import (
-    FrameType,
     Method,
-    RpcHello,
     RpcReply,
     RpcRequest,
     pack,
-    unpack,
 )
 
 MIB: Final = 1 << 20
@@ -56,53 +49,27 @@ SECONDS_MAX: Final = 120.0
 REPOSITORY: Final = "team/application"
 # Objects that are put into a bucket at the same time.
 PUTTING: Final = 8
-_REQUEST_ID: Final = struct.Struct("!I")
 
 
-class Caller:
+class Caller(RpcSocket):
     """One connection to the index."""
 
     def __init__(self, port: int) -> None:
-        self._buffer = FrameBuffer(body_bytes_max=FRAME_BYTES_MAX)
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=SECONDS_MAX)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket.sendall(pack(RpcHello(64)))
-        if not isinstance(self._wait(), RpcHello):
-            raise ProtocolError("the index did not begin with HELLO")
+        super().__init__("index", port, SECONDS_MAX)
+        self.shake_hands()
 
     def call(self, method: Method[object, object], request: object) -> object:
         """One call, waited for."""
         frame = RpcRequest(0, int(SECONDS_MAX * 1000), method.name, encode(request))
         self.socket.sendall(pack(frame))
-        answer = self._wait()
+        answer = self.wait()
         if not isinstance(answer, RpcReply):
             raise RuntimeError(f"the index answered {answer}")
         return decode(answer.body, method.reply)
 
     def send(self, frame: bytes, number: int) -> None:
         """A packed request, as number ``number``."""
-        self.socket.sendall(frame[:5] + _REQUEST_ID.pack(number) + frame[5 + _REQUEST_ID.size :])
-
-    def answers(self) -> Iterator[RpcReply]:
-        """What has come since the last time."""
-        self._buffer.feed(self._received())
-        while (frame := self._buffer.take()) is not None:
-            message = unpack(frame.type, frame.body)
-            if isinstance(message, RpcReply):
-                yield message
-            elif frame.type != FrameType.HELLO:
-                raise RuntimeError(f"the index answered {message}")
-
-    def _wait(self) -> object:
-        while (frame := self._buffer.take()) is None:
-            self._buffer.feed(self._received())
-        return unpack(frame.type, frame.body)
-
-    def _received(self) -> bytes:
-        data = self.socket.recv(MIB)
-        if not data:
-            raise RuntimeError("the index has closed a connection")
-        return data
+        self.socket.sendall(numbered(frame, number))
 
 
 @attrs.frozen
