@@ -28,7 +28,7 @@ class Fault:
     Attributes:
         end: how the answer ends: as an answer of the proxy, reset, closed, or in silence.
         after: bytes of the body that get through; -1: not even the head does.
-        status, code, text: of the answer of the proxy.
+        status, code, text, server: of the answer of the proxy.
         then: runs when the answer ends, before the connection does.
     """
 
@@ -38,6 +38,7 @@ class Fault:
     code: str = "SlowDown"
     text: str = "Please reduce your request rate."
     then: Callable[[], None] = lambda: None
+    server: str = ""
 
 
 @attrs.define
@@ -233,7 +234,7 @@ def _answer(fault: Fault, method: str) -> bytes:
         f"<Message>{fault.text}</Message></Error>"
     ).encode()
     head = (
-        f"HTTP/1.1 {fault.status} Spoiled\r\nContent-Type: application/xml\r\n"
+        f"HTTP/1.1 {fault.status} Spoiled\r\nContent-Type: application/xml\r\nServer: {fault.server}\r\n"
         f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
     ).encode()
     return head if method == "HEAD" else head + body

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
+import attrs
 import minio.time
 import pytest
 import trio
@@ -341,6 +342,19 @@ async def test_a_refusal_is_told_at_once(backend, proxy, status, code) -> None:
     with pytest.raises(BackendUnavailable, match="AccessDenied"):
         await backend.stat("a")
     assert proxy.count("HEAD") == 1
+
+
+async def test_a_put_that_minio_denies_beside_deletes_is_tried_again(backend, proxy) -> None:
+    refusal = Fault("answer", status=403, code="AccessDenied", text="No.")
+    proxy.spoil("PUT", attrs.evolve(refusal, server="MinIO"))
+    await backend.put_bytes("a", b"content")
+    assert await backend.get_bytes("a") == b"content"
+    assert proxy.count("PUT") == 2
+
+    proxy.spoil("PUT", refusal)
+    with pytest.raises(BackendUnavailable, match="AccessDenied"):
+        await backend.put_bytes("b", b"content")
+    assert proxy.count("PUT") == 3
 
 
 async def test_a_missing_object_is_not_asked_for_again(backend, proxy) -> None:

@@ -78,6 +78,9 @@ METADATA_TIMEOUT: Final = 1.0
 # SeaweedFS walks its directories: all of "a/..." comes before "a-b", where bytes say the opposite, and
 # a listing that starts after "a" leaves out "a/b" when both are objects (4.48).
 UNORDERED_SERVERS: Final = ("SeaweedFS",)
+# MinIO on one drive now and then says AccessDenied to a put while a neighbour is deleted, and takes the next
+# one (2026-02): it removes directories that have become empty.
+RACING_SERVERS: Final = ("MinIO",)
 
 # socket(7), struct linger: on, for no second.
 NO_LINGER: Final = struct.pack("ii", 1, 0)
@@ -476,7 +479,7 @@ class S3Client:
         query: dict[str, str] | None = None,
         stream: bool = False,
     ) -> BaseHTTPResponse:
-        with _translating():
+        with _translating(method):
             return self._execute(
                 method, name, body=body, headers=headers, query=query, stream=stream
             )
@@ -551,13 +554,14 @@ def _texts(document: bytes, tag: str) -> list[str]:
 
 
 @contextmanager
-def _translating() -> Iterator[None]:
-    """Turn what minio and urllib3 raise into `S3Failure`."""
+def _translating(method: str = "") -> Iterator[None]:
+    """Turn what minio and urllib3 raise into `S3Failure`; ``method`` is that of the request."""
     try:
         yield
     except S3Error as error:
         status = error.response.status
         transient = error.code in TRANSIENT_CODES or status in TRANSIENT_STATUSES
+        transient |= method == "PUT" and _may_be_a_race(error)
         code, message = error.code or "", error.message or f"status {status}"
         raise S3Failure(code, message, status=status, transient=transient) from error
     except (HTTPError, HTTPException, OSError) as error:
@@ -568,6 +572,11 @@ def _translating() -> Iterator[None]:
         transient = status in TRANSIENT_STATUSES
         text = f"status {status}, and no answer of an S3 server: {_shorten(str(error))}"
         raise S3Failure("", text, status=status, transient=transient) from error
+
+
+def _may_be_a_race(error: S3Error) -> bool:
+    server = error.response.headers.get("Server", "")
+    return error.code == "AccessDenied" and server.startswith(RACING_SERVERS)
 
 
 def _network_failure(error: Exception) -> S3Failure:
