@@ -69,16 +69,18 @@ class BlobFinder:
         """Ask a tracker; when none answers, or none in good time, ask the origins themselves.
 
         A tracker that hangs must not stop pulls, and one that waits for an origin waits for what the
-        origins then tell us.
+        origins then tell us.  When no origin answers either, trackers are asked that were ill a moment ago.
 
         Raises:
             BlobNotFound: no origin has the blob.
             SwarmpullError: nobody can say.
         """
+        insist = False
         try:
             with trio.fail_after(TRACKER_PATIENCE):
                 return await self._trackers.announce(request)
         except RpcUnavailable as error:
+            insist = True
             log.warning("no_tracker", digest=str(request.digest), reason=str(error))
         except trio.TooSlowError:
             log.info("tracker_slow", digest=str(request.digest), waited=TRACKER_PATIENCE)
@@ -87,9 +89,15 @@ class BlobFinder:
                 raise
             # The trackers reach no origin: perhaps we do.
             log.info("tracker_without_origins", digest=str(request.digest), reason=error.reason)
-        reply = await self._origins.get_metainfo(
-            request.digest, request.namespace, growing=request.growing
-        )
+        try:
+            reply = await self._origins.get_metainfo(
+                request.digest, request.namespace, growing=request.growing
+            )
+        except RpcUnavailable:
+            late = await self._insist(request) if insist else None
+            if late is None:
+                raise
+            return late
         return AnnounceReply(
             (reply.seeder,),
             TRACKERLESS_INTERVAL,
@@ -97,6 +105,15 @@ class BlobFinder:
             content=reply.content,
             growth=reply.growth,
         )
+
+    async def _insist(self, request: AnnounceRequest) -> AnnounceReply | None:
+        """What a tracker says that was ill a moment ago, and may be back; None when none is."""
+        with trio.move_on_after(TRACKER_PATIENCE):
+            try:
+                return await self._trackers.announce(request, insist=True)
+            except RpcUnavailable as error:
+                log.info("still_no_tracker", digest=str(request.digest), reason=str(error))
+        return None
 
     async def follow(self, request: HashesRequest) -> Growth:
         """Wait for more piece hashes of a blob that an origin is still fetching, as `find` does.

@@ -114,12 +114,13 @@ class TrackerClient:
         await self._held.announce(contact, digests, told)
 
     async def announce(
-        self, request: AnnounceRequest, *, timeout: float | None = None
+        self, request: AnnounceRequest, *, timeout: float | None = None, insist: bool = False
     ) -> AnnounceReply:
         """Announce to the tracker of this blob, or to another one while that is down.
 
         ``timeout`` in seconds is for each tracker, and by default longer when metainfo is wanted, because the
-        tracker asks an origin for it.
+        tracker asks an origin for it.  Whoever wants metainfo is told at once when no tracker has answered of
+        late, unless it does ``insist``.
 
         Raises:
             BlobNotFound: metainfo is wanted and no origin can get the blob.
@@ -138,18 +139,20 @@ class TrackerClient:
             and request.state is AnnounceState.LEECHING
             and not request.want_metainfo
         )
-        address, reply = await self._announce_to(self._order(request, elsewhere), request, timeout)
+        address, reply = await self._announce_to(
+            self._order(request, elsewhere, insist), request, timeout
+        )
         if request.state is AnnounceState.STOPPED:
             return reply
         anew = self._announced.answered_by(request.digest, address, reply.process)
         self._restarted(address, anew)
         return self._taken(request, address, reply, elsewhere=elsewhere)
 
-    def _order(self, request: AnnounceRequest, elsewhere: bool) -> list[str]:
+    def _order(self, request: AnnounceRequest, elsewhere: bool, insist: bool) -> list[str]:
         members = self._ring.members
         order = members.order(str(request.digest))
         ill = set(members.unhealthy())
-        if request.want_metainfo and order and ill.issuperset(order):
+        if request.want_metainfo and order and not insist and ill.issuperset(order):
             # A reader waits, and origins can answer; probes tell when a tracker is back.
             raise RpcUnavailable(", ".join(order), api.ANNOUNCE.name, "no tracker answered of late")
         if elsewhere and len(order) > 1 and order[1] not in ill:

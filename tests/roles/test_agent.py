@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
@@ -12,13 +13,14 @@ import trio
 from trio.testing import MockClock
 
 from swarmpull.digest import Digest
-from swarmpull.errors import BlobNotFound, StoreFull
+from swarmpull.errors import BlobNotFound, RpcUnavailable, StoreFull
 from swarmpull.registry.client import get_rates, put_rates
 from swarmpull.roles import agent as agent_module
 from swarmpull.roles.agent import BlobFinder, seed_cache
 from swarmpull.store.blobs import BlobStore
 from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN
 from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
+from swarmpull.wire import api
 from swarmpull.wire.api import AnnounceReply, AnnounceRequest, MetainfoReply
 
 from .peers import make_content, running_node
@@ -380,6 +382,26 @@ async def test_a_tracker_that_knows_that_the_blob_is_nowhere_is_believed() -> No
 
     with pytest.raises(BlobNotFound):
         await BlobFinder(Knowing(), Origins()).find(REQUEST)  # type: ignore[arg-type]
+
+
+async def test_a_tracker_that_was_ill_a_moment_ago_is_asked_when_nobody_else_answers() -> None:
+    answer = AnnounceReply((SEEDER,), 3.0, CONTENT.metainfo)
+
+    class IllOfLate:
+        async def announce(
+            self, request: AnnounceRequest, *, insist: bool = False
+        ) -> AnnounceReply:
+            if insist:
+                return answer
+            raise RpcUnavailable("the trackers", api.ANNOUNCE.name, "no tracker answered of late")
+
+    class Away:
+        async def get_metainfo(self, *_: object, growing: bool) -> MetainfoReply:
+            raise RpcUnavailable("the origins", api.GET_METAINFO.name, "no member answers")
+
+    trackers: Any = IllOfLate()
+    origins: Any = Away()
+    assert await BlobFinder(trackers, origins).find(REQUEST) == answer
 
 
 async def test_a_full_disk_at_the_start_does_not_end_the_agent(
