@@ -21,7 +21,8 @@ from swarmpull.roles.security import open_listener_security
 from swarmpull.telemetry import Metrics
 from swarmpull.wire import api
 from swarmpull.wire.listen import format_address
-from swarmpull.wire.rpc import RpcContext, RpcService, serve_rpc
+from swarmpull.wire.rpc import RpcContext, RpcLimits, RpcService, serve_rpc
+from swarmpull.wire.rpc_memory import RpcMemory
 from swarmpull.wire.tls import Tls
 
 log = structlog.get_logger()
@@ -83,7 +84,7 @@ async def serve_role(
                 servers[name] = await _http(files, role, settings, name, app)
         if service is not None:
             service.register(api.PING, _answer_ping, at_once=_pong)
-            servers["rpc"] = partial(serve_rpc, service, tls=tls)
+            servers["rpc"] = partial(serve_rpc, service, memory=_rpc_memory(metrics), tls=tls)
         pages = _admin_app(role, metrics, readiness, status, drain, rates, replication)
         admin, listen = await _http(files, role, settings, "admin", pages), settings.admin.listen
         to_the_end = await files.enter_async_context(trio.open_nursery())
@@ -102,6 +103,19 @@ async def serve_role(
         if on_drain is not None:
             await deadline.keep(on_drain, role)
         over.set()
+
+
+def _rpc_memory(metrics: Metrics) -> RpcMemory[Any]:
+    memory = RpcMemory[Any](RpcLimits().memory_bytes_max)
+    metrics.gauge(
+        "rpc_server_memory_bytes",
+        "Frames in part, requests under way and replies that clients do not read, of all connections.",
+    ).set_function(lambda: memory.bytes)
+    metrics.gauge(
+        "rpc_server_memory_ended",
+        "Connections that were ended because all together had more kept than may be.",
+    ).set_function(lambda: memory.ended)
+    return memory
 
 
 def _admin_app(

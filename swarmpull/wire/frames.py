@@ -82,6 +82,12 @@ class FrameBuffer:
         """Bytes that are fed but not yet taken."""
         return len(self._data)
 
+    def lacking(self) -> int:
+        """Bytes that the begun frame lacks, after a `take` without a frame; 0 while its length is unknown."""
+        if len(self._data) < HEADER_BYTES:
+            return 0
+        return HEADER_BYTES + unpack_header(self._data)[1] - len(self._data)
+
     def feed(self, data: bytes | bytearray) -> None:
         """Add bytes as they came from the network."""
         self._data += data

@@ -18,6 +18,7 @@ import math
 import os
 import select
 import socket
+import time
 from collections.abc import Iterator
 from typing import Final
 
@@ -30,6 +31,7 @@ from swarmpull.wire.ends import End, end_of
 from swarmpull.wire.frames import FrameBuffer
 from swarmpull.wire.listen import format_address
 from swarmpull.wire.rpc_link import CONNECTION_ERRORS, RpcLimits, reason_of
+from swarmpull.wire.rpc_memory import RpcMemory
 from swarmpull.wire.rpc_messages import (
     ENVELOPE_BYTES_MAX,
     HANDSHAKE_BODY_BYTES_MAX,
@@ -50,11 +52,17 @@ log = structlog.get_logger()
 
 # After a BYE the client closes as soon as its last reply has come; this is for clients that do not.
 BYE_TIMEOUT: Final = 5.0
-# Connections that are served before other tasks get their turn: a few milliseconds.
+# Connections that are served before other tasks get their turn, a few milliseconds; and how many seconds
+# that may take in any case, looked at after each message.
 READY_MAX: Final = 32
-# Read from one connection in one turn; a request has a few hundred bytes, and a long one goes on.
+TURN_SECONDS: Final = 0.003
+# Of one connection in one turn, however short its messages are: what has come of others goes before the rest.
+MESSAGES_AT_ONCE: Final = 16
+# Read from one connection in one turn: a request has a few hundred bytes. Of a longer one what it lacks.
 RECEIVE_BYTES: Final = 8 * 1024
 RECEIVE_MORE_BYTES: Final = 256 * 1024
+# Less than this of one connection is not counted: no more than what the connection itself takes.
+KEPT_MIN: Final = 1024
 # How often the connections are looked at for times that are over, in seconds, and how many before other
 # tasks get their turn.
 LOOK_INTERVAL: Final = 1.0
@@ -63,17 +71,34 @@ LOOKED_AT_ONCE: Final = 2000
 _HELD_UP: Final = select.EPOLLERR | select.EPOLLHUP
 
 
+class _MemoryFull(ProtocolError):
+    """A connection has more kept for it than any other, and all together have too much."""
+
+    def __str__(self) -> str:
+        return self.reason
+
+
 class ServedConnections:
     """The connections of one server; made by `serve_rpc`, and at work while `run` is."""
 
-    def __init__(self, service: RpcService, limits: RpcLimits, entrance: Entrance) -> None:
+    def __init__(
+        self,
+        service: RpcService,
+        limits: RpcLimits,
+        entrance: Entrance,
+        memory: RpcMemory[_Connection],
+    ) -> None:
         self.limits = limits
+        self._memory = memory
         self.entrance = entrance
         self.answers = Answers(
             service, limits.body_bytes_max, entrance.complain, lambda: entrance.cluster
         )
         self._by_descriptor: dict[int, _Connection] = {}
         self._poll = select.epoll()
+        self._resting: list[_Connection] = []
+        self._rested = trio.lowlevel.ParkingLot()
+        self._turn_until = 0.0
         self._arriving = 0
         self._draining = False
         self._over = trio.CancelScope()
@@ -88,6 +113,7 @@ class ServedConnections:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 nursery.start_soon(self._look_at_times)
+                nursery.start_soon(self._serve_rested)
                 task_status.started()
                 with self._over:
                     await self._serve_ready()
@@ -150,7 +176,39 @@ class ServedConnections:
         """A connection has ended; its socket is still open."""
         self._poll.unregister(connection.descriptor)
         del self._by_descriptor[connection.descriptor]
+        self._memory.set(connection, 0)
         self._end_if_over()
+
+    def keep(self, connection: _Connection, held: int) -> None:
+        """So many bytes are kept for a connection from now on; ends those with the most if it is too much."""
+        memory = self._memory
+        memory.set(connection, held)
+        greedy = memory.too_greedy()
+        if not greedy:
+            return
+        log.warning(
+            "rpc_memory_full",
+            limit=memory.bytes_max,
+            connections_ended=len(greedy),
+            most=memory.held_by(greedy[0]),
+            remote=greedy[0].remote,
+        )
+        for each in greedy:
+            each.end(
+                _MemoryFull(
+                    f"{memory.held_by(each)} bytes of requests and unread replies are kept for this "
+                    f"connection, and {memory.bytes_max} are the limit for all together: read replies sooner"
+                )
+            )
+
+    def turn_is_over(self) -> bool:
+        """Whether what is to be done in one go has taken as long as it may."""
+        return time.perf_counter() >= self._turn_until
+
+    def rest(self, connection: _Connection) -> None:
+        """Have a connection go on with what has come of it in one of the next turns."""
+        self._resting.append(connection)
+        self._rested.unpark()
 
     def _end_if_over(self) -> None:
         if self._draining and not self._by_descriptor and not self._arriving:
@@ -160,10 +218,31 @@ class ServedConnections:
         poll, connections = self._poll, self._by_descriptor
         while True:
             await trio.lowlevel.wait_readable(poll.fileno())
-            for descriptor, events in poll.poll(0, READY_MAX):
-                # None: one before it in this turn has ended it.
-                if (connection := connections.get(descriptor)) is not None:
-                    connection.ready(events)
+            self._begin_turn()
+            # A descriptor may be another connection's after a pause.
+            ready = [(connections[number], events) for number, events in poll.poll(0, READY_MAX)]
+            for connection, events in ready:
+                connection.ready(events)
+                if self.turn_is_over():
+                    await self._pause()
+
+    async def _serve_rested(self) -> None:
+        while True:
+            if not self._resting:
+                await self._rested.park()
+            await self._pause()
+            resting, self._resting = self._resting, []
+            for connection in resting:
+                connection.resume()
+                if self.turn_is_over():
+                    await self._pause()
+
+    async def _pause(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self._begin_turn()
+
+    def _begin_turn(self) -> None:
+        self._turn_until = time.perf_counter() + TURN_SECONDS
 
     async def _look_at_times(self) -> None:
         limits = self.limits
@@ -188,8 +267,9 @@ class ServedConnections:
 class _Connection:
     """One client: its requests, the answers on their way, and until when it has to do what.
 
-    It stops reading while more answers wait to be written than the limit says, and while as many requests are
-    under way as it takes; what the client sends then waits in the kernel, and in the end at the client.
+    It stops reading while more answers wait to be written than the limit says, while as many requests are
+    under way as it takes, and for a turn when it has had its share of one; what the client sends then waits
+    in the kernel, and in the end at the client.
 
     Attributes:
         descriptor: of its socket.
@@ -205,11 +285,14 @@ class _Connection:
         "_events",
         "_frame_since",
         "_greeted",
+        "_in_hand",
         "_inbox",
+        "_kept",
         "_out",
         "_out_bytes",
         "_owner",
         "_port",
+        "_resting",
         "_room",
         "_said_bye",
         "_sent",
@@ -232,6 +315,7 @@ class _Connection:
         self._greeted = False
         self._said_bye = False
         self._ended = False
+        self._resting = False
         # The request for which there is no place yet.
         self._waiting: tuple[RpcRequest, Begun] | None = None
         # Frames to be written, and how much of the first one has been; None for the many that have none.
@@ -239,6 +323,9 @@ class _Connection:
         self._out_bytes = 0
         self._sent = 0
         self._room: trio.lowlevel.ParkingLot | None = None
+        # Bytes of requests that are under way and of replies that wait for a place in the queue; and what the
+        # owner was last told of all that is kept.
+        self._in_hand = self._kept = 0
         # Since when it has said nothing, a frame has been coming, one has been going out.
         self._active_at = trio.current_time()
         self._frame_since = self._stuck_since = math.inf
@@ -248,6 +335,8 @@ class _Connection:
 
     def ready(self, events: int) -> None:
         """There is something to read, or room to write."""
+        if self._ended:
+            return
         try:
             if events & select.EPOLLOUT:
                 self._flush()
@@ -256,11 +345,29 @@ class _Connection:
                 if self._is_held_up():
                     self._check_alive(events)
                 else:
-                    self._read(RECEIVE_MORE_BYTES if len(self._inbox) else RECEIVE_BYTES)
+                    lacking = self._inbox.lacking() if len(self._inbox) else 0
+                    self._read(min(max(lacking, RECEIVE_BYTES), RECEIVE_MORE_BYTES))
         except CONNECTION_ERRORS as error:
             self.end(error)
         if not self._ended:
             self._settle()
+
+    def resume(self) -> None:
+        """Go on after a rest."""
+        self._resting = False
+        if self._ended:
+            return
+        try:
+            self._go_on()
+        except CONNECTION_ERRORS as error:
+            self.end(error)
+        else:
+            self._settle()
+
+    def _rest(self) -> None:
+        if not self._resting:
+            self._resting = True
+            self._owner.rest(self)
 
     def _go_on(self) -> None:
         """Take in what is here already, which nothing will tell of, after having been held up."""
@@ -288,8 +395,10 @@ class _Connection:
             raise trio.BrokenResourceError(os.strerror(code) if code else "reset")
 
     def _is_held_up(self) -> bool:
-        return self._waiting is not None or (
-            self._out_bytes > 0 and self._out_bytes >= self._owner.limits.write_queue_bytes_max
+        return (
+            self._resting
+            or self._waiting is not None
+            or (self._out_bytes > 0 and self._out_bytes >= self._owner.limits.write_queue_bytes_max)
         )
 
     def _client_closed(self) -> None:
@@ -301,6 +410,7 @@ class _Connection:
 
     def _process(self) -> None:
         """Take in whole frames; also those of before, when it has been held up."""
+        taken = 0
         while not self._ended and not self._is_held_up():
             frame = self._inbox.take()
             if frame is None:
@@ -309,6 +419,11 @@ class _Connection:
             # Messages of a newer version are skipped.
             if (message := unpack(frame.type, frame.body)) is not None:
                 self._receive(message)
+            taken += 1
+            if (len(self._inbox) or self._end.held) and (
+                taken >= MESSAGES_AT_ONCE or self._owner.turn_is_over()
+            ):
+                self._rest()
         now = self._active_at = trio.current_time()
         if not len(self._inbox) or self._is_held_up():
             self._frame_since = math.inf
@@ -349,7 +464,9 @@ class _Connection:
         begun = self._owner.answers.begin(request, self._context)
         if isinstance(begun, bytes):
             self._write(begun)
-        elif len(self.scopes) >= self._owner.limits.requests_max:
+            return
+        self._in_hand += len(request.body)
+        if len(self.scopes) >= self._owner.limits.requests_max:
             self._waiting = (request, begun)
         else:
             self._owner.start(self, request, begun)
@@ -366,14 +483,18 @@ class _Connection:
                 await self._put(frame)
         finally:
             del self.scopes[request.id]
+            self._in_hand -= len(request.body)
             self._place_freed()
 
     async def _put(self, frame: bytes) -> None:
         limit = self._owner.limits.write_queue_bytes_max
+        self._in_hand += len(frame)
+        self._account()
         while not self._ended and self._out and self._out_bytes + len(frame) > limit:
             if self._room is None:
                 self._room = trio.lowlevel.ParkingLot()
             await self._room.park()
+        self._in_hand -= len(frame)
         if self._ended:
             return
         try:
@@ -384,17 +505,13 @@ class _Connection:
             self._settle()
 
     def _place_freed(self) -> None:
-        if self._ended or self._waiting is None:
-            return
-        request, begun = self._waiting
-        self._waiting = None
-        try:
+        if not self._ended and self._waiting is not None:
+            request, begun = self._waiting
+            self._waiting = None
             self._owner.start(self, request, begun)
-            self._go_on()
-        except CONNECTION_ERRORS as error:
-            self.end(error)
-        else:
-            self._settle()
+            # Many may end at the same time, and each has let in others.
+            self._rest()
+        self._account()
 
     # --- writing ------------------------------------------------------------------------------
 
@@ -446,6 +563,7 @@ class _Connection:
 
     def _settle(self) -> None:
         """Say what is waited for next, and until when."""
+        self._account()
         if self._ended:
             return
         events = (0 if self._is_held_up() else select.EPOLLIN) | (
@@ -456,6 +574,15 @@ class _Connection:
             self._owner.wait_for(self, events)
         if self._greeted:
             self.due_at = self._next_due()
+
+    def _account(self) -> None:
+        """Say how much is kept; which may be the end of the connection."""
+        kept = len(self._inbox) + self._out_bytes + self._in_hand
+        if kept < KEPT_MIN:
+            kept = 0
+        if kept != self._kept and not self._ended:
+            self._kept = kept
+            self._owner.keep(self, kept)
 
     def _next_due(self) -> float:
         limits = self._owner.limits
@@ -502,12 +629,16 @@ class _Connection:
             self._room.unpark_all()
         self._report(error)
 
+    @property
+    def remote(self) -> str:
+        """The client's address."""
+        return format_address(self._context.remote_host, self._port)
+
     def _report(self, error: BaseException | None) -> None:
-        host = self._context.remote_host
         if isinstance(error, TlsError):
-            self._owner.entrance.complain(host, error.reason)
+            self._owner.entrance.complain(self._context.remote_host, error.reason)
             return
-        remote = format_address(host, self._port)
+        remote = self.remote
         if error is None:
             log.debug("rpc_connection_closed", remote=remote, reason="closed by the client")
         else:
@@ -517,4 +648,6 @@ class _Connection:
 def _reason_for(error: ProtocolError) -> RpcByeReason:
     if isinstance(error, TlsError):
         return RpcByeReason.UNTRUSTED
+    if isinstance(error, _MemoryFull):
+        return RpcByeReason.BUSY
     return RpcByeReason.PROTOCOL_ERROR

@@ -50,6 +50,8 @@ class RpcLimits:
             learns the number in the handshake and waits.
         body_bytes_max: of one request or reply.
         write_queue_bytes_max: of frames waiting to be written on one connection; senders wait.
+        memory_bytes_max: of frames in part, requests under way and unread replies, over all connections of
+            one server; beyond it those with the most are ended with BYE busy.
         handshake_timeout: from accept, or from dial, to the HELLO of the other side.
         frame_timeout: from the first byte of a frame to its last.
         write_timeout: for the other side to read one frame.
@@ -63,6 +65,8 @@ class RpcLimits:
     # A manifest has 4 MiB at most (OCI distribution specification); metainfo of 8 TiB has 4 MiB.
     body_bytes_max: int = attrs.field(default=8 << 20, validator=_positive)
     write_queue_bytes_max: int = attrs.field(default=1 << 20, validator=_positive)
+    # 10,000 hosts that all wait for the metainfo of the same 6 GiB, and none has read any of it.
+    memory_bytes_max: int = attrs.field(default=512 << 20, validator=_positive)
     handshake_timeout: float = attrs.field(default=10.0, validator=_positive)
     frame_timeout: float = attrs.field(default=30.0, validator=_positive)
     write_timeout: float = attrs.field(default=30.0, validator=_positive)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import trio
 
 from swarmpull.wire.listen import open_listeners, serve_connections, set_keepalive
 from swarmpull.wire.rpc_connections import ServedConnections
 from swarmpull.wire.rpc_link import RpcLimits
+from swarmpull.wire.rpc_memory import RpcMemory
 from swarmpull.wire.rpc_messages import RpcBye, RpcByeReason, pack
 from swarmpull.wire.rpc_service import RpcService
 from swarmpull.wire.tls import Entrance, Tls
@@ -21,6 +23,7 @@ async def serve_rpc(
     port: int,
     *,
     limits: RpcLimits | None = None,
+    memory: RpcMemory[Any] | None = None,
     tls: Tls | None = None,
     drain: trio.Event | None = None,
     grace: float = 5.0,
@@ -33,6 +36,7 @@ async def serve_rpc(
         host: address to listen on.
         port: 0 takes a free one.
         limits: of connections, requests and frames.
+        memory: where it can be seen what the connections have kept; with a limit of its own.
         tls: callers must show a certificate that allows what they call; None serves everybody, in plain.
         drain: once set, no connection is accepted any more and each client gets BYE draining: it sends
             new calls elsewhere and closes when the calls under way are answered.
@@ -46,7 +50,8 @@ async def serve_rpc(
     listeners = await open_listeners(host, port)
     bound: tuple[str, int] = listeners[0].socket.getsockname()[:2]
     entrance = Entrance(tls, _say_untrusted, listener="rpc")
-    connections = ServedConnections(service, limits, entrance)
+    memory = memory or RpcMemory(limits.memory_bytes_max)
+    connections = ServedConnections(service, limits, entrance, memory)
 
     async def handle(stream: trio.SocketStream) -> None:
         with connections.arriving():

@@ -32,7 +32,7 @@ from swarmpull.wire.rpc import (
     serve_rpc,
 )
 from swarmpull.wire.rpc_connections import RECEIVE_BYTES
-from swarmpull.wire.rpc_messages import RpcHello, RpcReply, RpcRequest, pack, unpack
+from swarmpull.wire.rpc_messages import RpcError, RpcHello, RpcReply, RpcRequest, pack, unpack
 from swarmpull.wire.tls import Tls, TlsFiles, load_contexts
 
 from .hosts import ALL, Authority, tls_of, unchecked
@@ -128,6 +128,28 @@ async def test_an_agent_may_not_call_what_only_origins_may(
     warnings = [entry for entry in logs if entry["log_level"] == "warning"]
     assert len(warnings) == 1
     assert "which is for origin" in warnings[0]["reason"]
+
+
+async def test_requests_that_come_together_are_all_answered_though_they_rest_in_between(
+    agent: TlsFiles, origin: TlsFiles
+) -> None:
+    """Of what OpenSSL holds meanwhile the kernel says nothing."""
+    count = 3000
+    requests = b"".join(pack(RpcRequest(n, 60_000, "no.such", b"")) for n in range(count))
+    ids: list[int] = []
+    async with serving(tls_of(origin)) as address, trio.open_nursery() as nursery:
+        stream, _ = await tls_of(agent).connect(await trio.open_tcp_stream(*parse_address(address)))
+        async with stream:
+            nursery.start_soon(stream.send_all, pack(RpcHello(1)) + requests)
+            buffer = FrameBuffer(body_bytes_max=1 << 16)
+            while len(ids) < count:
+                buffer.feed(await stream.receive_some())
+                while (frame := buffer.take()) is not None:
+                    message = unpack(frame.type, frame.body)
+                    if isinstance(message, RpcError):
+                        ids.append(message.id)
+
+    assert ids == list(range(count))
 
 
 def test_every_method_says_who_may_call_it() -> None:

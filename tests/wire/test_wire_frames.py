@@ -41,6 +41,15 @@ def test_byte_by_byte_gives_the_same_frames():
     assert len(buffer) == 0
 
 
+def test_it_is_known_what_a_begun_frame_lacks():
+    buffer = FrameBuffer(body_bytes_max=1000)
+    frame = pack_frame(7, b"abc")
+    buffer.feed(frame[:4])
+    assert (buffer.take(), buffer.lacking()) == (None, 0)
+    buffer.feed(frame[4:6])
+    assert (buffer.take(), buffer.lacking()) == (None, 2)
+
+
 def test_a_body_of_exactly_the_limit_passes_and_one_byte_more_does_not():
     buffer = FrameBuffer(body_bytes_max=4)
     buffer.feed(pack_frame(1, b"1234"))

@@ -1,3 +1,4 @@
+import collections
 import contextlib
 import gc
 import math
@@ -14,6 +15,7 @@ import attrs
 import pytest
 import structlog
 import trio
+import trio.lowlevel
 import trio.testing
 
 from swarmpull.digest import Digest
@@ -31,6 +33,7 @@ from swarmpull.wire import api, rpc_connections
 from swarmpull.wire.frames import FrameBuffer, pack_header
 from swarmpull.wire.rpc import Method, RpcLimits, RpcService, open_rpc_pool, serve_rpc
 from swarmpull.wire.rpc_link import first_error
+from swarmpull.wire.rpc_memory import RpcMemory
 from swarmpull.wire.rpc_messages import (
     RpcBye,
     RpcByeReason,
@@ -855,6 +858,139 @@ async def test_many_clients_at_once_are_all_answered(handlers):
         for number in range(100):
             nursery.start_soon(ask, address, number)
     assert len(handlers.hosts) == 300
+
+
+ASKED = b"\x81\xa4data\xc4\x01x"
+
+
+def count_answers_by_turn(handlers, nursery):
+    """How many requests are answered in each turn of the event loop."""
+    turn, answered = 0, collections.Counter()
+
+    def answer(request, _):
+        answered[turn] += 1
+        return Data(request.data)
+
+    async def count_turns():
+        nonlocal turn
+        while True:
+            turn += 1
+            await trio.lowlevel.checkpoint()
+
+    handlers.known_at_once = answer
+    nursery.start_soon(count_turns)
+    return answered
+
+
+async def test_however_many_requests_come_at_once_few_are_answered_before_others_get_their_turn(
+    handlers,
+):
+    async with trio.open_nursery() as nursery:
+        answered = count_answers_by_turn(handlers, nursery)
+        async with serving(handlers) as address, raw_client(address) as client:
+            # The beginning of the first one comes before the rest, and must not open the door for all.
+            data = b"".join(pack(RpcRequest(n, 60_000, "test.known", ASKED)) for n in range(2000))
+            await client.stream.send_all(data[:6])
+            await trio.lowlevel.checkpoint()
+            nursery.start_soon(client.stream.send_all, data[6:])
+            for number in range(2000):
+                assert (await client.receive()).id == number
+        nursery.cancel_scope.cancel()
+    # What has come anew and what is left of before, each in a task, which may run twice before we count on.
+    assert max(answered.values()) <= 4 * rpc_connections.MESSAGES_AT_ONCE
+
+
+async def test_requests_that_take_all_of_a_turn_are_answered_one_by_one(handlers, monkeypatch):
+    monkeypatch.setattr(rpc_connections, "TURN_SECONDS", 0.0)
+    async with trio.open_nursery() as nursery:
+        answered = count_answers_by_turn(handlers, nursery)
+        async with serving(handlers) as address, contextlib.AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(raw_client(address)) for _ in range(5)]
+            for client in clients:
+                await client.send(*[RpcRequest(n, 60_000, "test.known", ASKED) for n in range(10)])
+            for client in clients:
+                assert [(await client.receive()).id for _ in range(10)] == list(range(10))
+        nursery.cancel_scope.cancel()
+    assert max(answered.values()) <= 4
+
+
+async def test_a_client_that_goes_while_its_requests_rest_leaves_nothing_behind(handlers):
+    memory = RpcMemory(1 << 20)
+    async with serving(handlers, memory=memory) as address:
+        for _ in range(3):
+            async with raw_client(address) as client:
+                await client.send(*[RpcRequest(n, 60_000, "test.known", ASKED) for n in range(400)])
+                await trio.lowlevel.checkpoint()
+        async with raw_client(address) as client:
+            await client.send(RpcRequest(1, 60_000, "test.known", ASKED))
+            assert (await client.receive()).id == 1
+        await trio.testing.wait_all_tasks_blocked()
+        assert memory.bytes == 0
+
+
+async def test_frames_in_part_are_bounded_over_all_connections_and_the_largest_has_to_go(handlers):
+    memory = RpcMemory(1 << 20)
+    handlers.known_at_once = lambda *_: Data(b"x")
+    body = b"\x81\xa4data\xc6" + (700_000).to_bytes(4, "big") + bytes(700_000)
+    frame = pack(RpcRequest(1, 60_000, "test.known", body))
+    with structlog.testing.capture_logs() as logs:
+        async with (
+            serving(handlers, memory=memory) as address,
+            raw_client(address) as greedy,
+            raw_client(address) as modest,
+        ):
+            await greedy.stream.send_all(frame[:600_000])
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            await modest.stream.send_all(frame[:500_000])
+            bye = await greedy.receive()
+            assert bye.reason is RpcByeReason.BUSY
+            assert "600000 bytes of requests and unread replies" in bye.text
+            assert await greedy.receive() is None
+            await modest.stream.send_all(frame[500_000:])
+            assert (await modest.receive()).id == 1
+            await trio.testing.wait_all_tasks_blocked()
+            assert memory.bytes == 0
+    assert [(log["event"], log["log_level"]) for log in logs][:2] == [
+        ("rpc_memory_full", "warning"),
+        ("rpc_connection_closed", "info"),
+    ]
+    assert (logs[0]["connections_ended"], logs[0]["most"]) == (1, 600_000)
+    assert memory.ended == 1
+
+
+async def test_replies_that_wait_for_one_client_count_though_each_waits_in_its_own_task(handlers):
+    memory = RpcMemory(16 << 20)
+
+    async def large(request, context):
+        await handlers.wait(Text("large"), context)
+        return Data(bytes(1 << 20))
+
+    handlers.known = large
+    ask = b"\x81\xa4data\xc4\x03ask"
+    async with serving(handlers, memory=memory) as address, raw_client(address) as client:
+        await client.send(*[RpcRequest(n, 60_000, "test.known", ask) for n in range(64)])
+        await handlers.until(lambda: len(handlers.waiting) == 64)
+        handlers.release.set()
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert (memory.ended, memory.bytes) == (1, 0)
+        async with raw_client(address) as other:
+            await other.send(RpcRequest(1, 60_000, "test.known", ask))
+            assert (await other.receive()).id == 1
+            await trio.testing.wait_all_tasks_blocked()
+            assert memory.bytes == 0
+
+
+async def test_requests_under_way_count_until_they_are_answered(handlers):
+    memory = RpcMemory(1 << 20)
+    text = b"\x81\xa4text\xdb" + (300_000).to_bytes(4, "big") + b"x" * 300_000
+    async with serving(handlers, memory=memory) as address, raw_client(address) as client:
+        await client.send(*[RpcRequest(n, 60_000, "test.wait", text) for n in range(3)])
+        await handlers.until(lambda: len(handlers.waiting) == 3)
+        assert memory.bytes == 3 * len(text)
+        await client.send(RpcRequest(3, 60_000, "test.wait", text))
+        assert (await client.receive()).reason is RpcByeReason.BUSY
+        await handlers.until(lambda: len(handlers.cancelled) == 3)
+        assert memory.bytes == 0
 
 
 async def test_replies_that_are_not_read_end_the_connection(handlers):
