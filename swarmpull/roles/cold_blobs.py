@@ -155,6 +155,15 @@ class ColdBlobs:
             raise BlobNotFound(str(digest), place.name)
         await self.begin(digest, namespace, decide=False)
 
+    def check_followed(self, digest: Digest, namespace: str) -> None:
+        """Raise ObjectCorrupt when the fetch of a blob that somebody follows has ended so.
+
+        Who was told that it grows, and asks how it ended only now, gets the answer of those who asked in
+        time; it is the next pull that tries again.  Raises RepositoryUnmatched as well.
+        """
+        if not self._store.has(digest) and self._host.downloading(digest) is None:
+            self.quarantine.check(self._place(digest, namespace))
+
     def urge(self, digest: Digest, indices: tuple[int, ...]) -> bool:
         """Have pieces fetched first; False if they are not fetched here."""
         fetch = self._fetches.get(digest)

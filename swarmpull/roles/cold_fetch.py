@@ -8,6 +8,7 @@ the next one goes on from there.
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import AsyncIterator
@@ -66,7 +67,7 @@ class Quarantine:
     """
 
     def __init__(self, metrics: Metrics) -> None:
-        self._places: set[BlobPlace] = set()
+        self._places: dict[BlobPlace, ObjectCorrupt] = {}
         self._found = metrics.counter(
             "backend_corrupt_objects_total",
             "Times that an object of the backend was found not to be what its name says.",
@@ -81,7 +82,6 @@ class Quarantine:
 
     def put(self, place: BlobPlace, what: str) -> ObjectCorrupt:
         """An object was found to be corrupt; returns the error for those who wanted it."""
-        self._places.add(place)
         self._found.inc()
         log.error(
             "backend_object_corrupt",
@@ -93,11 +93,20 @@ class Quarantine:
         remedy = "the next pull tries it again"
         if not place.is_foreign:
             remedy = f"a push replaces it, and {remedy}"
-        return ObjectCorrupt(place.name, place.key, f"the object is corrupt, {what}: {remedy}")
+        reason = f"the object is corrupt, {what}: {remedy}"
+        self._places[place] = ObjectCorrupt(place.name, place.key, reason)
+        return ObjectCorrupt(place.name, place.key, reason)
+
+    def check(self, place: BlobPlace) -> None:
+        """Raise ObjectCorrupt if the object is something else, as far as is known."""
+        error = self._places.get(place)
+        if error is not None:
+            # An exception collects the traceback of whoever raises it: each call raises its own.
+            raise copy.copy(error)
 
     def release(self, place: BlobPlace) -> None:
         """The object is right after all, or was replaced."""
-        self._places.discard(place)
+        self._places.pop(place, None)
 
 
 class WrongPiece(Exception):

@@ -302,6 +302,8 @@ class OriginCalls:
         """Answer when more piece hashes are known than the caller has; a blob that is not here is got."""
         _check_namespace(request.namespace)
         digest = request.digest
+        if request.source:
+            self._content.cold.check_followed(digest, request.namespace)
         with self._content.store.hold(digest, Pin.SENDING):
             download = await self._content.cold.begin(
                 digest, request.namespace, decide=request.decide

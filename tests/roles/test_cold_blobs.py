@@ -293,6 +293,31 @@ async def test_a_corrupt_object_is_quarantined_and_pulled_again_once_it_is_right
     await until_metric(cluster, "origin", "backend_quarantined_objects", 0)
 
 
+async def test_who_asks_late_how_a_corrupt_fetch_ended_is_told_and_begins_no_other(
+    cluster, backend, content
+) -> None:
+    wrong = bytearray(content.data)
+    wrong[5 * PIECE] ^= 1
+    await put(backend, content, bytes(wrong))
+    origins = Membership(cluster.config.cluster.origins, name="origin")
+    client = OriginClient(RingClient(cluster.pool, origins))
+    backend.allow(0)
+    growth = (await client.get_metainfo(content.digest, growing=True)).growth
+    backend.allow()
+    await until_metric(cluster, "origin", "backend_fetches", 0)
+    ranges = len(backend.ranges)
+
+    late = HashesRequest(content.digest, "", growth.source, growth.position, 1.0)
+    with pytest.raises(BackendUnavailable, match="the object is corrupt"):
+        await client.hashes(late)
+    assert len(backend.ranges) == ranges
+
+    await put(backend, content)
+    reply = await cluster.client.get(url_of(cluster, "origin", content.digest))
+    assert reply.content == content.data
+    assert (await client.hashes(late)).settled
+
+
 async def test_a_backend_that_keeps_failing_fails_the_reader_and_the_next_pull_goes_on(
     cluster, backend, content
 ) -> None:
