@@ -27,6 +27,7 @@ from swarmpull.roles.cluster import OriginClient
 from swarmpull.roles.config_changes import ConfigChanges
 from swarmpull.roles.foreign_pools import ForeignPools
 from swarmpull.roles.index_cache import ResolveCache
+from swarmpull.roles.index_contact import Contact
 from swarmpull.roles.index_journal import Journal, open_journal
 from swarmpull.roles.index_outage import Outage
 from swarmpull.roles.index_peers import IndexPeers
@@ -75,6 +76,7 @@ class Index:
         peers: IndexPeers,
         watch: BackendWatch,
         journal: Journal,
+        contact: Contact,
         outage: Outage,
         metrics: Metrics,
         origins: Membership,
@@ -86,6 +88,7 @@ class Index:
         self._peers = peers
         self._watch = watch
         self._journal = journal
+        self._contact = contact
         self._outage = outage
         self._origins = origins
         self._cluster = cluster
@@ -106,8 +109,8 @@ class Index:
         service = RpcService()
         self._register(service, api.RESOLVE, self._resolve, at_once=self._resolve_at_once)
         service.register(api.FORGET, self._forget, at_once=self._forget_at_once)
-        self._register(service, api.KEEP_PENDING, self._keep_pending)
-        self._register(service, api.PENDING, self._pending)
+        self._register(service, api.KEEP_PENDING, self._keep_pending, among_indexes=True)
+        self._register(service, api.PENDING, self._pending, among_indexes=True)
         self._register(service, api.TAG_LOG, self._tag_log)
         self._register(service, api.CHECK_REFERENCES, self._check_references)
         self._register(service, api.RECORD_MANIFEST, self._record_manifest)
@@ -131,8 +134,8 @@ class Index:
         async def kept(request: api.ChangesKeptRequest, _: RpcContext) -> api.ChangesKeptReply:
             return replicator.kept(request)
 
-        self._register(service, api.KEEP_CHANGES, keep)
-        self._register(service, api.CHANGES_KEPT, kept)
+        self._register(service, api.KEEP_CHANGES, keep, among_indexes=True)
+        self._register(service, api.CHANGES_KEPT, kept, among_indexes=True)
 
     def _register(
         self,
@@ -141,13 +144,17 @@ class Index:
         answer: Callable[[Req, RpcContext], Awaitable[Rep]],
         *,
         at_once: Callable[[Req, RpcContext], bytes | None] | None = None,
+        among_indexes: bool = False,
     ) -> None:
+        """``among_indexes``: by these they find out what they have missed, before they answer all others."""
         name = method.name.removeprefix("index.")
 
         async def handle(request: Req, context: RpcContext) -> Rep:
             result = "cancelled"
             started_at = trio.current_time()
             try:
+                if not (among_indexes or self._contact.holds):
+                    await self._contact.renew()
                 reply = await answer(request, context)
                 result = "ok"
             except SwarmpullError as exc:
@@ -192,6 +199,8 @@ class Index:
         )
 
     def _resolve_at_once(self, request: api.ReferenceRequest, _: RpcContext) -> bytes | None:
+        if not self._contact.holds:
+            return None
         packed = self._cache.get(request.repository, request.reference)
         if packed is not None:
             self._cached.inc()
@@ -405,11 +414,14 @@ async def _open_answers(
         ) as replicator,
         trio.open_nursery() as nursery,
     ):
-        await journal.load_from_others()
+        contact = Contact(journal, peers)
+        await contact.ask_all()
+        await journal.hand_out()
+        nursery.start_soon(contact.run)
         nursery.start_soon(journal.run, lambda: bool(watch.trouble))
         outage = Outage(journal, pending, catalog.tags, catalog.backend_name, lambda: watch.reason)
         index = Index(
-            catalog, cache, peers, watch, journal, outage, metrics, origins, config.cluster
+            catalog, cache, peers, watch, journal, contact, outage, metrics, origins, config.cluster
         )
         service = index.service()
         if replicator is not None:

@@ -1,7 +1,8 @@
 """The journal of an index: changes that were acknowledged while the backend was down.
 
 A change is on the disk of every index that answers before it is acknowledged.  Each of them writes it to the
-backend when that is back; made twice it is made once, because of its stamp.
+backend when that is back; made twice it is made once, because of its stamp.  One that did not answer asks
+when it is there again (`index_contact`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -49,8 +50,10 @@ SHARE_TIMEOUT: Final = 3.0
 # Of one call among indexes: changes, and bytes of them.
 BATCH: Final = 200
 BATCH_BYTES: Final = 1 << 20
-# Seconds between two tries to give another index what it lacks.
-SHARE_INTERVAL: Final = 2.0
+# Changes that are written to the backend before the other indexes are told of them.
+WRITE_BATCH: Final = 200
+# Seconds between two looks whether the backend is back.
+LOOK_INTERVAL: Final = 0.5
 # For so many seconds after the return of the backend the changes of others are left to them.
 COURTESY: Final = 3.0
 BACKOFF_MAX: Final = 5.0
@@ -58,12 +61,16 @@ BACKOFF_MAX: Final = 5.0
 
 @attrs.frozen
 class _Kept:
-    """``mine``: it was asked for here, not at another index; ``kept_at`` is in seconds since the epoch."""
+    """``mine``: it was asked for here, not at another index; ``kept_at`` is in seconds since the epoch.
+
+    ``number`` says in which order they came to this process.
+    """
 
     change: PendingChange
     mine: bool
     kept_at: float
     size: int
+    number: int = 0
 
 
 def _row(kept: _Kept) -> Row:
@@ -122,8 +129,9 @@ class Journal:
         self._cache = cache
         self._peers = peers
         self._bytes = 0
+        # By id, in the order of their numbers.
         self._changes: dict[str, _Kept] = {}
-        self._lacking: dict[str, set[str]] = {}
+        self._number = 0
         self._filled = trio.Event()
         self._depth = metrics.gauge(
             "index_journal_changes", "Acknowledged changes that the backend does not have yet."
@@ -163,38 +171,54 @@ class Journal:
 
     async def keep(self, request: api.KeepPendingRequest) -> api.PendingKept:
         """Changes that another index has acknowledged, or is about to.  Raises what `add` does."""
-        await self._keep(request.changes, mine=False)
+        await self.take(request.changes)
         return api.PendingKept(self._peers.process)
 
+    async def take(self, changes: Iterable[PendingChange]) -> None:
+        """The same, of changes that were asked for.  Raises what `add` does."""
+        await self._keep(changes, mine=False)
+
     def pending(self, request: api.PendingRequest) -> api.PendingReply:
-        """Changes whose ids follow that of the request, for an index that has just started."""
+        """Changes that came after those that the caller has taken over."""
+        after = request.after if request.process == self._peers.process else 0
         found: list[PendingChange] = []
         size = 0
-        for each in sorted(each for each in self._changes if each > request.after):
-            size += self._changes[each].size
+        last = after
+        for kept in self._changes.values() if after < self._number else ():
+            if kept.number <= after:
+                continue
+            size += kept.size
             if found and (len(found) >= BATCH or size > BATCH_BYTES):
-                return api.PendingReply(self._peers.process, tuple(found), more=True)
-            found.append(self._changes[each].change)
-        return api.PendingReply(self._peers.process, tuple(found), more=False)
+                return api.PendingReply(self._peers.process, tuple(found), more=True, last=last)
+            found.append(kept.change)
+            last = kept.number
+        return api.PendingReply(self._peers.process, tuple(found), more=False, last=self._number)
 
     async def _keep(self, changes: Iterable[PendingChange], *, mine: bool) -> None:
-        for change in changes:
-            if id_of(change) in self._changes:
-                continue
-            kept = _Kept(change, mine, time.time(), len(encode(change)))
-            if len(self._changes) >= CHANGES_MAX or self._bytes + kept.size > BYTES_MAX:
-                raise StoreFull(
-                    self._rows.name,
-                    kept.size,
-                    f"the backend is down and the journal of the index holds {len(self._changes)} changes, "
-                    "as many as it may: wait until the backend is back",
-                )
-            await self._rows.put(kept)
-            if id_of(change) not in self._changes:
+        now = time.time()
+        added = [
+            _Kept(change, mine, now, len(encode(change)))
+            for change in {id_of(each): each for each in changes}.values()
+            if id_of(change) not in self._changes
+        ]
+        size = sum(kept.size for kept in added)
+        if len(self._changes) + len(added) > CHANGES_MAX or self._bytes + size > BYTES_MAX:
+            raise StoreFull(
+                self._rows.name,
+                size,
+                f"the backend is down and the journal of the index holds {len(self._changes)} changes, "
+                "as many as it may: wait until the backend is back",
+            )
+        if added:
+            await self._rows.put_all(added)
+        for kept in added:
+            # Another call may have brought the same.
+            if id_of(kept.change) not in self._changes:
                 self._enter(kept)
 
     def _enter(self, kept: _Kept) -> None:
-        self._changes[id_of(kept.change)] = kept
+        self._number += 1
+        self._changes[id_of(kept.change)] = attrs.evolve(kept, number=self._number)
         self._bytes += kept.size
         self._pending.add(kept.change)
         self._forget(kept.change)
@@ -203,43 +227,40 @@ class Journal:
 
     def _forget(self, change: PendingChange) -> None:
         """What is kept of a lookup may be what was before."""
-        for request, reference in (
-            (change.manifest, change.manifest and change.manifest.tag),
-            (change.deletion, change.deletion and change.deletion.reference),
-        ):
-            if request is not None and reference:
-                self._cache.forget(request.repository, (reference,))
+        for repository, tag in _tags_of([change]):
+            self._cache.forget(repository, (tag,))
 
     # --- the other indexes --------------------------------------------------------------------
 
-    async def load_from_others(self) -> None:
-        """What the others keep; those that do not answer are done without."""
-        async with trio.open_nursery() as nursery:
-            for address in self._peers.others:
-                nursery.start_soon(self._load_from, address)
+    async def hand_out(self) -> None:
+        """Give the others all that is kept, before this index answers anybody.
 
-    async def _load_from(self, address: str) -> None:
-        after, more = "", True
-        try:
-            while more:
-                reply = await self._peers.call(
-                    address, api.PENDING, api.PendingRequest(after), timeout=SHARE_TIMEOUT
-                )
-                await self._keep(reply.changes, mine=False)
-                after = max(map(id_of, reply.changes), default=after)
-                more = reply.more and bool(reply.changes)
-        except SwarmpullError as error:
-            log.info("index_journal_not_loaded", index=address, reason=str(error))
+        They would give out what was before, until they ask the next time.
+        """
+        changes = [kept.change for kept in self._changes.values()]
+        async with trio.open_nursery() as nursery:
+            for address in self._peers.others if changes else ():
+                nursery.start_soon(self._hand_out_to, address, changes)
+
+    async def _hand_out_to(self, address: str, changes: Sequence[PendingChange]) -> None:
+        for batch in _batches(changes):
+            request = api.KeepPendingRequest(batch)
+            try:
+                await self._peers.call(address, api.KEEP_PENDING, request, timeout=SHARE_TIMEOUT)
+            except SwarmpullError as error:
+                log.info("index_journal_not_shared", index=address, reason=str(error))
+                return
 
     async def _share(self, changes: Sequence[PendingChange]) -> None:
         failures: list[SwarmpullError] = []
+        request = api.KeepPendingRequest(tuple(changes))
+        deadline = trio.current_time() + SHARE_TIMEOUT
 
         async def give(address: str) -> None:
             try:
-                await self._give(address, changes)
+                await self._peers.insist(address, api.KEEP_PENDING, request, deadline)
             except RpcUnavailable as error:
-                # It has it when it answers again; until then it does not count as healthy.
-                self._lacking.setdefault(address, set()).update(map(id_of, changes))
+                # It asks before it answers anybody again; until then it does not count as healthy.
                 log.info("index_journal_not_shared", index=address, reason=error.reason)
             except SwarmpullError as error:
                 failures.append(error)
@@ -249,27 +270,6 @@ class Journal:
                 nursery.start_soon(give, address)
         if failures:
             raise failures[0]
-
-    async def _give(self, address: str, changes: Sequence[PendingChange]) -> None:
-        request = api.KeepPendingRequest(tuple(changes))
-        await self._peers.call(address, api.KEEP_PENDING, request, timeout=SHARE_TIMEOUT)
-
-    async def _give_what_they_lack(self) -> None:
-        for address, lacking in list(self._lacking.items()):
-            ids = [each for each in lacking if each in self._changes]
-            while ids and address in self._peers.others:
-                batch, ids = ids[:BATCH], ids[BATCH:]
-                try:
-                    await self._give(address, [self._changes[each].change for each in batch])
-                except SwarmpullError as error:
-                    log.info("index_journal_not_shared", index=address, reason=str(error))
-                    break
-                lacking.difference_update(batch)
-            else:
-                # Others may have come meanwhile.
-                lacking.intersection_update(self._changes)
-                if not lacking or address not in self._peers.others:
-                    self._lacking.pop(address, None)
 
     # --- writing to the backend ---------------------------------------------------------------
 
@@ -283,8 +283,7 @@ class Journal:
             back_at = trio.current_time()
             while is_down():
                 self._tell_metrics()
-                await self._give_what_they_lack()
-                await trio.sleep(SHARE_INTERVAL / 4)
+                await trio.sleep(LOOK_INTERVAL)
                 back_at = trio.current_time()
             await self._write(mine_only=True)
             if self._changes:
@@ -296,22 +295,48 @@ class Journal:
 
     async def _write(self, *, mine_only: bool) -> None:
         before = len(self._changes)
-        for kept in sorted(self._changes.values(), key=lambda each: each.kept_at):
-            if mine_only and not kept.mine:
-                continue
+        wanted = [kept for kept in self._changes.values() if kept.mine or not mine_only]
+        wanted.sort(key=lambda each: each.kept_at)
+        while wanted:
+            batch, wanted = wanted[:WRITE_BATCH], wanted[WRITE_BATCH:]
+            written, stuck = await self._write_batch(batch)
+            await self._spread(written)
             try:
-                await self._write_one(kept.change)
-                await self._remove(kept)
+                await self._remove(written)
             except SwarmpullError as error:
-                self.trouble = f"{id_of(kept.change)}: {error}"
-                log.warning(
-                    "index_journal_not_written", change=id_of(kept.change), reason=str(error)
-                )
-                if isinstance(error, BackendUnavailable):
-                    break
+                self._complain(written[0].change, error)
+            if stuck:
+                break
         if before and not self._changes:
             self.trouble = ""
             log.info("index_journal_written", changes=before)
+
+    async def _write_batch(self, batch: Iterable[_Kept]) -> tuple[list[_Kept], bool]:
+        """Returns what the backend has now, and whether it has failed."""
+        written: list[_Kept] = []
+        for kept in batch:
+            try:
+                await self._write_one(kept.change)
+            except SwarmpullError as error:
+                self._complain(kept.change, error)
+                if isinstance(error, BackendUnavailable):
+                    return written, True
+            else:
+                written.append(kept)
+        return written, False
+
+    def _complain(self, change: PendingChange, error: SwarmpullError) -> None:
+        self.trouble = f"{id_of(change)}: {error}"
+        log.warning("index_journal_not_written", change=id_of(change), reason=str(error))
+
+    async def _spread(self, written: Iterable[_Kept]) -> None:
+        """An index that does not know of these may keep what it has read before they were written."""
+        tags: dict[str, set[str]] = {}
+        for repository, tag in _tags_of(kept.change for kept in written):
+            tags.setdefault(repository, set()).add(tag)
+        async with trio.open_nursery() as nursery:
+            for repository, names in tags.items():
+                nursery.start_soon(self._peers.spread, repository, tuple(sorted(names)))
 
     async def _write_one(self, change: PendingChange) -> None:
         if change.link is not None:
@@ -321,18 +346,41 @@ class Journal:
         if change.deletion is not None:
             await self._catalog.delete_tag(change.deletion)
 
-    async def _remove(self, kept: _Kept) -> None:
-        name = id_of(kept.change)
+    async def _remove(self, written: Sequence[_Kept]) -> None:
         # From the disk first: what is found there after a crash is made once more, which does no harm.
-        await self._rows.remove_row((name,))
-        if self._changes.pop(name, None) is not None:
-            self._bytes -= kept.size
-            self._pending.remove(kept.change)
+        await self._rows.remove_rows([(id_of(kept.change),) for kept in written])
+        for kept in written:
+            if self._changes.pop(id_of(kept.change), None) is not None:
+                self._bytes -= kept.size
+                self._pending.remove(kept.change)
         self._tell_metrics()
 
     def _tell_metrics(self) -> None:
         self._depth.set(len(self._changes))
         self._age.set(math.ceil(self.age) if self._changes else 0)
+
+
+def _tags_of(changes: Iterable[PendingChange]) -> Iterator[tuple[str, str]]:
+    """The repository and name of each tag that is changed."""
+    for change in changes:
+        if change.manifest is not None and change.manifest.tag:
+            yield change.manifest.repository, change.manifest.tag
+        if change.deletion is not None:
+            yield change.deletion.repository, change.deletion.reference
+
+
+def _batches(changes: Iterable[PendingChange]) -> Iterator[tuple[PendingChange, ...]]:
+    """No more in each than goes into one call."""
+    batch: list[PendingChange] = []
+    size = 0
+    for change in changes:
+        size += len(encode(change))
+        if batch and (len(batch) >= BATCH or size > BATCH_BYTES):
+            yield tuple(batch)
+            batch, size = [], len(encode(change))
+        batch.append(change)
+    if batch:
+        yield tuple(batch)
 
 
 @asynccontextmanager

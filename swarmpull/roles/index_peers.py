@@ -39,6 +39,10 @@ PAUSE: Final = 0.05
 LOG_INTERVAL: Final = 60.0
 
 
+class IndexGone(RpcUnavailable):
+    """The address of an index refuses connections."""
+
+
 class IndexPeers:
     """Tells the other indexes what they have to forget.
 
@@ -101,23 +105,38 @@ class IndexPeers:
             self.own.add(address)
         return reply
 
-    async def _tell(self, address: str, request: api.ForgetRequest, deadline: float) -> None:
-        reason = ""
+    async def insist(
+        self, address: str, method: Method[Req, Told], request: Req, deadline: float
+    ) -> Told:
+        """Call one of the others until it answers.
+
+        Raises:
+            RpcUnavailable: it has not by ``deadline``.
+            IndexGone: nobody listens there: a process that ended, and what it had in memory with it.
+            SwarmpullError: the errors of the method.
+        """
+        failure = RpcUnavailable(address, method.name, "no answer")
         with trio.move_on_at(deadline):
             while True:
                 try:
                     left = deadline - trio.current_time()
-                    await self.call(address, api.FORGET, request, timeout=left)
+                    return await self.call(address, method, request, timeout=left)
                 except RpcUnavailable as error:
-                    reason = error.reason
-                except SwarmpullError:
-                    return  # of a version that keeps nothing
-                else:
-                    return
+                    failure = error
                 if await _is_refused(address):
-                    return
+                    raise IndexGone(address, method.name, failure.reason) from failure
                 await trio.sleep(PAUSE)
-        self._complain(address, reason)
+        raise failure
+
+    async def _tell(self, address: str, request: api.ForgetRequest, deadline: float) -> None:
+        try:
+            await self.insist(address, api.FORGET, request, deadline)
+        except IndexGone:
+            return  # and it keeps nothing
+        except RpcUnavailable as error:
+            self._complain(address, error.reason)
+        except SwarmpullError:
+            return  # of a version that keeps nothing
 
     def _complain(self, address: str, reason: str) -> None:
         now = trio.current_time()
@@ -126,13 +145,13 @@ class IndexPeers:
             log.warning(
                 "index_silent",
                 index=address,
-                reason=reason or "no answer",
+                reason=reason,
                 waited=round(self._lease * MARGIN, 2),
             )
 
 
 async def _is_refused(address: str) -> bool:
-    """Whether nobody listens there: a process that ended, and what it kept with it."""
+    """Whether nobody listens there."""
     host, port = parse_address(address)
     try:
         targets = await trio.socket.getaddrinfo(host, port, type=trio.socket.SOCK_STREAM)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
@@ -105,20 +105,29 @@ class DurableQueue(Generic[T]):
 
     async def put(self, thing: T) -> None:
         """Enter a thing, or replace what is entered under its key.  Raises StoreFull, StoreUnavailable."""
-        await self._make(_Change(self._file.put, self._file.pack(thing)))
+        await self.put_all([thing])
+
+    async def put_all(self, things: Iterable[T]) -> None:
+        """The same for several things, with one flush."""
+        await self._make([_Change(self._file.put, self._file.pack(thing)) for thing in things])
 
     async def remove_row(self, key: Row) -> None:
         """Take out what is under a key; nothing there is no error.  Raises StoreFull, StoreUnavailable."""
-        await self._make(_Change(self._file.remove, key))
+        await self.remove_rows([key])
 
-    async def _make(self, change: _Change) -> None:
-        self._changes.append(change)
+    async def remove_rows(self, keys: Iterable[Row]) -> None:
+        """The same for several keys, with one flush."""
+        await self._make([_Change(self._file.remove, key) for key in keys])
+
+    async def _make(self, changes: Sequence[_Change]) -> None:
+        self._changes += changes
         async with self._writing:
-            if not change.done:
+            if not all(change.done for change in changes):
                 await self._write(list(self._changes))
-        if change.error is not None:
-            # An exception collects the traceback of whoever raises it: each caller raises its own.
-            raise copy.copy(change.error)
+        for change in changes:
+            if change.error is not None:
+                # An exception collects the traceback of whoever raises it: each caller raises its own.
+                raise copy.copy(change.error)
 
     async def _write(self, changes: list[_Change]) -> None:
         """Make all changes that wait, in their order; a thread that has begun is waited for."""

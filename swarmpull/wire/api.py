@@ -626,18 +626,25 @@ class PendingKept:
 
 @attrs.frozen
 class PendingRequest:
-    """An index that starts asks for pending changes whose ids follow ``after``."""
+    """An index asks another one for what it keeps, or for what it has come to keep since the last time.
 
-    after: str = ""
+    Attributes:
+        process: of the callee, as its last reply had it; of another process everything is asked for.
+        after: the ``last`` of that reply.
+    """
+
+    process: str = ""
+    after: int = 0
 
 
 @attrs.frozen
 class PendingReply:
-    """Some of them in the order of their ids; ``more`` when others follow."""
+    """Some of them in the order in which they came; ``more`` when others follow the ``last`` one."""
 
     process: str
     changes: tuple[PendingChange, ...]
     more: bool
+    last: int
 
 
 @attrs.frozen

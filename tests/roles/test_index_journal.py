@@ -27,14 +27,19 @@ from swarmpull.digest import Digest
 from swarmpull.errors import (
     BackendUnavailable,
     ManifestNotFound,
+    RpcUnavailable,
     StoreFull,
+    SwarmpullError,
     TagChanged,
 )
 from swarmpull.roles import index as index_module
-from swarmpull.roles import index_journal
+from swarmpull.roles import index_contact, index_journal
 from swarmpull.roles.catalog import Catalog
 from swarmpull.roles.cluster import Cluster, IndexClient
 from swarmpull.roles.index import run_index
+from swarmpull.roles.index_contact import Contact
+from swarmpull.roles.index_journal import Journal
+from swarmpull.roles.index_peers import IndexGone
 from swarmpull.store.backends import open_backend
 from swarmpull.store.durable_queue import DurableQueue
 from swarmpull.wire import api
@@ -49,7 +54,7 @@ HOUR = 3600 * 10**9
 @pytest.fixture(autouse=True)
 def quick(monkeypatch) -> None:
     monkeypatch.setattr(index_module, "CHECK_INTERVAL", 0.02)
-    monkeypatch.setattr(index_journal, "SHARE_INTERVAL", 0.1)
+    monkeypatch.setattr(index_journal, "LOOK_INTERVAL", 0.02)
     monkeypatch.setattr(index_journal, "COURTESY", 0.1)
 
 
@@ -70,12 +75,32 @@ class Indexes:
     pool: RpcPool
     ports: list[int]
     immutable: tuple[str, ...] = ()
+    lease: float = 0.2
     scopes: dict[int, trio.CancelScope] = attrs.field(factory=dict)
     admin: dict[int, str] = attrs.field(factory=dict)
 
     @property
     def backend(self) -> Path:
         return self.root / "backend"
+
+    def path_of(self, number: int) -> Path:
+        """How an index reaches the backend; what `cut_off` has taken from it."""
+        path = self.root / f"backend-of-{number}"
+        if not path.is_symlink():
+            path.symlink_to(self.backend)
+        return path
+
+    async def cut_off(self, number: int) -> None:
+        """Take the backend from one index alone."""
+        path = self.path_of(number)
+        path.unlink()
+        path.symlink_to(self.root / "nowhere")
+        await self.wait(down=True, numbers=(number,))
+
+    def reconnect(self, number: int) -> None:
+        path = self.root / f"backend-of-{number}"
+        path.unlink()
+        path.symlink_to(self.backend)
 
     def client(self, number: int) -> IndexClient:
         address = f"127.0.0.1:{self.ports[number]}"
@@ -90,9 +115,9 @@ class Indexes:
             rpc=ListenerConfig(listen=Address("127.0.0.1", self.ports[number])),
             admin=ListenerConfig(listen=Address("127.0.0.1", 0)),
             api=ApiConfig(listen=Address("127.0.0.1", 0)),
-            backend=BackendConfig(url=self.backend.as_uri()),
+            backend=BackendConfig(url=self.path_of(number).as_uri()),
             data_dir=self.root / f"index-{number}",
-            lease=Duration(0.2),
+            lease=Duration(self.lease),
             immutable=self.immutable,
         )
         scope = self.scopes[number] = trio.CancelScope()
@@ -140,10 +165,13 @@ class Indexes:
 
 
 @asynccontextmanager
-async def indexes_in(root: Path, immutable: tuple[str, ...] = ()) -> AsyncIterator[Indexes]:
+async def indexes_in(
+    root: Path, immutable: tuple[str, ...] = (), lease: float = 0.2
+) -> AsyncIterator[Indexes]:
+    (root / "backend").mkdir(exist_ok=True)
     with trio.fail_after(60):
         async with open_rpc_pool() as pool, trio.open_nursery() as nursery:
-            indexes = Indexes(root, nursery, pool, free_ports(2), immutable)
+            indexes = Indexes(root, nursery, pool, free_ports(2), immutable, lease)
             for number in range(2):
                 await indexes.start(number)
             yield indexes
@@ -294,16 +322,16 @@ async def test_a_disk_that_fails_when_the_journal_is_emptied_does_not_end_the_in
     tmp_path, monkeypatch
 ):
     failed = 0
-    remove_row = DurableQueue.remove_row
+    remove_rows = DurableQueue.remove_rows
 
-    async def remove_once_it_works(self, key):
+    async def remove_once_it_works(self, keys):
         nonlocal failed
         if failed < 2:
             failed += 1
             raise StoreFull("index", 0, "the disk has no room: free disk space")
-        await remove_row(self, key)
+        await remove_rows(self, keys)
 
-    monkeypatch.setattr(DurableQueue, "remove_row", remove_once_it_works)
+    monkeypatch.setattr(DurableQueue, "remove_rows", remove_once_it_works)
     async with indexes_in(tmp_path) as indexes:
         await indexes.take_away()
         await indexes.client(0).record_manifest(put(1))
@@ -316,13 +344,13 @@ async def test_a_disk_that_fails_when_the_journal_is_emptied_does_not_end_the_in
 
 async def test_what_is_still_to_be_written_is_not_deleted_in_vain(tmp_path, monkeypatch):
     gate = trio.Event()
-    remove_row = DurableQueue.remove_row
+    remove_rows = DurableQueue.remove_rows
 
-    async def remove_later(self, key):
+    async def remove_later(self, keys):
         await gate.wait()
-        await remove_row(self, key)
+        await remove_rows(self, keys)
 
-    monkeypatch.setattr(DurableQueue, "remove_row", remove_later)
+    monkeypatch.setattr(DurableQueue, "remove_rows", remove_later)
     async with indexes_in(tmp_path) as indexes:
         await indexes.take_away()
         client = indexes.client(0)
@@ -344,3 +372,130 @@ async def test_what_is_still_to_be_written_is_not_deleted_in_vain(tmp_path, monk
         assert not await client.has_blob("app", LAYER)
         with pytest.raises(ManifestNotFound):
             await client.resolve("app", "v1")
+
+
+# --- an index that has missed a change --------------------------------------------------------
+
+
+@pytest.fixture
+def deaf(monkeypatch) -> None:
+    """No index takes over what another one keeps, and none is given it."""
+
+    async def nothing(*_: object) -> None:
+        return
+
+    monkeypatch.setattr(Journal, "take", nothing)
+
+
+async def test_what_is_written_later_is_told_to_an_index_that_has_missed_it(tmp_path, deaf):
+    async with indexes_in(tmp_path, lease=20.0) as indexes:
+        await indexes.client(0).record_manifest(put(1))
+        await indexes.cut_off(0)
+        await indexes.client(0).record_manifest(put(2))
+        assert await indexes.client(1).resolve("app", "v1") == describe(1), "it has missed that"
+
+        indexes.reconnect(0)
+        await indexes.written(0)
+        # It would keep what it has read for the rest of the lease.
+        assert await indexes.client(1).resolve("app", "v1") == describe(2)
+
+
+async def test_an_index_that_starts_gives_the_others_what_they_have_missed(tmp_path, monkeypatch):
+    async def run(*_: object) -> None:
+        """Nothing gets into the backend."""
+
+    monkeypatch.setattr(Journal, "run", run)
+    # They would ask for it, but later than it is asked for here.
+    monkeypatch.setattr(index_contact, "ASK_INTERVAL", 60.0)
+    monkeypatch.setattr(index_contact, "CONTACT", 60.0)
+    async with indexes_in(tmp_path) as indexes:
+        await indexes.client(0).record_manifest(put(1))
+        indexes.kill(1)
+        await indexes.cut_off(0)
+        await indexes.client(0).record_manifest(put(2))
+        indexes.kill(0)
+        await indexes.start(1)
+        assert await indexes.client(1).resolve("app", "v1") == describe(1), "nobody tells it"
+        indexes.reconnect(0)
+
+        await indexes.start(0)
+        assert await indexes.client(1).resolve("app", "v1") == describe(2)
+
+
+async def test_an_index_that_was_not_given_a_change_asks_for_it(tmp_path, monkeypatch):
+    async def nothing(*_: object) -> None:
+        return
+
+    monkeypatch.setattr(Journal, "_share", nothing)
+    async with indexes_in(tmp_path) as indexes:
+        await indexes.client(0).record_manifest(put(1))
+        await indexes.cut_off(0)
+        for number in range(2, 5):
+            await indexes.client(0).record_manifest(put(number))
+            while await indexes.client(1).resolve("app", "v1") != describe(number):
+                pass
+        indexes.reconnect(0)
+
+
+@attrs.define
+class Peers:
+    """What a `Contact` asks, without a network."""
+
+    others: tuple[str, ...] = ("other:1",)
+    own: tuple[str, ...] = ()
+    changes: list[api.PendingChange] = attrs.field(factory=list)
+    asked: list[api.PendingRequest] = attrs.field(factory=list)
+    failure: SwarmpullError | None = None
+
+    async def insist(self, _address, _method, request, _deadline) -> api.PendingReply:
+        self.asked.append(request)
+        await trio.lowlevel.checkpoint()
+        if self.failure is not None:
+            raise self.failure
+        found = tuple(self.changes[request.after :][:1])
+        last = request.after + len(found)
+        return api.PendingReply("process", found, more=last < len(self.changes), last=last)
+
+
+@attrs.define
+class Taken:
+    """A journal that remembers what it took over."""
+
+    changes: list[api.PendingChange] = attrs.field(factory=list)
+
+    async def take(self, changes: tuple[api.PendingChange, ...]) -> None:
+        self.changes += changes
+
+
+async def test_an_index_that_stood_still_asks_before_it_answers(autojump_clock):
+    peers, journal = Peers(), Taken()
+    contact = Contact(journal, peers)
+    assert not contact.holds
+    await contact.ask_all()
+    assert contact.holds
+
+    # Nobody asks for it while the process stands still.
+    await trio.sleep(index_contact.CONTACT)
+    assert not contact.holds
+    links = [
+        api.PendingChange(link=api.DigestInRepository("app", Digest.of(name)))
+        for name in (b"1", b"2")
+    ]
+    peers.changes += links
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(contact.run)
+        await contact.renew()
+        nursery.cancel_scope.cancel()
+    assert contact.holds
+    assert journal.changes == links
+
+    await contact.ask_all()
+    assert journal.changes == links, "what it has is not asked for again"
+    assert peers.asked[-1] == api.PendingRequest("process", 2)
+
+
+@pytest.mark.parametrize("failure", [RpcUnavailable, IndexGone])
+async def test_an_index_that_does_not_answer_is_done_without(autojump_clock, failure):
+    contact = Contact(Taken(), Peers(failure=failure("other:1", "index.pending", "silence")))
+    await contact.ask_all()
+    assert contact.holds
