@@ -30,6 +30,7 @@ from swarmpull.roles.ring_metrics import RingMetrics
 from swarmpull.roles.security import open_tls
 from swarmpull.roles.serving import serve_role
 from swarmpull.roles.tracker_metainfo import MetainfoLimits, MetainfoSource
+from swarmpull.swarm.claims import Claims
 from swarmpull.swarm.handout import Handout, HandoutLimits, HandoutStatistics, PeerTable
 from swarmpull.swarm.peers import AnnounceState, PeerContact
 from swarmpull.telemetry import Metrics
@@ -48,7 +49,8 @@ EXPIRY_PAUSE_MAX: Final = 30.0
 # Calls that wait for piece hashes, of all blobs: as many as may wait for peers.
 HASH_POLLS_MAX: Final = 10_000
 # Hosts whose contact is the same object for all their blobs, some 500 bytes each: more than one tracker has
-# connections; beyond it each blob has one of its own, and nothing else changes.
+# connections; beyond it each blob has one of its own, and nothing else changes.  With TLS as many are bound
+# to the certificate that announced them.
 CONTACTS_MAX: Final = 32_768
 _HANDOUT_BUCKETS: Final = (0, 1, 2, 5, 10, 20, 49)
 _WATCH_BUCKETS: Final = (0.001, 0.01, 0.1, 0.5, 2.0, 10.0, 29.9)
@@ -78,8 +80,11 @@ class _Contacts:
 class Tracker:
     """The answers of one tracker."""
 
-    def __init__(self, table: PeerTable, metainfo: MetainfoSource, metrics: Metrics) -> None:
+    def __init__(
+        self, table: PeerTable, claims: Claims, metainfo: MetainfoSource, metrics: Metrics
+    ) -> None:
         self._table = table
+        self._claims = claims
         self._metainfo = metainfo
         self._polls = HashPolls(HASH_POLLS_MAX)
         self._contacts = _Contacts(CONTACTS_MAX)
@@ -98,6 +103,10 @@ class Tracker:
         self._messages = metrics.counter(
             "tracker_held_announces_total",
             "Messages that announced many blobs at once; each blob counts as an announce, too.",
+        )
+        self._refused = metrics.counter(
+            "tracker_announces_refused_total",
+            "Messages refused because peer id or address are those of another certificate.",
         )
         self._announces = {state: announces.labels(state.value) for state in AnnounceState}
         self._handouts = metrics.histogram(
@@ -132,9 +141,23 @@ class Tracker:
 
     def _contact(self, request: api.AnnounceRequest, context: RpcContext) -> PeerContact:
         """The announcer's contact; one and the same object for all blobs that it announces."""
-        contact = _checked_contact(request.peer, context)
+        contact = self._own_contact(request.peer, context)
         _check_namespace(request.namespace)
-        return self._contacts.one_for(contact)
+        return contact
+
+    def _own_contact(self, peer: PeerContact, context: RpcContext) -> PeerContact:
+        """As `_contact`.  Raises ProtocolError when it is somebody else's, or nobody could dial it."""
+        contact = self._contacts.one_for(_checked_contact(peer, context))
+        if context.caller is not None:
+            now, owner = trio.current_time(), context.caller.name
+            self._check(self._claims.claim(contact, owner, context.remote_host, now))
+        return contact
+
+    def _check(self, refusal: str) -> None:
+        if refusal:
+            self._refused.inc()
+            log.info("announce_refused", reason=refusal)
+            raise ProtocolError(refusal)
 
     def _enter(self, request: api.AnnounceRequest, contact: PeerContact) -> Handout:
         digest, state = request.digest, request.state
@@ -162,7 +185,7 @@ class Tracker:
         self, request: api.AnnounceHeldRequest, context: RpcContext
     ) -> api.AnnounceHeldReply:
         """Answer a host that has many blobs.  Raises ProtocolError for too many."""
-        contact = self._contacts.one_for(_checked_contact(request.peer, context))
+        contact = self._own_contact(request.peer, context)
         if len(request.digests) > api.HELD_BLOBS_MAX:
             raise ProtocolError(
                 f"{len(request.digests)} blobs in one announce, the limit is {api.HELD_BLOBS_MAX}"
@@ -193,9 +216,11 @@ class Tracker:
         """Answer all calls that wait for hashes: they would hold up the drain."""
         self._polls.end()
 
-    async def watch(self, request: api.WatchRequest, _: RpcContext) -> api.WatchReply:
+    async def watch(self, request: api.WatchRequest, context: RpcContext) -> api.WatchReply:
         """Answer when somebody has appeared, or when there is no more waiting."""
         begun_at = trio.current_time()
+        if context.caller is not None:
+            self._check(self._claims.refuse_id(request.peer_id, context.caller.name, begun_at))
         ended = trio.Event()
         watch = self._table.watch(
             request.digest,
@@ -253,7 +278,7 @@ async def run_tracker(
         StartupError: a listener cannot be bound.
     """
     metrics = Metrics()
-    table = PeerTable(HandoutLimits(), random.Random())
+    table, claims = PeerTable(HandoutLimits(), random.Random()), Claims(CONTACTS_MAX)
     _show_table(metrics, table)
     async with (
         open_tls("tracker", config.tls, metrics) as tls,
@@ -268,12 +293,12 @@ async def run_tracker(
         metainfo = MetainfoSource(
             OriginClient(RingMetrics(metrics).show(RingClient(pool, members))),
             background,
-            on_seeder=partial(_add_origin, table),
+            on_seeder=partial(_add_origin, table, claims),
             limits=MetainfoLimits(),
             metrics=metrics,
         )
         background.start_soon(_expire, table)
-        tracker = Tracker(table, metainfo, metrics)
+        tracker = Tracker(table, claims, metainfo, metrics)
         background.start_soon(_end_waits, table, tracker, drain)
         service = RpcService()
         service.register(api.ANNOUNCE, tracker.announce, at_once=tracker.announce_at_once)
@@ -297,8 +322,10 @@ async def run_tracker(
         background.cancel_scope.cancel()
 
 
-def _add_origin(table: PeerTable, digest: Digest, seeder: PeerContact) -> None:
-    table.add_seeder(digest, seeder, trio.current_time(), lifetime=ORIGIN_LIFETIME)
+def _add_origin(table: PeerTable, claims: Claims, digest: Digest, seeder: PeerContact) -> None:
+    now = trio.current_time()
+    claims.vouch(seeder, now)
+    table.add_seeder(digest, seeder, now, lifetime=ORIGIN_LIFETIME)
 
 
 async def _expire(table: PeerTable) -> None:

@@ -16,7 +16,7 @@ import trio
 from swarmpull.digest import Digest
 from swarmpull.errors import RpcFailed, RpcUnavailable, StartupError
 from swarmpull.swarm.messages import ByeReason, Have, Hello, PieceChunk
-from swarmpull.swarm.peers import PeerKind
+from swarmpull.swarm.peers import AnnounceState, PeerKind
 from swarmpull.wire import api
 from swarmpull.wire.rpc import open_rpc_pool
 from swarmpull.wire.streams import CHUNK_BYTES_MAX, PeerStream
@@ -210,6 +210,40 @@ async def test_an_agent_cannot_pose_as_an_origin(tmp_path: Path, prod: Authority
             await pool.call(tracker, api.ANNOUNCE, request, timeout=20.0)
             with pytest.raises(RpcFailed, match="must not announce itself as origin"):
                 await pool.call(tracker, api.ANNOUNCE, posing, timeout=20.0)
+
+
+async def test_an_agent_cannot_speak_for_another_at_the_tracker(
+    tmp_path: Path, prod: Authority
+) -> None:
+    request = attrs.evolve(REQUEST, want_metainfo=False)
+    victim = attrs.evolve(request.peer, host="192.0.2.7")
+    announce = attrs.evolve(request, peer=victim)
+    forged = [
+        (api.ANNOUNCE, announce, "peer id"),
+        (api.ANNOUNCE, attrs.evolve(announce, state=AnnounceState.STOPPED), "peer id"),
+        (api.ANNOUNCE, attrs.evolve(announce, want_metainfo=True), "peer id"),
+        (api.ANNOUNCE, attrs.evolve(announce, peer=attrs.evolve(victim, peer_id="b" * 32)), "addr"),
+        (api.ANNOUNCE_HELD, api.AnnounceHeldRequest(victim, (request.digest,)), "peer id"),
+        (api.WATCH, api.WatchRequest(request.digest, victim.peer_id, 0, 1.0), "peer id"),
+    ]
+    async with secured_cluster(tmp_path, prod) as cluster:
+        tracker = cluster.roles["tracker"].address("rpc")
+        async with (
+            open_rpc_pool(tls=tls_of(prod.issue("victim", "agent"))) as own,
+            open_rpc_pool(tls=tls_of(prod.issue("forger", "agent"))) as other,
+        ):
+            await own.call(tracker, api.ANNOUNCE, announce, timeout=20.0)
+            for method, message, what in forged:
+                with pytest.raises(RpcFailed, match=f"{what}.* by the certificate of victim"):
+                    await other.call(tracker, method, message, timeout=20.0)
+            mine = attrs.evolve(request, peer=attrs.evolve(victim, peer_id="c" * 32, port=7109))
+            reply = await other.call(tracker, api.ANNOUNCE, mine, timeout=20.0)
+            assert [each.peer_id for each in reply.peers] == [victim.peer_id]
+            assert await cluster.metric("tracker", "tracker_announces_refused_total") == len(forged)
+            # The process of the certificate's holder is started again.
+            again = attrs.evolve(announce, peer=attrs.evolve(victim, peer_id="d" * 32))
+            reply = await own.call(tracker, api.ANNOUNCE, again, timeout=20.0)
+            assert [each.peer_id for each in reply.peers] == ["c" * 32]
 
 
 async def test_an_agent_cannot_pose_as_an_origin_among_peers(
