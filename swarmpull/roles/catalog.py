@@ -10,6 +10,7 @@ process.  `catalog_tags` has what is done with tags.
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -34,7 +35,9 @@ from swarmpull.patterns import compile_pattern
 from swarmpull.registry.errors import shorten
 from swarmpull.registry.names import is_tag
 from swarmpull.roles.catalog_objects import (
+    BLOBS,
     ENTRY_BYTES_MAX,
+    MANIFESTS,
     MARKERS,
     ManifestEntry,
     annotation_bytes,
@@ -44,15 +47,18 @@ from swarmpull.roles.catalog_objects import (
     check_levels,
     check_stamp,
     check_writable,
+    deletion_key,
     digest_at_end,
     manifest_key,
     marked,
     marker_key,
     marker_name,
+    pack_deletion,
     pack_entry,
     referrer_key,
     referrers_prefix,
     tags_prefix,
+    unpack_deletion,
     unpack_entry,
     unpacked,
     without_annotations,
@@ -97,6 +103,8 @@ class Catalog:
         source: str = "index",
         immutable: Sequence[str] = (),
         pending: PendingChanges | None = None,
+        *,
+        records_deletions: bool = False,
     ) -> None:
         """A catalog in a backend.
 
@@ -105,6 +113,7 @@ class Catalog:
             source: names this process in the stamps of changes.
             immutable: patterns of the repositories whose tags are neither moved nor deleted.
             pending: changes that the backend is yet to have; lookups see them, listings do not.
+            records_deletions: whether anybody else may have older changes that he is yet to write.
         """
         self.pending = pending or PendingChanges()
         patterns = [compile_pattern(pattern) for pattern in immutable]
@@ -115,6 +124,7 @@ class Catalog:
             self.pending,
         )
         self._backend = backend
+        self._records_deletions = records_deletions
         self._locks: dict[str, _SharedLock] = {}
 
     @property
@@ -274,6 +284,7 @@ class Catalog:
             except ObjectNotFound as exc:
                 await self._check_exists(repository)
                 raise ManifestNotFound(repository, str(digest)) from exc
+            await self._record_deletion(repository, MANIFESTS, digest)
             await self._delete_tags_of(repository, digest, by)
             if entry.subject is not None:
                 await self._delete_if_there(referrer_key(repository, entry.subject, digest))
@@ -320,10 +331,19 @@ class Catalog:
         if not can_be_kept(repository):
             raise BlobNotFound(str(digest), f"repository {shorten(repository)}")
         async with self._exclusive(repository):
-            try:
-                await self._backend.delete(blob_key(repository, digest))
-            except ObjectNotFound as exc:
-                raise BlobNotFound(str(digest), f"repository {repository}") from exc
+            if not await self._exists(blob_key(repository, digest)):
+                raise BlobNotFound(str(digest), f"repository {repository}")
+            await self._record_deletion(repository, BLOBS, digest)
+            await self._delete_if_there(blob_key(repository, digest))
+
+    async def deleted_at(self, repository: str, kind: str, digest: Digest) -> int:
+        """When a manifest or a blob was last deleted, in ns; 0 if that is not known."""
+        key = deletion_key(repository, kind, digest)
+        try:
+            data = await self._backend.get_bytes(key)
+        except ObjectNotFound:
+            return 0
+        return unpacked(self._backend, key, data, unpack_deletion)
 
     async def check_backend(self) -> None:
         """Raises BackendUnavailable when the backend does not answer."""
@@ -400,6 +420,11 @@ class Catalog:
             await _map(delete_if_it_points_here, page.keys)
             more = page.more and bool(page.keys)
             after = page.keys[-1] if page.keys else after
+
+    async def _record_deletion(self, repository: str, kind: str, digest: Digest) -> None:
+        if self._records_deletions:
+            key = deletion_key(repository, kind, digest)
+            await self._backend.put_bytes(key, pack_deletion(time.time_ns()))
 
     async def _check_room_for_referrer(self, request: RecordManifestRequest) -> None:
         if request.subject is None:

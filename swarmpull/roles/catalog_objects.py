@@ -7,6 +7,8 @@
     repositories/<name>/_referrers/<alg>/<hex>/<alg>/<hex>
                                                      a subject, then a manifest that refers to it
     repositories/<name>/_blobs/<alg>/<hex>           the blob is part of the repository
+    repositories/<name>/_deleted/<manifests or blobs>/<alg>/<hex>
+                                                     when it was deleted, for journals that are older
 
 No component of a repository name begins with ``_``, so a repository may be called ``a`` and another
 ``a/b``, and neither has a key that is the other's.  No key is another one with a ``/`` and more behind it:
@@ -40,6 +42,9 @@ T = TypeVar("T")
 # A manifest has 4 MiB at most, and its annotations are part of it.
 ENTRY_BYTES_MAX: Final = 5 << 20
 MARKERS: Final = "catalog/"
+# Kinds of what is deleted.
+MANIFESTS: Final = "manifests"
+BLOBS: Final = "blobs"
 # What is below the repository ``a`` is not below its marker.  In names ``.`` comes right before ``/``, and no
 # character after ``~``, so these sort as ``/`` does.
 BELOW: Final = ".~/"
@@ -97,6 +102,10 @@ def manifest_key(repository: str, digest: Digest) -> str:
 
 def blob_key(repository: str, digest: Digest) -> str:
     return f"repositories/{repository}/_blobs/{digest.algorithm}/{digest.hex}"
+
+
+def deletion_key(repository: str, kind: str, digest: Digest) -> str:
+    return f"repositories/{repository}/_deleted/{kind}/{digest.algorithm}/{digest.hex}"
 
 
 def referrers_prefix(repository: str, subject: Digest) -> str:
@@ -192,6 +201,15 @@ def unpack_entry(digest: Digest, data: bytes) -> ManifestEntry:
     parsed = None if subject is None else Digest.parse(subject)
     # Former versions did not count.
     return ManifestEntry(descriptor, parsed, int(fields.get("levels", 1)))
+
+
+def pack_deletion(at: int) -> bytes:
+    return json.dumps({"at": at}).encode()
+
+
+def unpack_deletion(data: bytes) -> int:
+    """Raises ValueError, KeyError or TypeError for what `pack_deletion` did not make."""
+    return int(json.loads(data)["at"])
 
 
 def check_levels(request: RecordManifestRequest, levels: Mapping[Digest, int]) -> int:

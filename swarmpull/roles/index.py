@@ -20,7 +20,7 @@ import trio
 
 from swarmpull.config import ClusterConfig, Config, IndexConfig
 from swarmpull.errors import BackendUnavailable, SwarmpullError
-from swarmpull.ring.membership import Membership
+from swarmpull.ring.membership import DNS_PREFIX, Membership
 from swarmpull.roles.addresses import RoleAddresses
 from swarmpull.roles.catalog import Catalog
 from swarmpull.roles.cluster import OriginClient
@@ -207,10 +207,14 @@ class Index:
             self._cached_seconds.observe(0.0)
         return packed
 
-    def _forget_at_once(self, request: api.ForgetRequest, _: RpcContext) -> api.ForgetReply:
+    def _forget_at_once(self, request: api.ForgetRequest, _: RpcContext) -> api.ForgetReply | None:
+        if request.manifest is not None or request.blob is not None:
+            return None
         return self._peers.forget(request)
 
     async def _forget(self, request: api.ForgetRequest, _: RpcContext) -> api.ForgetReply:
+        if request.manifest is not None or request.blob is not None:
+            await self._journal.drop(request)
         return self._peers.forget(request)
 
     async def _check_references(self, request: api.CheckReferencesRequest, _: RpcContext) -> Empty:
@@ -243,7 +247,7 @@ class Index:
         by = _name_of(context)
         self._outage.check_written(request.repository, request.digest)
         await self._catalog.delete_manifest(request.repository, request.digest, by=by)
-        await self._peers.spread(request.repository)
+        await self._peers.spread(request.repository, manifest=request.digest)
         log.info("manifest_deleted", repository=request.repository, digest=str(request.digest))
         return Empty()
 
@@ -266,6 +270,7 @@ class Index:
     async def _unlink_blob(self, request: api.DigestInRepository, _: RpcContext) -> Empty:
         self._outage.check_written(request.repository, request.digest)
         await self._catalog.unlink_blob(request.repository, request.digest)
+        await self._peers.spread(request.repository, (str(request.digest),), blob=request.digest)
         log.info("blob_unlinked", repository=request.repository, digest=str(request.digest))
         return Empty()
 
@@ -446,7 +451,13 @@ async def run_index(
     metrics = Metrics()
     backend = await open_backend(settings.backend.url)
     guarded = ImpatientBackend(backend, OBJECT_PATIENCE, lambda: watch.reason)
-    catalog = Catalog(guarded, _source(settings), settings.immutable, PendingChanges())
+    catalog = Catalog(
+        guarded,
+        _source(settings),
+        settings.immutable,
+        PendingChanges(),
+        records_deletions=_has_others(config.cluster),
+    )
     watch = BackendWatch(catalog)
     async with (
         open_tls("index", config.tls, metrics) as tls,
@@ -490,6 +501,11 @@ async def run_index(
                 task_status=task_status,
             )
         background.cancel_scope.cancel()
+
+
+def _has_others(cluster: ClusterConfig) -> bool:
+    """Whether there may be journals of other indexes."""
+    return len(cluster.indexes) > 1 or any(each.startswith(DNS_PREFIX) for each in cluster.indexes)
 
 
 def _source(settings: IndexConfig) -> str:

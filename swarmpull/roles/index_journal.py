@@ -28,6 +28,7 @@ from swarmpull.errors import (
     SwarmpullError,
 )
 from swarmpull.roles.catalog import Catalog
+from swarmpull.roles.catalog_replay import Replay
 from swarmpull.roles.index_cache import ResolveCache
 from swarmpull.roles.index_peers import IndexPeers
 from swarmpull.roles.pending_changes import PendingChanges, id_of
@@ -125,7 +126,9 @@ class Journal:
         self.trouble = ""
         self._rows = rows
         self._pending = pending
-        self._catalog = catalog
+        self._replay = Replay(catalog)
+        # Held while one change is written: it is dropped before or after that.
+        self._writing = trio.Lock()
         self._cache = cache
         self._peers = peers
         self._bytes = 0
@@ -193,6 +196,17 @@ class Journal:
             found.append(kept.change)
             last = kept.number
         return api.PendingReply(self._peers.process, tuple(found), more=False, last=self._number)
+
+    async def drop(self, deleted: api.ForgetRequest) -> None:
+        """Another index has deleted a manifest or a blob, and the backend knows when."""
+        async with self._writing:
+            dropped = [
+                kept
+                for kept in self._changes.values()
+                if kept.change.at <= deleted.at and _makes_part(kept.change, deleted)
+            ]
+            if dropped:
+                await self._remove(dropped)
 
     async def _keep(self, changes: Iterable[PendingChange], *, mine: bool) -> None:
         now = time.time()
@@ -316,7 +330,11 @@ class Journal:
         written: list[_Kept] = []
         for kept in batch:
             try:
-                await self._write_one(kept.change)
+                async with self._writing:
+                    if id_of(kept.change) in self._changes:
+                        await self._replay.write(
+                            kept.change, kept.change.at or int(kept.kept_at * 1e9)
+                        )
             except SwarmpullError as error:
                 self._complain(kept.change, error)
                 if isinstance(error, BackendUnavailable):
@@ -338,14 +356,6 @@ class Journal:
             for repository, names in tags.items():
                 nursery.start_soon(self._peers.spread, repository, tuple(sorted(names)))
 
-    async def _write_one(self, change: PendingChange) -> None:
-        if change.link is not None:
-            await self._catalog.link_blob(change.link.repository, change.link.digest)
-        if change.manifest is not None:
-            await self._catalog.record_manifest(change.manifest)
-        if change.deletion is not None:
-            await self._catalog.delete_tag(change.deletion)
-
     async def _remove(self, written: Sequence[_Kept]) -> None:
         # From the disk first: what is found there after a crash is made once more, which does no harm.
         await self._rows.remove_rows([(id_of(kept.change),) for kept in written])
@@ -358,6 +368,17 @@ class Journal:
     def _tell_metrics(self) -> None:
         self._depth.set(len(self._changes))
         self._age.set(math.ceil(self.age) if self._changes else 0)
+
+
+def _makes_part(change: PendingChange, deleted: api.ForgetRequest) -> bool:
+    """Whether a change puts into the repository what was deleted from it."""
+    link, record = change.link, change.manifest
+    return (
+        link is not None and (link.repository, link.digest) == (deleted.repository, deleted.blob)
+    ) or (
+        record is not None
+        and (record.repository, record.manifest.digest) == (deleted.repository, deleted.manifest)
+    )
 
 
 def _tags_of(changes: Iterable[PendingChange]) -> Iterator[tuple[str, str]]:

@@ -57,7 +57,9 @@ class Outage:
         """Make a blob part of a repository.  Raises PushRefused, and what `Journal.add` does."""
         check_writable(repository)
         if not self._pending.has_blob(repository, digest):
-            await self._journal.add(PendingChange(link=DigestInRepository(repository, digest)))
+            await self._journal.add(
+                PendingChange(link=DigestInRepository(repository, digest), at=time.time_ns())
+            )
 
     async def record_manifest(self, request: RecordManifestRequest) -> None:
         """Enter a manifest, and move a tag to it; what it refers to must be pending too.
@@ -73,11 +75,12 @@ class Outage:
         below = {each: self._pending.levels(request.repository, each) for each in request.manifests}
         check_levels(request, below)
         if request.tag is None:
-            await self._journal.add(PendingChange(manifest=attrs.evolve(request, stamp=None)))
+            request = attrs.evolve(request, stamp=None)
+            await self._journal.add(PendingChange(manifest=request, at=time.time_ns()))
             return
         change = self._change(request, request.tag, request.manifest.digest)
         request = attrs.evolve(request, stamp=change.stamp, expect=None)
-        pending = PendingChange(manifest=request)
+        pending = PendingChange(manifest=request, at=time.time_ns())
         await self._make(request.repository, request.tag or "", change, pending)
 
     async def delete_tag(self, request: DeleteTagRequest) -> None:
@@ -93,7 +96,7 @@ class Outage:
             raise self._unknown(tag_key(request.repository, request.reference))
         change = self._change(request, request.reference, None)
         request = attrs.evolve(request, stamp=change.stamp, expect=None)
-        pending = PendingChange(deletion=request)
+        pending = PendingChange(deletion=request, at=time.time_ns())
         await self._make(request.repository, request.reference, change, pending)
 
     def check_written(self, repository: str, digest: Digest) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import time
 import uuid
 from typing import Final, Protocol, TypeVar
 
 import structlog
 import trio
 
+from swarmpull.digest import Digest
 from swarmpull.errors import RpcUnavailable, SwarmpullError
 from swarmpull.ring.membership import Membership
 from swarmpull.roles.index_cache import ResolveCache
@@ -33,6 +35,8 @@ Told = TypeVar("Told", bound=_Tells)
 
 # Two clocks that both run at their own speed.
 MARGIN: Final = 1.05
+# For a member to drop something from its journal, in seconds.
+PATIENCE: Final = 1.0
 # Until a member that does not answer is tried once more, in seconds.
 PAUSE: Final = 0.05
 # Seconds between two lines in the log about a member that does not answer.
@@ -71,17 +75,27 @@ class IndexPeers:
         self._cache.forget(request.repository, request.references)
         return api.ForgetReply(self.process)
 
-    async def spread(self, repository: str, references: tuple[str, ...] = ()) -> None:
+    async def spread(
+        self,
+        repository: str,
+        references: tuple[str, ...] = (),
+        *,
+        manifest: Digest | None = None,
+        blob: Digest | None = None,
+    ) -> None:
         """Return when no index keeps what these references were before; see `ResolveCache.forget`.
+
+        ``manifest`` or ``blob`` were deleted, and are dropped from journals, too.
 
         A member that answers has dropped it, one whose address refuses connections keeps nothing, and for one
         that is silent its lease is waited for.
         """
         self._cache.forget(repository, references)
-        if not self._lease:
+        deleted = manifest is not None or blob is not None
+        if not (self._lease or deleted):
             return
-        request = api.ForgetRequest(repository, references)
-        deadline = trio.current_time() + self._lease * MARGIN
+        request = api.ForgetRequest(repository, references, manifest, blob, time.time_ns())
+        deadline = trio.current_time() + max(self._lease * MARGIN, PATIENCE if deleted else 0.0)
         others = self.others
         if not self.members.members:
             # Their names could not be resolved yet.

@@ -603,11 +603,13 @@ class PendingChange:
         link: a blob became part of a repository.
         manifest: a manifest was put; with a stamp if a tag was.
         deletion: a tag was deleted, with a stamp.
+        at: when it was acknowledged, in ns; what was deleted after that stays deleted.
     """
 
     link: DigestInRepository | None = None
     manifest: RecordManifestRequest | None = None
     deletion: DeleteTagRequest | None = None
+    at: int = 0
 
 
 @attrs.frozen
@@ -755,10 +757,17 @@ class ForgetRequest:
     """An index has changed something: others that keep what these references were have to drop it.
 
     All references of the repository when none is named.
+
+    Attributes:
+        manifest, blob: it was deleted from the repository ``at`` that time, in ns: a journal that has an
+            earlier change which makes it part of it drops that.
     """
 
     repository: str
     references: tuple[str, ...] = ()
+    manifest: Digest | None = None
+    blob: Digest | None = None
+    at: int = 0
 
 
 @attrs.frozen

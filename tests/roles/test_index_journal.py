@@ -27,6 +27,7 @@ from swarmpull.digest import Digest
 from swarmpull.errors import (
     BackendUnavailable,
     ManifestNotFound,
+    ManifestReferencesMissing,
     RpcUnavailable,
     StoreFull,
     SwarmpullError,
@@ -35,6 +36,7 @@ from swarmpull.errors import (
 from swarmpull.roles import index as index_module
 from swarmpull.roles import index_contact, index_journal
 from swarmpull.roles.catalog import Catalog
+from swarmpull.roles.catalog_replay import Replay
 from swarmpull.roles.cluster import Cluster, IndexClient
 from swarmpull.roles.index import run_index
 from swarmpull.roles.index_contact import Contact
@@ -499,3 +501,71 @@ async def test_an_index_that_does_not_answer_is_done_without(autojump_clock, fai
     contact = Contact(Taken(), Peers(failure=failure("other:1", "index.pending", "silence")))
     await contact.ask_all()
     assert contact.holds
+
+
+# --- deletions --------------------------------------------------------------------------------
+
+
+async def test_a_journal_that_was_away_does_not_bring_back_what_was_deleted(tmp_path):
+    again = Digest.of(b"pushed again")
+    async with indexes_in(tmp_path) as indexes:
+        await indexes.take_away()
+        client = indexes.client(0)
+        for digest in (LAYER, again):
+            await client.link_blob("app", digest)
+        await client.record_manifest(put(1, blobs=(LAYER,)))
+        await client.record_manifest(put(2, "v2", blobs=(LAYER,)))
+        indexes.kill(1)
+        indexes.bring_back()
+        await indexes.written(0)
+        await client.delete_manifest("app", describe(1).digest)
+        for digest in (LAYER, again):
+            await client.unlink_blob("app", digest)
+        await client.link_blob("app", again)
+
+        await indexes.start(1)
+        assert (await indexes.status(1))["journal"]["changes"] > 0
+        await indexes.written(1)
+        for number in range(2):
+            with pytest.raises(ManifestNotFound):
+                await indexes.client(number).resolve("app", str(describe(1).digest))
+            with pytest.raises(ManifestNotFound):
+                await indexes.client(number).resolve("app", "v1")
+            assert not await indexes.client(number).has_blob("app", LAYER)
+            assert await indexes.client(number).has_blob("app", again)
+            assert await indexes.client(number).resolve("app", "v2") == describe(2)
+        assert (await (await indexes.catalog()).list_tags("app", "", 10)).names == ("v2",)
+
+
+async def test_a_journal_drops_what_is_deleted_at_another_index(tmp_path, monkeypatch):
+    # The second index would write these in a minute, and until then lookups there see them.
+    async with indexes_in(tmp_path) as indexes:
+        await indexes.take_away()
+        monkeypatch.setattr(index_journal, "COURTESY", 60.0)
+        client = indexes.client(0)
+        await client.link_blob("app", LAYER)
+        await client.record_manifest(put(1))
+        indexes.bring_back()
+        await indexes.written(0)
+        assert (await indexes.status(1))["journal"]["changes"] == 2
+
+        await client.delete_manifest("app", describe(1).digest)
+        await client.unlink_blob("app", LAYER)
+        assert (await indexes.status(1))["journal"]["changes"] == 0
+        assert not await indexes.client(1).has_blob("app", LAYER)
+        with pytest.raises(ManifestNotFound):
+            await indexes.client(1).resolve("app", "v1")
+
+
+async def test_a_manifest_of_a_journal_is_entered_although_its_blob_was_deleted_after_it(tmp_path):
+    backend = await open_backend((tmp_path / "backend").as_uri())
+    catalog = Catalog(backend, "test", records_deletions=True)
+    before = time.time_ns()
+    await catalog.link_blob("app", LAYER)
+    await catalog.unlink_blob("app", LAYER)
+    change = api.PendingChange(manifest=put(1, blobs=(LAYER,), stamp=api.Stamp(before, "test")))
+    # One that was acknowledged without the blob would be a fault.
+    with pytest.raises(ManifestReferencesMissing):
+        await Replay(catalog).write(change, time.time_ns())
+    await Replay(catalog).write(change, before)
+    assert await catalog.resolve("app", "v1") == describe(1)
