@@ -320,6 +320,11 @@ class Catalog:
                 await self._check_exists(repository)
                 raise
 
+    async def settle_tag(self, repository: str, tag: str) -> None:
+        """Have the listing of a tag agree with what it is, when a change of it was cut off."""
+        async with self._exclusive(repository):
+            await self.tags.settle(repository, tag)
+
     async def link_blob(self, repository: str, digest: Digest) -> None:
         """Make a blob, which is durable already, part of a repository.  Raises PushRefused."""
         check_writable(repository)

@@ -1,6 +1,7 @@
 """The keys of the objects in which the catalog keeps repositories, and what is in them.
 
     catalog/<name, with .~/ for />                   the repository exists
+    unsettled/<name, likewise>/<tag>/<any>           the listing of the tag may disagree with what it is
     repositories/<name>/_tags/<tag>                  the tag is there, for listings
     repositories/<name>/_changes/<tag>               the last changes of the tag, and so what it is
     repositories/<name>/_manifests/<alg>/<hex>       what is known of a manifest
@@ -33,7 +34,7 @@ from swarmpull.errors import (
     RepositoryNotFound,
 )
 from swarmpull.registry.errors import shorten
-from swarmpull.registry.names import is_repository
+from swarmpull.registry.names import is_repository, is_tag
 from swarmpull.store.backends.base import SEGMENT_BYTES_MAX, Backend, check_key
 from swarmpull.wire.api import Descriptor, RecordManifestRequest, Stamp
 
@@ -42,6 +43,7 @@ T = TypeVar("T")
 # A manifest has 4 MiB at most, and its annotations are part of it.
 ENTRY_BYTES_MAX: Final = 5 << 20
 MARKERS: Final = "catalog/"
+UNSETTLED: Final = "unsettled/"
 # Kinds of what is deleted.
 MANIFESTS: Final = "manifests"
 BLOBS: Final = "blobs"
@@ -90,6 +92,18 @@ def tags_prefix(repository: str) -> str:
 
 def tag_key(repository: str, tag: str) -> str:
     return tags_prefix(repository) + tag
+
+
+def unsettled_key(repository: str, tag: str, name: str) -> str:
+    return f"{UNSETTLED}{marker_name(repository)}/{tag}/{name}"
+
+
+def unsettled_tag(key: str) -> tuple[str, str] | None:
+    """The repository and the tag that `unsettled_key` was made of; None for a key that it did not make."""
+    parts = key.removeprefix(UNSETTLED).rsplit("/", 2)
+    if len(parts) != 3 or not is_tag(parts[1]) or not can_be_kept(marked(parts[0])):
+        return None
+    return marked(parts[0]), parts[1]
 
 
 def changes_key(repository: str, tag: str) -> str:

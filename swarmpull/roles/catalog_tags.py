@@ -3,12 +3,14 @@
 A tag is in the listing (``_tags``) when the log of its changes (``_changes``) says that it is there.  A log
 is written on the condition that it is the one that was read, so no change is lost whichever processes make
 them.  The name in the listing is an object of its own: whoever has written a log sees to it that the listing
-agrees, and looks again afterwards, so the last one to touch either leaves both alike.
+agrees, and looks again afterwards, so the last one to touch either leaves both alike.  Meanwhile another
+object says so (``unsettled``), by which `unsettled_tags` finds what was cut off.
 """
 
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Final, Protocol
 
@@ -23,7 +25,7 @@ from swarmpull.errors import (
     TagChanged,
     TagImmutable,
 )
-from swarmpull.roles.catalog_objects import changes_key, tag_key, unpacked
+from swarmpull.roles.catalog_objects import changes_key, tag_key, unpacked, unsettled_key
 from swarmpull.roles.pending_changes import PendingChanges
 from swarmpull.roles.tag_log import (
     LOG_BYTES_MAX,
@@ -235,6 +237,21 @@ class CatalogTags:
         if counts:
             for watcher in self.watchers:
                 await watcher.changing(repository, tag, change)
+        key = changes_key(repository, tag)
+        if (log.digest is None) == (changed.digest is None):
+            await self._backend.put_bytes(key, pack_log(changed), if_version=version)
+        else:
+            await self._write_with_listing(repository, tag, changed, version)
+        if counts:
+            for watcher in self.watchers:
+                await watcher.changed(repository, tag, change)
+
+    async def _write_with_listing(
+        self, repository: str, tag: str, changed: TagLog, version: str
+    ) -> None:
+        """Write a log with which the tag appears or disappears.  Raises ObjectReplaced."""
+        unsettled = unsettled_key(repository, tag, uuid.uuid4().hex)
+        await self._backend.put_bytes(unsettled, b"{}")
         if changed.digest is None:
             # Before: what was cut off leaves no name in the listing that nothing is behind.
             await self._unlist(repository, tag)
@@ -242,16 +259,17 @@ class CatalogTags:
         try:
             await self._backend.put_bytes(key, pack_log(changed), if_version=version)
         except ObjectReplaced:
-            if changed.digest is None:
-                await self._settle(repository, tag, changed)
+            await self.settle(repository, tag)
+            await self._delete_if_there(unsettled)
             raise
-        if (log.digest is None) != (changed.digest is None):
-            await self._settle(repository, tag, changed)
-        if counts:
-            for watcher in self.watchers:
-                await watcher.changed(repository, tag, change)
+        await self._settle(repository, tag, changed)
+        await self._delete_if_there(unsettled)
 
     # --- the listing --------------------------------------------------------------------------
+
+    async def settle(self, repository: str, tag: str) -> None:
+        """Have the listing agree with what the tag is, whatever was cut off."""
+        await self._settle(repository, tag, await self.log(repository, tag))
 
     async def _settle(self, repository: str, tag: str, log: TagLog) -> None:
         """Have the listing agree with the log, which others may change meanwhile."""
@@ -278,8 +296,11 @@ class CatalogTags:
             await self._backend.put_bytes(key, b"{}")
 
     async def _unlist(self, repository: str, tag: str) -> None:
+        await self._delete_if_there(tag_key(repository, tag))
+
+    async def _delete_if_there(self, key: str) -> None:
         try:
-            await self._backend.delete(tag_key(repository, tag))
+            await self._backend.delete(key)
         except ObjectNotFound:
             return  # it was not there
 

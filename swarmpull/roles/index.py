@@ -40,6 +40,7 @@ from swarmpull.roles.security import open_tls
 from swarmpull.roles.serving import serve_role
 from swarmpull.roles.standby import Standby
 from swarmpull.roles.tag_copy import TagCopier
+from swarmpull.roles.unsettled_tags import UnsettledTags
 from swarmpull.store.backends import open_backend
 from swarmpull.store.backends.impatient import ImpatientBackend
 from swarmpull.store.remote_queue import open_remote_queue
@@ -465,6 +466,7 @@ async def run_index(
         trio.open_nursery() as background,
     ):
         await background.start(watch.run)
+        background.start_soon(UnsettledTags(guarded, catalog).run)
         weights = config.cluster.weights_by_member()
         origins = open_ring(pool, config.cluster.origins, "origin", weights)
         indexes = open_ring(pool, config.cluster.indexes, "index", weights)

@@ -24,6 +24,8 @@ from swarmpull.registry.names import is_repository
 from swarmpull.roles import catalog as catalog_module
 from swarmpull.roles import catalog_objects
 from swarmpull.roles.catalog import Catalog
+from swarmpull.roles.catalog_objects import UNSETTLED, unsettled_key
+from swarmpull.roles.unsettled_tags import UnsettledTags
 from swarmpull.store.backends import Backend, open_backend
 from swarmpull.wire.api import DeleteTagRequest, Descriptor, RecordManifestRequest
 
@@ -458,6 +460,18 @@ async def is_readable(catalog: Catalog) -> None:
     assert (await catalog.list_repositories("", 10)).names == ("team/app",)
 
 
+async def is_settled(backend: Backend) -> None:
+    """After two looks the tags that are listed are those that are there, and nothing is left to look at."""
+    unsettled = UnsettledTags(backend, Catalog(backend))
+    for _ in range(2):
+        await unsettled.look()
+    logs = {tag: await Catalog(backend).tags.log("team/app", tag) for tag in ("v1", "v2", "v3")}
+    page = await backend.list("repositories/team/app/_tags/")
+    listed = [key.rpartition("/")[2] for key in page.keys]
+    assert listed == [tag for tag, log in logs.items() if log.digest is not None]
+    assert (await backend.list(UNSETTLED)).keys == ()
+
+
 async def change_repeatedly(catalog: Catalog) -> None:
     await catalog.link_blob("team/app", LAYER)
     await catalog.record_manifest(request(1, tag="v1", subject=digest(0), blobs=(LAYER,)))
@@ -480,6 +494,8 @@ async def test_a_kill_between_any_two_changes_leaves_a_readable_state(tmp_path):
             pass
         else:
             finished = True
+        await is_readable(Catalog(inner))
+        await is_settled(inner)
         await is_readable(Catalog(inner))
         # Whatever was cut off is made whole by doing it again.
         await Catalog(inner).link_blob("team/app", LAYER)
@@ -516,7 +532,7 @@ async def test_concurrent_puts_to_one_tag_are_made_one_after_the_other(backend):
             nursery.start_soon(catalog.record_manifest, request(number, tag="latest"))
 
     assert sum(key.endswith("_tags/latest") for key in keys) == 1
-    changes = [key for key in keys if not key.startswith("catalog/") and "_tags" not in key]
+    changes = [key for key in keys if key.startswith("repositories/") and "_tags" not in key]
     assert len(changes) == 40
     assert all("_manifests" in key for key in changes[::2])
     assert all(key.endswith("_changes/latest") for key in changes[1::2])
@@ -589,3 +605,18 @@ def test_work_on_many_objects_keeps_their_order_and_its_bound(items):
         return 2 * item
 
     assert trio.run(catalog_module._map, double, items) == [2 * item for item in items]
+
+
+async def test_a_change_under_way_is_not_taken_for_one_that_was_cut_off(backend):
+    catalog = Catalog(backend)
+    await catalog.record_manifest(request(1, tag="v1"))
+    unsettled = UnsettledTags(backend, catalog)
+    key = unsettled_key("team/app", "v1", "somebody")
+    await backend.put_bytes(key, b"{}")
+    await backend.delete("repositories/team/app/_tags/v1")
+    await unsettled.look()
+    assert (await backend.list(UNSETTLED)).keys == (key,)
+    await backend.put_bytes(UNSETTLED + "nonsense", b"{}")
+    await unsettled.look()
+    assert (await catalog.list_tags("team/app", "", 10)).names == ("v1",)
+    assert (await backend.list(UNSETTLED)).keys == (UNSETTLED + "nonsense",)
