@@ -534,6 +534,13 @@ class TrustedClusterConfig:
             "empty: they are those of tls.ca."
         ),
     )
+    repositories: tuple[str, ...] = attrs.field(
+        default=(),
+        validator=_patterns,
+        metadata=_meaning(
+            "Which repositories it may replicate to: a list of patterns as in replications; empty: all."
+        ),
+    )
 
 
 def _listener(host: str, port: int) -> ListenerConfig:

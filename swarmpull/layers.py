@@ -723,6 +723,11 @@ def _check_replications(layers: _Layers, config: Config, roles: frozenset[str]) 
     """Rules that name no remote, or that match nothing, and what an index needs to follow them."""
     _check_once(layers, "remotes", "name", [remote.name for remote in config.remotes])
     _check_once(layers, "tls.trusted", "cluster", [each.cluster for each in config.tls.trusted])
+    for number, trusted in enumerate(config.tls.trusted):
+        for pattern in trusted.repositories:
+            if reason := _matches_nothing(config, pattern):
+                key = f"tls.trusted.{number}.repositories"
+                layers.complain(key, layers.where(key), f"{reason}: {pattern}")
     known = {remote.name for remote in config.remotes}
     seen: set[tuple[str, str]] = set()
     for number, rule in enumerate(config.replications):

@@ -71,6 +71,7 @@ class HandOvers:
     ) -> None:
         self._content = content
         self._host = host
+        host.handed_over = self.is_for
         self._pools = pools
         self._work: SharedWork[api.HandOverReply] = SharedWork(nursery)
         self._places = trio.CapacityLimiter(HAND_OVERS_MAX)
@@ -103,6 +104,10 @@ class HandOvers:
             # It waits for its place, or has just ended.
             return api.HandOverReply(done=False, sent=0, length=0)
         return api.HandOverReply(done=False, sent=now.toll.sent, length=now.length)
+
+    def is_for(self, digest: Digest, cluster: str) -> bool:
+        """Whether a blob is being handed over to a cluster: then its origins may fetch it here."""
+        return any(each == digest and remote == cluster for each, _, remote in self._under_way)
 
     async def _hand_over(
         self, request: api.HandOverRequest, key: tuple[Digest, str, str]

@@ -88,6 +88,10 @@ class ConnectionHost(Protocol):
         """The shape of a torrent that a peer asks for; None if the blob is not here."""
         ...
 
+    def hands_over(self, digest: Digest, cluster: str) -> bool:
+        """Whether another cluster may fetch a blob from here at the moment."""
+        ...
+
     def open_for_sending(self, digest: Digest) -> int:
         """A descriptor for the caller to close.  Raises BlobNotFound, StoreUnavailable, OSError."""
         ...
@@ -225,6 +229,10 @@ class PeerConnections:
             if isinstance(hello, Bye):
                 return
             _check_kind(caller, hello)
+            if caller is not None and (text := self._refuse_torrent(caller, hello.digest)):
+                log.info("foreign_peer_refused", peer=host, reason=text)
+                await peer_stream.leave(Bye(ByeReason.UNKNOWN_TORRENT, text))
+                return
             shape = await self._host.shape_for(hello)
             if shape is None:
                 await peer_stream.leave(Bye(ByeReason.UNKNOWN_TORRENT))
@@ -239,6 +247,13 @@ class PeerConnections:
     def _refuse(self, other: Identity) -> str:
         """Why no pieces are exchanged with somebody; empty when they are."""
         return "" if self._tls is None else refuse_peer(other, self._tls.identity.cluster)
+
+    def _refuse_torrent(self, caller: Identity, digest: Digest) -> str:
+        """Why a peer that came in does not get a blob, whether we have it or not; empty when it may."""
+        own = self._entrance.cluster
+        if caller.cluster == own or self._host.hands_over(digest, caller.cluster):
+            return ""
+        return f"{digest} is not being handed over to cluster {caller.cluster}"
 
     async def _call(
         self, stream: PeerStream, other: Identity | None, digest: Digest, contact: PeerContact

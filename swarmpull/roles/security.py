@@ -24,10 +24,12 @@ from swarmpull.config import (
     TlsConfig,
 )
 from swarmpull.errors import CertificateError, Problem, StartupError
+from swarmpull.patterns import compile_pattern
 from swarmpull.registry.asgi import AsgiApp
 from swarmpull.registry.htpasswd import Passwords, load_htpasswd, protect
 from swarmpull.telemetry import Metrics
 from swarmpull.watched_files import WatchedFiles
+from swarmpull.wire.access import ForeignRules
 from swarmpull.wire.tls import Contexts, Tls, TlsFiles, load_contexts, load_server_context
 
 log = structlog.get_logger()
@@ -62,7 +64,7 @@ async def open_tls(role: str, config: TlsConfig, metrics: Metrics) -> AsyncItera
         "When the certificate of this role expires, in seconds since 1970.",
     ).set_function(lambda: files.current.expires_at)
     async with _beside(files.run, partial(_warn_of_expiry, config.cert, files)):
-        yield Tls(files)
+        yield Tls(files, foreign=_foreign_rules(config))
 
 
 @attrs.frozen
@@ -148,6 +150,17 @@ async def _beside(*tasks: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
 def peer_tls(tls: Tls | None, config: TlsConfig) -> Tls | None:
     """What pieces travel with."""
     return tls if config.peer == "on" else None
+
+
+def _foreign_rules(config: TlsConfig) -> ForeignRules:
+    """What the clusters that are trusted may replicate to."""
+    return ForeignRules(
+        {
+            each.cluster: tuple(map(compile_pattern, each.repositories))
+            for each in config.trusted
+            if each.repositories
+        }
+    )
 
 
 def _trusted(role: str, config: TlsConfig) -> dict[str, str]:

@@ -112,6 +112,7 @@ class SwarmHost:
         metrics: what it counts.
         recall: begins to bring a blob that a peer asks for into the store, or raises SwarmpullError; None for
             a host that has no other place to get it from.
+        handed_over: whether origins of another cluster may fetch a blob from here; None: no blob.
         urge: has pieces that readers wait for, and no peer has, fetched first; None if nobody can.
     """
 
@@ -136,6 +137,7 @@ class SwarmHost:
         self.rates = rates
         self.metrics = metrics
         self.recall: Callable[[Digest, str], Awaitable[object]] | None = None
+        self.handed_over: Callable[[Digest, str], bool] | None = None
         self.urge: Callable[[Digest, tuple[int, ...]], Awaitable[None]] | None = None
         self._urging = trio.CapacityLimiter(URGES_MAX)
         self._scheduler = scheduler
@@ -649,6 +651,10 @@ class SwarmHost:
                 log.info("urge_failed", digest=str(digest), reason=str(error))
 
     # --- for the connections ------------------------------------------------------------------
+
+    def hands_over(self, digest: Digest, cluster: str) -> bool:
+        """Whether origins of another cluster may fetch a blob from here at the moment."""
+        return self.handed_over is not None and self.handed_over(digest, cluster)
 
     async def shape_for(self, hello: Hello) -> BlobShape | None:
         """The shape of a torrent that a peer asks for; a blob of the store becomes a torrent.

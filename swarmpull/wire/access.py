@@ -8,7 +8,11 @@ call everything.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Final
+
+import attrs
 
 from swarmpull.identity import CERTIFICATE_ROLES, Identity
 from swarmpull.wire import api, preheat_api
@@ -83,6 +87,8 @@ FOREIGN_CALLERS: Final[dict[str, frozenset[str]]] = {
     api.OFFER_BLOB.name: _ORIGIN,
     api.ADOPT_BLOB.name: _ORIGIN,
 }
+# Where a request says which repository it is about.
+_REPOSITORY_FIELDS: Final = ("repository", "namespace")
 # Who exchanges pieces, and who of another cluster.
 PEERS: Final = _HOSTS
 FOREIGN_PEERS: Final = _ORIGIN
@@ -104,6 +110,49 @@ def refuse_caller(caller: Identity, method: str, cluster: str) -> str:
         f"the certificate of {caller} does not allow {method}, which is for {whose}: "
         "issue one with that --role"
     )
+
+
+@attrs.frozen
+class ForeignRules:
+    """What of a call is looked at that a role of another cluster makes, one that may call the method.
+
+    Attributes:
+        repositories: by cluster, what the repositories have to match that it replicates to; a cluster that is
+            not named may replicate to all.
+    """
+
+    repositories: Mapping[str, tuple[re.Pattern[str], ...]] = attrs.Factory(dict)
+
+    def refuse(self, caller: Identity, body: object) -> str:
+        """Why ``caller`` may not ask for this, and what to do; empty when it may."""
+        match body:
+            case api.PutManifestRequest(reference=reference) if ":" in reference:
+                needs_stamp = False
+            case api.PutManifestRequest() | api.DeleteTagRequest():
+                needs_stamp = True
+            case _:
+                needs_stamp = False
+        if needs_stamp and getattr(body, "stamp", None) is None:
+            return (
+                f"{caller} changes a tag without the stamp of a change there: another cluster may replicate "
+                "its changes, and make none of its own here"
+            )
+        if getattr(body, "expect", None) is not None:
+            return f"{caller} sets a condition: of two changes of different clusters the later one counts"
+        return self._refuse_repository(caller, body)
+
+    def _refuse_repository(self, caller: Identity, body: object) -> str:
+        named = [getattr(body, name) for name in _REPOSITORY_FIELDS if hasattr(body, name)]
+        patterns = self.repositories.get(caller.cluster)
+        for repository in named:
+            if not repository:
+                return f"{caller} names no repository: another cluster may replicate to one, and no more"
+            if patterns is not None and not any(each.fullmatch(repository) for each in patterns):
+                return (
+                    f"cluster {caller.cluster} may not replicate to {repository[:80]}: "
+                    "repositories of its entry in tls.trusted do not match that"
+                )
+        return ""
 
 
 def refuse_server(server: Identity, method: str) -> str:

@@ -92,7 +92,11 @@ class ServedConnections:
         self._memory = memory
         self.entrance = entrance
         self.answers = Answers(
-            service, limits.body_bytes_max, entrance.complain, lambda: entrance.cluster
+            service,
+            limits.body_bytes_max,
+            entrance.complain,
+            lambda: entrance.cluster,
+            entrance.foreign,
         )
         self._by_descriptor: dict[int, _Connection] = {}
         self._poll = select.epoll()

@@ -8,9 +8,9 @@ from typing import Any
 
 import attrs
 
-from swarmpull.errors import ProtocolError, SwarmpullError
+from swarmpull.errors import ProtocolError, PushRefused, SwarmpullError
 from swarmpull.identity import Identity
-from swarmpull.wire.access import refuse_caller
+from swarmpull.wire.access import ForeignRules, refuse_caller
 from swarmpull.wire.codec import decode, encode, encode_error
 from swarmpull.wire.rpc_link import CONNECTION_ERRORS
 from swarmpull.wire.rpc_messages import Method, Rep, Req, RpcError, RpcReply, RpcRequest, pack
@@ -90,9 +90,11 @@ class Answers:
         body_bytes_max: int,
         complain: Complain,
         cluster: Callable[[], str] = str,
+        foreign: ForeignRules | None = None,
     ) -> None:
-        """``cluster`` gives our own, by our certificate; empty without TLS."""
+        """``cluster`` gives our own, by our certificate; empty without TLS.  ``foreign``: for others."""
         self._cluster = cluster
+        self._foreign = foreign or ForeignRules()
         self._service = service
         self._body_bytes_max = body_bytes_max
         self._complain = complain
@@ -112,6 +114,8 @@ class Answers:
         except ProtocolError as error:
             # The framing is whole, so this one call fails and the connection goes on.
             return _failure(request, error.reason)
+        if refusal := self._refuse_foreign(context, body):
+            return self._error(request, PushRefused(refusal))
         if served.at_once is not None:
             try:
                 reply = served.at_once(body, context)
@@ -123,6 +127,14 @@ class Answers:
             if reply is not None:
                 return self._reply(request, reply)
         return partial(served.handler, body, context)
+
+    def _refuse_foreign(self, context: RpcContext, body: object) -> str:
+        if context.caller is None or context.caller.cluster == self._cluster():
+            return ""
+        refusal = self._foreign.refuse(context.caller, body)
+        if refusal:
+            self._complain(context.remote_host, f"refused: {refusal}")
+        return refusal
 
     async def finish(self, request: RpcRequest, begun: Begun) -> bytes:
         """The answer to a request that had to wait."""

@@ -27,6 +27,7 @@ import trio
 from swarmpull.errors import CertificateError, TlsError
 from swarmpull.identity import Identity
 from swarmpull.watched_files import WatchedFiles
+from swarmpull.wire.access import ForeignRules
 from swarmpull.wire.frames import NOT_BOTH
 
 log = structlog.get_logger()
@@ -473,14 +474,23 @@ async def speaks_tls(stream: trio.SocketStream) -> bool:
 class Tls:
     """The certificates of one role; new connections use those that the files hold just now."""
 
-    def __init__(self, files: WatchedFiles[Contexts], partner: str = "") -> None:
-        """``partner``: the cluster that is dialled, if it is another one than our own."""
+    def __init__(
+        self,
+        files: WatchedFiles[Contexts],
+        partner: str = "",
+        foreign: ForeignRules | None = None,
+    ) -> None:
+        """``partner``: the cluster that is dialled, if it is another one than our own.
+
+        ``foreign``: what others may do that are trusted.
+        """
         self._files = files
         self._partner = partner
+        self.foreign = foreign or ForeignRules()
 
     def towards(self, cluster: str) -> Tls:
         """The same certificates, to dial the roles of another cluster with."""
-        return Tls(self._files, cluster)
+        return Tls(self._files, cluster, self.foreign)
 
     @property
     def identity(self) -> Identity:
@@ -595,6 +605,11 @@ class Entrance:
     def cluster(self) -> str:
         """Our own, by our certificate; empty without any."""
         return "" if self._tls is None else self._tls.identity.cluster
+
+    @property
+    def foreign(self) -> ForeignRules:
+        """What callers of other clusters may ask for."""
+        return ForeignRules() if self._tls is None else self._tls.foreign
 
     async def admit(self, stream: trio.SocketStream) -> tuple[AnyStream, Identity | None] | None:
         """The stream to be served, and who is there if that is known; None if nobody is to be served.

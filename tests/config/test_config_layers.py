@@ -718,6 +718,20 @@ remote = "north"
     assert "replications.0" not in said
 
 
+def test_a_trusted_cluster_is_limited_to_repositories_that_there_can_be() -> None:
+    trusted = options(
+        "tls.ca=ca.crt",
+        "tls.cert=host.crt",
+        "tls.key=host.key",
+        "tls.trusted.0.cluster=west",
+        "tls.trusted.0.repositories=team/**,_private/*",
+    )
+    said = problems(Sources(overrides=trusted))
+    assert said == [
+        "tls.trusted.0.repositories: matches nothing that may be the name of a repository: _private/*  (-o)"
+    ]
+
+
 def test_trust_means_nothing_without_certificates() -> None:
     trusted = options("tls.trusted.0.cluster=west", "tls.trusted.1.cluster=west")
     said = problems(Sources(overrides=trusted))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,10 @@ from swarmpull.roles.remotes import Rules
 from swarmpull.roles.replicator import Replicator
 from swarmpull.roles.tag_log import TagLog
 from swarmpull.store.remote_queue import ChangeKey, RemoteChange
+from swarmpull.swarm.messages import Bye, ByeReason, Hello
+from swarmpull.swarm.peers import PeerKind
 from swarmpull.telemetry import Metrics
+from swarmpull.watched_files import WatchedFiles
 from swarmpull.wire.api import (
     HAND_OVER,
     RESOLVE,
@@ -41,6 +45,8 @@ from swarmpull.wire.api import (
     Stamp,
     TagChange,
 )
+from swarmpull.wire.streams import PeerStream
+from swarmpull.wire.tls import Contexts, Tls, TlsFiles, load_contexts
 from tests.ports import free_ports
 from tests.security.hosts import ALL, Authority, config_of
 
@@ -381,6 +387,60 @@ async def test_clusters_with_authorities_of_their_own_replicate_by_tls(tmp_path:
                 reply = await west.get("origin", f"/v2/team/app/{path}")
                 assert reply.status_code == 200, reply.text
             assert (await west.status("origin"))["bytes_received"]["origin"] >= len(LAYER)
+
+            # What is not just being handed over is not given to the other cluster, known digest or not.
+            here = Tls(await open_files(issued["west"], east=str(directories["east"] / "ca.crt")))
+            bye = await greet_origin(east.cluster, here, Digest.of(LAYER))
+            assert bye.reason is ByeReason.UNKNOWN_TORRENT
+            assert bye.text == f"{Digest.of(LAYER)} is not being handed over to cluster west"
+
+
+async def open_files(files: TlsFiles, **trusted: str) -> WatchedFiles[Contexts]:
+    paths = (files.ca, files.cert, files.key)
+    return await WatchedFiles.open(paths, partial(load_contexts, files, trusted))
+
+
+async def greet_origin(cluster: Cluster, tls: Tls, digest: Digest) -> Bye:
+    """What an origin says to one of another cluster that would like to have a blob."""
+    host, _, port = cluster.roles["origin"].address("peer").rpartition(":")
+    stream = PeerStream((await tls.connect(await trio.open_tcp_stream(host, int(port))))[0])
+    try:
+        await stream.send(Hello(digest, "team/app", "a" * 32, PeerKind.ORIGIN, 1, 1, b"\0"))
+        return await stream.receive_hello()
+    finally:
+        await stream.aclose()
+
+
+async def test_what_the_other_cluster_may_not_send_here_is_set_aside_there(tmp_path: Path) -> None:
+    issued, files = {}, {}
+    for name in ("east", "west"):
+        authority = Authority.create(tmp_path / f"{name}-ca", name)
+        issued[name], files[name] = authority.issue("host", *ALL), authority.directory / "ca.crt"
+
+    def tls(name: str, other: str, *repositories: str) -> TlsConfig:
+        trusted = TrustedClusterConfig(
+            cluster=other, ca=str(files[other]), repositories=repositories
+        )
+        return attrs.evolve(config_of(issued[name]), trusted=(trusted,))
+
+    async with cluster_under(tmp_path / "west") as west:
+        west.config = attrs.evolve(west.config, tls=tls("west", "east", "shared/**"))
+        await west.start_origin()
+        index = await west.start_index()
+        async with east_under(
+            tmp_path / "east",
+            remote_index=index.address("rpc"),
+            indexes=1,
+            tls=tls("east", "west", "nothing/*"),
+        ) as east:
+            await east.push()
+
+            async def is_set_aside() -> bool:
+                return (await east.replication(0))["set_aside"] == 1
+
+            await until(is_set_aside)
+            (entry,) = (await east.replication(0))["entries"]
+            assert "cluster east may not replicate to team/app" in entry["failure"]
 
 
 async def test_one_backend_for_both_needs_no_bytes(tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ import pytest
 import trio
 
 from swarmpull.digest import Digest
-from swarmpull.errors import CertificateError, RpcFailed, RpcUnavailable
+from swarmpull.errors import CertificateError, PushRefused, RpcFailed, RpcUnavailable
 from swarmpull.identity import Identity
+from swarmpull.patterns import compile_pattern
 from swarmpull.swarm.peers import PeerContact, PeerKind
 from swarmpull.watched_files import WatchedFiles
 from swarmpull.wire import access, api
-from swarmpull.wire.rpc import RpcContext, RpcService, open_rpc_pool, serve_rpc
+from swarmpull.wire.rpc import Method, RpcContext, RpcService, open_rpc_pool, serve_rpc
 from swarmpull.wire.tls import Tls, TlsFiles, load_contexts
 
 from .hosts import Authority, unchecked
@@ -75,6 +76,64 @@ async def test_an_origin_of_a_trusted_cluster_may_offer_and_nothing_else(
         assert (await pool.call(address, api.OFFER_BLOB, OFFER, timeout=20.0)).wanted
         with pytest.raises(RpcFailed, match="another cluster may replicate to it, and nothing"):
             await pool.call(address, api.HELD_BLOB, HELD, timeout=20.0)
+
+
+async def test_an_origin_of_a_trusted_cluster_offers_only_what_its_entry_names(
+    east: Authority, west: Authority
+) -> None:
+    rules = access.ForeignRules({"east": (compile_pattern("shared/**"),)})
+    there = trusting(west.issue("n", "origin"), east=str(east.directory / "ca.crt"))
+    here = trusting(east.issue("n", "origin"), west=str(west.directory / "ca.crt"))
+    shared = attrs.evolve(OFFER, namespace="shared/app")
+    async with (
+        origin_serving(Tls(there._files, foreign=rules)) as address,
+        open_rpc_pool(tls=here.towards("west")) as pool,
+    ):
+        with pytest.raises(PushRefused, match="cluster east may not replicate to team/app: repos"):
+            await pool.call(address, api.OFFER_BLOB, OFFER, timeout=20.0)
+        assert (await pool.call(address, api.OFFER_BLOB, shared, timeout=20.0)).wanted
+
+
+STAMP = api.Stamp(1, "east-index")
+PUT = api.PutManifestRequest("team/app", "v1", "application/json", b"{}", STAMP)
+DELETE = api.DeleteTagRequest("team/app", "v1", STAMP)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (PUT, ""),
+        (attrs.evolve(PUT, stamp=None), "changes a tag without the stamp"),
+        (attrs.evolve(PUT, stamp=None, reference=str(Digest.of(b"child"))), ""),
+        (attrs.evolve(PUT, expect=""), "sets a condition"),
+        (attrs.evolve(PUT, repository="teams/app"), "may not replicate to teams/app"),
+        (DELETE, ""),
+        (attrs.evolve(DELETE, stamp=None), "changes a tag without the stamp"),
+        (attrs.evolve(DELETE, expect="*"), "sets a condition"),
+        (attrs.evolve(DELETE, repository="other"), "may not replicate to other"),
+        (OFFER, ""),
+        (attrs.evolve(OFFER, namespace=""), "names no repository"),
+        (api.Empty(), ""),
+    ],
+)
+def test_another_cluster_makes_changes_with_their_stamps_and_nothing_else(
+    body: object, reason: str
+) -> None:
+    caller = Identity("east", "h", frozenset({"index"}))
+    refusal = access.ForeignRules({"east": (compile_pattern("team/**"),)}).refuse(caller, body)
+
+    assert reason in refusal
+    assert bool(refusal) == bool(reason)
+    if "may not replicate" in reason:
+        assert access.ForeignRules().refuse(caller, body) == ""
+
+
+def test_it_is_known_which_repository_each_call_of_another_cluster_is_about() -> None:
+    methods = {m.name: m for m in vars(api).values() if isinstance(m, Method)}
+    about_none = {api.PING.name, api.DESCRIBE_CLUSTER.name}
+    for name in access.FOREIGN_CALLERS.keys() - about_none:
+        fields = {field.name for field in attrs.fields(methods[name].request)}
+        assert len(fields & {"repository", "namespace"}) == 1, name
 
 
 async def test_a_cluster_that_is_not_trusted_is_refused(east: Authority, west: Authority) -> None:
