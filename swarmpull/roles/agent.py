@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
-from typing import Final
 
 import structlog
 import trio
@@ -13,11 +12,8 @@ import trio
 from swarmpull.config import AgentConfig, Config
 from swarmpull.digest import Digest
 from swarmpull.errors import (
-    BackendUnavailable,
     BlobNotFound,
     PushRefused,
-    RpcFailed,
-    RpcUnavailable,
     StoreFull,
     StoreUnavailable,
 )
@@ -30,7 +26,8 @@ from swarmpull.roles.addresses import RoleAddresses
 from swarmpull.roles.agent_preheat import AgentPreheating
 from swarmpull.roles.agent_runtime import open_runtime
 from swarmpull.roles.agent_tags import AgentTags
-from swarmpull.roles.cluster import ORIGIN_RING, Cluster, IndexClient, OriginClient, TrackerClient
+from swarmpull.roles.blob_finder import BlobFinder
+from swarmpull.roles.cluster import Cluster, IndexClient, OriginClient
 from swarmpull.roles.config_changes import ConfigChanges
 from swarmpull.roles.repositories import Repositories, upstream_names
 from swarmpull.roles.ring_metrics import RingMetrics
@@ -46,87 +43,11 @@ from swarmpull.store.tags import open_tags
 from swarmpull.store.uploads import UploadStore
 from swarmpull.swarm.peers import PeerKind
 from swarmpull.telemetry import Metrics
-from swarmpull.wire.api import AnnounceReply, AnnounceRequest, Descriptor, Growth, HashesRequest
+from swarmpull.wire.api import Descriptor
 from swarmpull.wire.rpc import open_rpc_pool
 from swarmpull.wire.tls import Tls
 
 log = structlog.get_logger()
-
-# How long a tracker may take over a first announce, in seconds: one that knows the blob takes milliseconds.
-TRACKER_PATIENCE: Final = 3.0
-# Until the next try to find a tracker when an origin had to stand in for one, in seconds.
-TRACKERLESS_INTERVAL: Final = 3.0
-
-
-class BlobFinder:
-    """Where the metainfo and the first peers of a blob come from."""
-
-    def __init__(self, trackers: TrackerClient, origins: OriginClient) -> None:
-        self._trackers = trackers
-        self._origins = origins
-
-    async def find(self, request: AnnounceRequest) -> AnnounceReply:
-        """Ask a tracker; when none answers, or none in good time, ask the origins themselves.
-
-        A tracker that hangs must not stop pulls, and one that waits for an origin waits for what the
-        origins then tell us.  When no origin answers either, trackers are asked that were ill a moment ago.
-
-        Raises:
-            BlobNotFound: no origin has the blob.
-            SwarmpullError: nobody can say.
-        """
-        insist = False
-        try:
-            with trio.fail_after(TRACKER_PATIENCE):
-                return await self._trackers.announce(request)
-        except RpcUnavailable as error:
-            insist = True
-            log.warning("no_tracker", digest=str(request.digest), reason=str(error))
-        except trio.TooSlowError:
-            log.info("tracker_slow", digest=str(request.digest), waited=TRACKER_PATIENCE)
-        except BackendUnavailable as error:
-            if error.backend != ORIGIN_RING:
-                raise
-            # The trackers reach no origin: perhaps we do.
-            log.info("tracker_without_origins", digest=str(request.digest), reason=error.reason)
-        try:
-            reply = await self._origins.get_metainfo(
-                request.digest, request.namespace, growing=request.growing
-            )
-        except RpcUnavailable:
-            late = await self._insist(request) if insist else None
-            if late is None:
-                raise
-            return late
-        return AnnounceReply(
-            (reply.seeder,),
-            TRACKERLESS_INTERVAL,
-            reply.metainfo,
-            content=reply.content,
-            growth=reply.growth,
-        )
-
-    async def _insist(self, request: AnnounceRequest) -> AnnounceReply | None:
-        """What a tracker says that was ill a moment ago, and may be back; None when none is."""
-        with trio.move_on_after(TRACKER_PATIENCE):
-            try:
-                return await self._trackers.announce(request, insist=True)
-            except RpcUnavailable as error:
-                log.info("still_no_tracker", digest=str(request.digest), reason=str(error))
-        return None
-
-    async def follow(self, request: HashesRequest) -> Growth:
-        """Wait for more piece hashes of a blob that an origin is still fetching, as `find` does.
-
-        Raises:
-            RpcUnavailable, RpcFailed: nobody can say just now.
-            SwarmpullError: there will be no more.
-        """
-        try:
-            return await self._trackers.hashes(request)
-        except (RpcUnavailable, RpcFailed) as error:
-            log.info("no_tracker", digest=str(request.digest), reason=str(error))
-        return await self._origins.hashes(request)
 
 
 class AgentRegistry(Repositories):
@@ -341,6 +262,7 @@ async def _seed(digest: Digest, store: BlobStore, host: SwarmHost) -> bool:
 def _swarm_of(
     store: BlobStore,
     cluster: Cluster,
+    finder: BlobFinder,
     settings: AgentConfig,
     config: Config,
     metrics: Metrics,
@@ -352,7 +274,7 @@ def _swarm_of(
         settings.peer,
         config.swarm,
         metrics,
-        announce=cluster.tracker.announce,
+        announce=finder.announce,
         announce_held=cluster.tracker.announce_held,
         watch=cluster.tracker.watch,
         unread_timeout=settings.unread_timeout,
@@ -386,11 +308,12 @@ async def run_agent(
         open_rpc_pool(tls=tls) as pool,
     ):
         cluster = Cluster(pool, config.cluster, changes)
+        finder = BlobFinder(cluster.tracker, cluster.origin)
         RingMetrics(metrics).show_all(cluster.rings)
         async with (
             open_role_store("agent", settings.data_dir, settings.store, metrics) as store,
             open_tags(settings.data_dir / "tags.sqlite") as tags,
-            _swarm_of(store, cluster, settings, config, metrics, tls) as host,
+            _swarm_of(store, cluster, finder, settings, config, metrics, tls) as host,
             trio.open_nursery() as nursery,
         ):
             cluster.tracker.on_lost = host.tracker_lost
@@ -403,7 +326,7 @@ async def run_agent(
                 host,
                 cluster.index,
                 cluster.origin,
-                BlobFinder(cluster.tracker, cluster.origin),
+                finder,
                 upstream_names(config),
                 AgentTags(cluster.index, tags, store, settings.tag_freshness, metrics),
                 push=settings.registry.push,

@@ -68,6 +68,7 @@ YOUNG: Final = 90.0
 PEERS_ENOUGH: Final = 20
 # The name of the backend in the error of a tracker that reaches no origin.
 ORIGIN_RING: Final = "origin ring"
+TRACKER_RING: Final = "tracker ring"
 # Of one origin's disk, which is no reason why another one could not take or give a blob.
 NO_ROOM: Final = (StoreFull, StoreUnavailable)
 
@@ -305,6 +306,19 @@ class OriginClient:
         """
         request = api.UrgeRequest(digest, indices)
         await self._ring.call_first(str(digest), api.URGE, request, timeout=LOOKUP_TIMEOUT)
+
+    async def peers(self, digest: Digest) -> tuple[PeerContact, ...]:
+        """The agents that are connected for a blob to the origin that is asked first.
+
+        Raises:
+            RpcUnavailable: no origin answers.
+            RpcFailed: it does not know the method.
+        """
+        request = api.PeersRequest(digest)
+        reply = await self._ring.call_first(
+            str(digest), api.PEERS_OF_ORIGIN, request, timeout=LOOKUP_TIMEOUT
+        )
+        return reply.peers
 
     async def adopt_blob(
         self,

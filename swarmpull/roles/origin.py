@@ -255,6 +255,7 @@ class OriginCalls:
         service.register(api.GET_METAINFO, self.get_metainfo)
         service.register(api.HASHES_OF_ORIGIN, self.hashes)
         service.register(api.URGE, self.urge)
+        service.register(api.PEERS_OF_ORIGIN, self.peers)
         service.register(api.ADOPT_BLOB, self.adopt_blob)
         service.register(api.REPLICATE_BLOB, self.replicate_blob)
         service.register(api.HELD_BLOB, self.held_blob)
@@ -316,6 +317,10 @@ class OriginCalls:
         """Fetch some pieces of a blob first, if it is being fetched."""
         self._content.cold.urge(request.digest, request.indices)
         return api.Empty()
+
+    async def peers(self, request: api.PeersRequest, _context: RpcContext) -> api.PeersReply:
+        """Who is connected for a blob, for an agent that no tracker answers."""
+        return api.PeersReply(self._host.neighbours(request.digest))
 
     async def end_polls(self, drain: trio.Event) -> None:
         """Answer all calls that wait for hashes once ``drain`` is set: they would hold it up."""

@@ -298,6 +298,10 @@ class SwarmHost:
         """A snapshot of every torrent."""
         return self._scheduler.statistics()
 
+    def neighbours(self, digest: Digest) -> tuple[PeerContact, ...]:
+        """Some of the agents that are connected for a blob, as `Scheduler.neighbours` says."""
+        return self._scheduler.neighbours(digest)
+
     def _under_way(self, digest: Digest) -> Download | SmallBlob | None:
         return self._downloads.get(digest) or self._small.get(digest)
 

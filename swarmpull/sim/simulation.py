@@ -507,8 +507,10 @@ class Simulation:
         failed = ev.AnnounceFailed(action.digest)
         if self._trackers.are_gone and reaches_at <= now:
             # Their addresses answer that nobody listens.
-            reply = self._ask_origins(host, action.digest) or failed
-            self._clock.at(now + 2 * host.delay, self._dispatch, host, reply)
+            found = None
+            if action.state is AnnounceState.LEECHING:
+                found = self._ask_origins(action.digest)
+            self._clock.at(now + 2 * host.delay, self._dispatch, host, found or failed)
             return
         if reaches_at - now > ANNOUNCE_TIMEOUT:
             self._clock.at(now + ANNOUNCE_TIMEOUT, self._dispatch, host, failed)
@@ -522,9 +524,7 @@ class Simulation:
             self._clock.at(now + host.delay, self._dispatch, host, ev.AnnounceFailed(digest))
             return
         self._announces += 1
-        blob = self._blob_of[digest].index
-        host.found.add(blob)
-        tracker = self._trackers.of(blob)
+        tracker = self._trackers.of(self._blob_of[digest].index)
         if state is AnnounceState.LEECHING and not tracker.has_origin(digest):
             for origin in self._origins:
                 if not origin.gone and origin.frozen_until <= now:
@@ -534,18 +534,19 @@ class Simulation:
             reply = ev.AnnounceReplied(digest, handout.interval, handout.peers, handout.position)
             self._clock.at(now + host.delay, self._dispatch, host, reply)
 
-    def _ask_origins(self, host: Host, digest: Digest) -> ev.AnnounceReplied | None:
-        """What a download begins with when no tracker answers: an origin, in place of all peers."""
+    def _ask_origins(self, digest: Digest) -> ev.AnnounceReplied | None:
+        """What a download goes by when no tracker answers: an origin, and who is connected to it."""
         blob = self._blob_of[digest].index
         here = [
-            origin.contact
+            origin
             for origin in self._origins
             if not origin.gone and origin.frozen_until <= self._clock.now
         ]
-        if not here or blob in host.found:
+        if not here:
             return None
-        host.found.add(blob)
-        return ev.AnnounceReplied(digest, TRACKERLESS_INTERVAL, (here[blob % len(here)],))
+        origin = here[blob % len(here)]
+        peers = (origin.contact, *origin.scheduler.neighbours(digest))
+        return ev.AnnounceReplied(digest, TRACKERLESS_INTERVAL, peers)
 
     def _announce_held(self, host: Host, action: act.AnnounceHeld) -> None:
         now = self._clock.now
@@ -566,7 +567,6 @@ class Simulation:
         by_tracker: dict[PeerTable, list[Digest]] = {}
         for digest in digests:
             blob = self._blob_of[digest].index
-            host.found.add(blob)
             by_tracker.setdefault(self._trackers.of(blob), []).append(digest)
         for tracker, theirs in by_tracker.items():
             self._announces += 1

@@ -86,7 +86,6 @@ class Host:
         gone: it neither hears nor does anything any more.
         side: the partition that it is in, alone while it is frozen; ``cut_until``: when that ends.
         frozen_until: until then it does nothing.
-        found: the blobs, by index, of which somebody has told it peers.
         stored: pieces; ``stored_at``: when the last one was, or when it began.
         longest_wait: between two pieces, in seconds.
         wanted: pieces of all its pulls.
@@ -99,7 +98,6 @@ class Host:
         "dead",
         "delay",
         "fault",
-        "found",
         "frozen_until",
         "gone",
         "handle",
@@ -131,7 +129,6 @@ class Host:
         self.side = 0
         self.cut_until = 0.0
         self.frozen_until = 0.0
-        self.found: set[int] = set()
         self.stored = 0
         self.stored_at = 0.0
         self.longest_wait = 0.0

@@ -57,6 +57,7 @@ from swarmpull.swarm.offers import OfferLimits
 from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
 from swarmpull.swarm.picker import PickerLimits
 from swarmpull.swarm.pipeline import PipelineLimits
+from swarmpull.swarm.samples import sample
 from swarmpull.swarm.timing import PieceTiming
 from swarmpull.swarm.torrent import Inbound, Peer, Torrent, TorrentStatistics
 
@@ -93,6 +94,8 @@ LOST_SHORT_SPREAD: Final = 0.25
 # a tracker that is restarted must not get much more than it is used to.
 LOST_SEEDING_SPACING: Final = 0.1
 LOST_SEEDING_SPREAD_MIN: Final = 5.0
+# As many as a tracker hands out.
+NEIGHBOURS_TOLD: Final = 50
 
 
 @attrs.frozen(kw_only=True)
@@ -216,6 +219,17 @@ class Scheduler:
     def uplink(self) -> Uplink:
         """What the uplink has to do now, to look at."""
         return self._exchange.uplink()
+
+    def neighbours(self, digest: Digest) -> tuple[PeerContact, ...]:
+        """Up to `NEIGHBOURS_TOLD` of the agents that are connected for a blob, drawn at random.
+
+        What an origin tells those to whom no tracker answers.
+        """
+        torrent = self._torrents.get(digest)
+        if torrent is None:
+            return ()
+        agents = [p.contact for p in torrent.peers.values() if p.contact.kind is PeerKind.AGENT]
+        return tuple(sample(self._rng, agents, min(NEIGHBOURS_TOLD, len(agents))))
 
     @property
     def connection_count(self) -> int:

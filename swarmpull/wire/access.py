@@ -39,6 +39,7 @@ CALLERS: Final[dict[str, frozenset[str]]] = {
     preheat_api.GET_MANIFEST.name: frozenset({"index"}),
     preheat_api.AWAIT_JOBS.name: _AGENT,
     api.URGE.name: _SEEKING,
+    api.PEERS_OF_ORIGIN.name: _HOSTS,
     # What an agent that takes pushes passes on.
     api.ADOPT_BLOB.name: _HOSTS,
     api.PUT_MANIFEST.name: _HOSTS,

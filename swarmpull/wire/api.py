@@ -277,6 +277,20 @@ class UrgeRequest:
 
 
 @attrs.frozen
+class PeersRequest:
+    """Which agents are connected to the origin for a blob; asked when no tracker answers."""
+
+    digest: Digest
+
+
+@attrs.frozen
+class PeersReply:
+    """At most 50 of them, drawn at random."""
+
+    peers: tuple[PeerContact, ...]
+
+
+@attrs.frozen
 class AdoptRequest:
     """Ask an origin to take a blob that the caller seeds, through the swarm, and to accept it.
 
@@ -479,6 +493,7 @@ GET_METAINFO: Final = Method("origin.get_metainfo", BlobRequest, MetainfoReply)
 # Raises BlobNotFound, BackendUnavailable, DownloadFailed: there will be no more.
 HASHES_OF_ORIGIN: Final = Method("origin.hashes", HashesRequest, Growth)
 URGE: Final = Method("origin.urge", UrgeRequest, Empty)
+PEERS_OF_ORIGIN: Final = Method("origin.peers", PeersRequest, PeersReply)
 ADOPT_BLOB: Final = Method("origin.adopt_blob", AdoptRequest, Empty)
 REPLICATE_BLOB: Final = Method("origin.replicate_blob", ReplicateRequest, ReplicateReply)
 # Raises BlobNotFound.

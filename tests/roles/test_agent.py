@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import attrs
 import pytest
@@ -13,15 +12,11 @@ import trio
 from trio.testing import MockClock
 
 from swarmpull.digest import Digest
-from swarmpull.errors import BlobNotFound, RpcUnavailable, StoreFull
+from swarmpull.errors import StoreFull
 from swarmpull.registry.client import get_rates, put_rates
-from swarmpull.roles import agent as agent_module
-from swarmpull.roles.agent import BlobFinder, seed_cache
+from swarmpull.roles.agent import seed_cache
 from swarmpull.store.blobs import BlobStore
 from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN
-from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
-from swarmpull.wire import api
-from swarmpull.wire.api import AnnounceReply, AnnounceRequest, MetainfoReply
 
 from .peers import make_content, running_node
 from .roles import Cluster, cluster_under, whole_cluster
@@ -320,6 +315,41 @@ async def test_a_download_goes_on_with_the_peers_that_it_knows_when_all_trackers
     assert (await cluster.get("agent", blob_path(CONFIG))).content == CONFIG
 
 
+async def test_agents_that_begin_while_no_tracker_is_there_meet_at_the_origin(
+    cluster: Cluster,
+) -> None:
+    await cluster.push_image("origin", REPOSITORY, CONFIG, LAYER)
+    await cluster.start_agent()
+    await cluster.start_agent("second")
+    await cluster.roles["tracker"].kill()
+    admin = cluster.roles["origin"].address("admin")
+    await put_rates([admin], {"upload_rate": 1})
+    pulled: list[bytes] = []
+
+    async def pull(name: str) -> None:
+        pulled.append((await cluster.get(name, blob_path(LAYER))).content)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pull, "agent")
+        await until_passes_no_more(cluster)
+        nursery.start_soon(pull, "second")
+        for name in ("agent", "second"):
+            await until_peers(cluster, name, 2)
+        await put_rates([admin], {"upload_rate": None})
+
+    assert pulled == [LAYER, LAYER]
+
+
+async def until_peers(cluster: Cluster, name: str, count: int) -> None:
+    """An agent is connected to so many peers for the layer."""
+    with trio.fail_after(30):
+        while True:
+            torrents = (await cluster.status(name))["torrents"]
+            if any(t["length"] == len(LAYER) and t["peers"] == count for t in torrents):
+                return
+            await trio.sleep(0.01)
+
+
 async def test_peers_finish_what_the_swarm_holds_when_all_origins_are_gone(
     cluster: Cluster,
 ) -> None:
@@ -344,78 +374,19 @@ async def test_peers_finish_what_the_swarm_holds_when_all_origins_are_gone(
     assert (await cluster.status("agent"))["bytes_received"]["origin"] == 0
 
 
-# --- finding --------------------------------------------------------------------------------------
-
-CONTENT = make_content(5)
-REQUEST = AnnounceRequest(
-    CONTENT.digest,
-    REPOSITORY,
-    PeerContact("a" * 32, "", 7100, PeerKind.AGENT),
-    AnnounceState.LEECHING,
-    want_metainfo=True,
-)
-SEEDER = PeerContact("f" * 32, "origin", 7201, PeerKind.ORIGIN)
-
-
-class Origins:
-    async def get_metainfo(self, digest: Digest, namespace: str, *, growing: bool) -> MetainfoReply:
-        assert (digest, namespace) == (CONTENT.digest, REPOSITORY)
-        return MetainfoReply(CONTENT.metainfo, SEEDER)
-
-
-async def test_a_tracker_that_hangs_does_not_stop_a_pull(autojump_clock) -> None:
-    class Hanging:
-        async def announce(self, request: AnnounceRequest) -> AnnounceReply:
-            await trio.sleep_forever()
-            raise AssertionError
-
-    reply = await BlobFinder(Hanging(), Origins()).find(REQUEST)  # type: ignore[arg-type]
-
-    assert (reply.peers, reply.metainfo) == ((SEEDER,), CONTENT.metainfo)
-    assert trio.current_time() == pytest.approx(agent_module.TRACKER_PATIENCE)
-
-
-async def test_a_tracker_that_knows_that_the_blob_is_nowhere_is_believed() -> None:
-    class Knowing:
-        async def announce(self, request: AnnounceRequest) -> AnnounceReply:
-            raise BlobNotFound(str(request.digest), "the origins")
-
-    with pytest.raises(BlobNotFound):
-        await BlobFinder(Knowing(), Origins()).find(REQUEST)  # type: ignore[arg-type]
-
-
-async def test_a_tracker_that_was_ill_a_moment_ago_is_asked_when_nobody_else_answers() -> None:
-    answer = AnnounceReply((SEEDER,), 3.0, CONTENT.metainfo)
-
-    class IllOfLate:
-        async def announce(
-            self, request: AnnounceRequest, *, insist: bool = False
-        ) -> AnnounceReply:
-            if insist:
-                return answer
-            raise RpcUnavailable("the trackers", api.ANNOUNCE.name, "no tracker answered of late")
-
-    class Away:
-        async def get_metainfo(self, *_: object, growing: bool) -> MetainfoReply:
-            raise RpcUnavailable("the origins", api.GET_METAINFO.name, "no member answers")
-
-    trackers: Any = IllOfLate()
-    origins: Any = Away()
-    assert await BlobFinder(trackers, origins).find(REQUEST) == answer
-
-
 async def test_a_full_disk_at_the_start_does_not_end_the_agent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Metainfo that was lost is computed and saved, for which there may be no room."""
+    content = make_content(5)
     async with running_node(tmp_path / "agent") as node:
-        await node.add(CONTENT)
+        await node.add(content)
         other = make_content(6, seed=1)
         await node.add(other)
         metainfo = BlobStore.metainfo
 
         async def no_room(store: BlobStore, digest: Digest):
-            if digest == CONTENT.digest:
+            if digest == content.digest:
                 raise StoreFull(store.name, 100)
             return await metainfo(store, digest)
 

@@ -23,7 +23,7 @@ from swarmpull.wire.streams import CHUNK_BYTES_MAX, PeerStream
 from swarmpull.wire.tls import Tls
 from tests.roles.peers import assert_no_descriptor_leaked, open_descriptors
 from tests.roles.roles import Cluster, cluster_under
-from tests.roles.test_agent import REQUEST
+from tests.roles.test_blob_finder import REQUEST
 
 from .hosts import ALL, Authority, config_of, tls_of
 

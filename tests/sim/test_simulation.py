@@ -172,6 +172,15 @@ def test_downloads_begin_with_an_origin_when_no_tracker_answers() -> None:
     assert result.announces == 0
 
 
+def test_those_who_begin_while_no_tracker_answers_become_one_swarm() -> None:
+    """An origin tells each of those that are connected to it, or all would wait for that origin."""
+    result = simulate(hosts=100, origins=3, arrival=0.5, faults="tracker-killed=5@0s-60s")
+
+    assert result.completed == 100
+    assert result.quantile(1.0) < 1.2 * result.bound
+    assert result.copies_from_origins < 20
+
+
 def test_lost_packets_take_time_and_no_more() -> None:
     calm, lossy = simulate(), simulate(faults="lost=5%")
 

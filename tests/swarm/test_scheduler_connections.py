@@ -17,6 +17,7 @@ from swarmpull.swarm.scheduler import (
     EVICTABLE_AFTER,
     EVICTION_SPACING,
     LEECHING_TICK,
+    NEIGHBOURS_TOLD,
     SEEDING_TICK,
     SwarmLimits,
 )
@@ -451,3 +452,28 @@ def test_a_host_that_drains_asks_no_origin():
     play = full_of_leechers()
     play >> ev.DrainStarted()
     assert dialled(play.wait_until(110.0)) == []
+
+
+# --- told to others ---------------------------------------------------------------------------
+
+
+def test_the_agents_that_are_connected_are_named_and_nobody_else():
+    play = seeder()
+    play >> play.connected(1, "a", "....")
+    play >> play.connected(2, "b", "....")
+    origin = contact("1", PeerKind.ORIGIN)
+    play >> attrs.evolve(play.connected(3, "1", "...."), contact=origin)
+    play >> play.found("c")
+    assert {c.peer_id[0] for c in play.scheduler.neighbours(play.digest)} == {"a", "b"}
+    play >> ev.PeerDisconnected(1)
+    assert play.scheduler.neighbours(play.digest) == (contact("b"),)
+    assert play.scheduler.neighbours(metainfo_of(4, "another").digest) == ()
+
+
+def test_no_more_are_named_than_a_tracker_would():
+    names = [f"{n:02x}" for n in range(NEIGHBOURS_TOLD + 20)]
+    play = seeder(per_torrent=100)
+    for number, name in enumerate(names):
+        play >> play.connected(number, name, "....")
+    named = play.scheduler.neighbours(play.digest)
+    assert len({c.peer_id for c in named}) == len(named) == NEIGHBOURS_TOLD
