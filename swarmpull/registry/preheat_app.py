@@ -12,6 +12,7 @@ from quart import Response, jsonify, request
 from quart_trio import QuartTrio
 
 from swarmpull.errors import SwarmpullError
+from swarmpull.registry.browsers import Asked, refuse_page, refuse_type
 from swarmpull.registry.errors import Code, RegistryError, shorten, translate
 from swarmpull.registry.notifications import Notifications, parse_notifications
 
@@ -19,6 +20,10 @@ log = structlog.get_logger()
 
 # A thousand events, of a kilobyte each, or a list of ten thousand agents.
 BODY_BYTES_MAX: Final = 2 << 20
+# What a Docker registry sends is of the latter; Harbor's driver for Kraken says the former.
+BODY_TYPES: Final = frozenset(
+    {"application/json", "application/vnd.docker.distribution.events.v1+json"}
+)
 
 
 @attrs.frozen
@@ -69,6 +74,7 @@ def create_preheat_app(preheater: Preheater) -> QuartTrio:
     """The API over what preheats."""
     app = QuartTrio(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = BODY_BYTES_MAX
+    app.before_request(_refuse_pages)
     _add_jobs(app, preheater)
 
     @app.get("/health")
@@ -104,6 +110,29 @@ def create_preheat_app(preheater: Preheater) -> QuartTrio:
         return _error(translate(error))
 
     return app
+
+
+async def _refuse_pages() -> tuple[Response, int] | None:
+    """Answer requests that a page in a browser sends; None lets others go on."""
+    headers = request.headers
+    asked = Asked(
+        method=request.method,
+        address=str((request.scope.get("server") or ("",))[0]),
+        host=headers.get("Host"),
+        origin=headers.get("Origin"),
+        site=headers.get("Sec-Fetch-Site"),
+        content_type=headers.get("Content-Type"),
+    )
+    refusal = None
+    # Whether the role is up is no secret, and is asked under any name.
+    if request.path != "/health" and (reason := refuse_page(asked)):
+        refusal = RegistryError(Code.DENIED, 403, reason)
+    elif request.method == "POST" and (reason := refuse_type(asked, BODY_TYPES)):
+        refusal = RegistryError(Code.UNSUPPORTED, 415, reason)
+    if refusal is None:
+        return None
+    log.warning("api_request_refused", remote=request.remote_addr, reason=refusal.message)
+    return _error(refusal)
 
 
 def _add_jobs(app: QuartTrio, preheater: Preheater) -> None:

@@ -189,6 +189,16 @@ class Remote:
 
 
 def _weights(entries: Iterable[str]) -> dict[str, float]:
-    """As `ClusterConfig.weights_by_member`.  Raises ValueError."""
-    parts = (entry.rpartition("=") for entry in entries)
-    return {member: float(weight) for member, _, weight in parts}
+    """As `ClusterConfig.weights_by_member`, of what another cluster says.  Raises ValueError."""
+    weights = {}
+    for entry in entries:
+        member, _, text = entry.rpartition("=")
+        try:
+            weight = float(text)
+        except ValueError:
+            weight = math.nan
+        # NaN is not above 0 either.
+        if not 0.0 < weight < math.inf:
+            raise ValueError(f"{entry[:120]!r} is no origin=weight with a number above 0")
+        weights[member] = weight
+    return weights

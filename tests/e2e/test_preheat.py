@@ -126,4 +126,6 @@ def test_what_cannot_be_done_is_said_with_its_exit_status(mirror: Mirror) -> Non
     assert done.returncode == 69
     assert "--api" in done.stderr
     port = mirror.cluster.ports.index_api
-    assert web.request(port, "POST", "/preheat", body=b"x" * (3 << 20)).status == 413
+    headers = {"Content-Type": "application/json"}
+    large = b"x" * (3 << 20)
+    assert web.request(port, "POST", "/preheat", headers=headers, body=large).status == 413

@@ -36,6 +36,9 @@ async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
         yield cluster
 
 
+JSON = {"Content-Type": "application/json"}
+
+
 async def api(cluster: Cluster, method: str, path: str, **options: Any) -> httpx.Response:
     url = f"http://{cluster.roles['index'].address('api')}{path}"
     return await cluster.client.request(method, url, **options)
@@ -220,7 +223,7 @@ REFUSED = [
 
 async def test_a_wish_that_cannot_be_met_is_refused_with_the_reason(bare: Cluster) -> None:
     for body, status, said in REFUSED:
-        reply = await api(bare, "POST", "/preheat", content=body)
+        reply = await api(bare, "POST", "/preheat", content=body, headers=JSON)
 
         assert reply.status_code == status, (body[:100], reply.text)
         assert said in reply.json()["errors"][0]["message"]
@@ -233,6 +236,40 @@ async def bare(tmp_path: Path) -> AsyncIterator[Cluster]:
         cluster.changes.tell(cluster.config.cluster)
         await cluster.push_image("origin", REPOSITORY, CONFIG, b"layer")
         yield cluster
+
+
+PAGES = [
+    # A form, or fetch() without a preflight.
+    ({"Content-Type": "text/plain"}, 415, "Content-Type 'text/plain' is not taken here"),
+    ({}, 415, "a body without Content-Type"),
+    (JSON | {"Origin": "http://evil.example"}, 403, "pages of 'http://evil.example' may not"),
+    (JSON | {"Sec-Fetch-Site": "cross-site"}, 403, "pages of other sites may not"),
+    # Whose name has come to mean our address.
+    (JSON | {"Origin": "http://evil.example:7450", "Host": "evil.example:7450"}, 403, "may not"),
+]
+
+
+async def test_a_page_in_a_browser_can_begin_nothing(bare: Cluster) -> None:
+    wish = json.dumps({"image": f"{REPOSITORY}:v1", "origins": True}).encode()
+    for path in ("/preheat", "/registry/notifications"):
+        for headers, status, said in PAGES:
+            reply = await api(bare, "POST", path, content=wish, headers=headers)
+
+            assert reply.status_code == status, (headers, reply.text)
+            assert said in reply.json()["errors"][0]["message"]
+    reply = await api(bare, "DELETE", "/preheat/1", headers={"Origin": "null"})
+    assert reply.status_code == 403
+    assert (await api(bare, "GET", "/preheat")).json()["jobs"] == []
+
+
+async def test_a_page_whose_site_has_our_address_reads_nothing(bare: Cluster) -> None:
+    evil = {"Host": "evil.example:7450"}
+    reply = await api(bare, "GET", "/preheat", headers=evil)
+    assert reply.status_code == 403
+    assert "ask for it by that address or as localhost" in reply.json()["errors"][0]["message"]
+    for host in ("localhost:7450", "127.0.0.1", "[::1]:7450"):
+        assert (await api(bare, "GET", "/preheat", headers={"Host": host})).status_code == 200
+    assert (await api(bare, "GET", "/health", headers=evil)).status_code == 200
 
 
 async def test_a_job_that_is_not_known_is_said_to_be_of_another_index(bare: Cluster) -> None:
@@ -250,7 +287,13 @@ async def test_notifications_begin_jobs_for_the_registries_that_are_known(bare: 
     foreign = json.loads(json.dumps(HARBOR))
     body = {"events": [own, docker_event(mediaType="application/octet-stream")]}
 
-    docker = await api(bare, "POST", "/registry/notifications", content=json.dumps(body).encode())
+    docker = await api(
+        bare,
+        "POST",
+        "/registry/notifications",
+        content=json.dumps(body).encode(),
+        headers={"Content-Type": "application/vnd.docker.distribution.events.v1+json"},
+    )
     harbor = await api(bare, "POST", "/registry/notifications", json=foreign)
 
     assert (docker.status_code, docker.json()) == (200, {"pushed": 1, "ignored": 1})
@@ -285,7 +328,7 @@ async def test_more_pushes_than_jobs_may_run_wait_for_one_another(
 
 
 async def test_a_body_that_is_no_notification_is_refused(bare: Cluster) -> None:
-    reply = await api(bare, "POST", "/registry/notifications", content=b"{}")
+    reply = await api(bare, "POST", "/registry/notifications", content=b"{}", headers=JSON)
 
     assert reply.status_code == 400
     assert "no list of events" in reply.json()["errors"][0]["message"]
