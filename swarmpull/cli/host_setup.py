@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -132,16 +133,18 @@ def _set_up(
     from swarmpull.setup import apply
     from swarmpull.setup.plan import Wanted
 
-    if undo:
-        work = apply.undo(root, runtime)
-    else:
-        cluster = load_config((), file, None, None, ()).config if file or names else None
-        own = cluster.cluster.names if cluster else ()
-        if cluster and not upstreams and names:
-            upstreams = [*(each.name for each in cluster.upstreams), *own]
-        work = apply.set_up(root, runtime, Wanted(agent, tuple(upstreams), frozenset(own)))
-    if not dry_run:
-        work.do()
+    cluster = None
+    if not undo and (file or names):
+        cluster = load_config((), file, None, None, ()).config
+    own = cluster.cluster.names if cluster else ()
+    if cluster and not upstreams and names:
+        upstreams = [*(each.name for each in cluster.upstreams), *own]
+    wanted = Wanted(agent, tuple(upstreams), frozenset(own))
+    # From the look at the files until they are changed; nothing is changed by a look alone.
+    with contextlib.nullcontext() if dry_run else apply.only_one(root):
+        work = apply.undo(root, runtime) if undo else apply.set_up(root, runtime, wanted)
+        if not dry_run:
+            work.do()
     _tell(work, dry_run=dry_run)
 
 

@@ -1,7 +1,7 @@
 """Reading and writing what was planned, and the record with which it is undone.
 
-The record holds each file as it was and as we wrote it.  It is written before any of them, so that what was
-interrupted can be undone, and is gone when everything is.  Blocking.
+The record holds each file as it was and as we wrote it.  It is on the disk before any of them is changed, so
+that what was interrupted can be undone, if by a crash of the host, and is gone when everything is.  Blocking.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import fcntl
 import json
 import os
 import secrets
@@ -22,6 +23,27 @@ import attrs
 from swarmpull.setup.plan import Files, Plan, Runtime, SetupRefused, Wanted
 
 RECORDS: Final = "/etc/swarmpull/setup"
+# Of directories that we make, whatever the umask is: runtimes need not run as root.
+FOLDER_MODE: Final = 0o755
+
+
+@contextlib.contextmanager
+def only_one(root: Path) -> Iterator[None]:
+    """For the block nobody else changes the files below ``root``; nothing is written for that.
+
+    Raises SetupRefused when somebody does.
+    """
+    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SetupRefused(
+                str(root), "another swarmpull setup is at work there: try again when it has ended"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class Disk:
@@ -56,7 +78,7 @@ class Disk:
     def write(self, path: str, text: str, mode: int = 0o644) -> None:
         """Replace a file at once; one that is there keeps its owner and mode."""
         place = self.place(path)
-        place.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(place.parent)
         temporary = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -70,12 +92,16 @@ class Disk:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(place)
+            _sync_folder(place.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
 
     def remove(self, path: str) -> None:
-        self.place(path).unlink(missing_ok=True)
+        place = self.place(path)
+        with contextlib.suppress(FileNotFoundError):
+            place.unlink()
+            _sync_folder(place.parent)
 
     def missing_folders(self, path: str) -> Iterator[str]:
         """The directories above a file that are not there, the innermost first."""
@@ -86,11 +112,38 @@ class Disk:
 
     def remove_folder(self, path: str) -> None:
         """Remove a directory, if nothing is in it."""
+        place = self.place(path)
         try:
-            self.place(path).rmdir()
+            place.rmdir()
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.ENOENT, errno.EEXIST):
                 raise
+        else:
+            _sync_folder(place.parent)
+
+
+def _make_folder(place: Path) -> None:
+    """Make a directory and those above it that are missing; each is on the disk then."""
+    if place.is_dir():
+        return
+    _make_folder(place.parent)
+    try:
+        place.mkdir(FOLDER_MODE)
+    except FileExistsError:
+        if not place.is_dir():
+            raise
+        return
+    place.chmod(FOLDER_MODE)
+    _sync_folder(place.parent)
+
+
+def _sync_folder(place: Path) -> None:
+    """Flush the names in a directory to the disk."""
+    descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @attrs.frozen

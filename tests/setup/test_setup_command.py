@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from pathlib import Path
 
@@ -225,3 +226,61 @@ def test_what_is_wrong_on_the_command_line_is_told(tmp_path: Path, capsys) -> No
     assert setup(tmp_path, "podman") == 1
     assert "name them with --upstream" in capsys.readouterr().err
     assert issubclass(apply.SetupRefused, SwarmpullError)
+
+
+def test_directories_are_for_everybody_to_read_whatever_the_umask_is(tmp_path: Path) -> None:
+    write(tmp_path, "etc/hostname", "h\n")
+    former = os.umask(0o077)
+    try:
+        assert setup(tmp_path, "containerd") == 0
+        assert os.umask(0o077) == 0o077
+    finally:
+        os.umask(former)
+
+    modes = {name: mode for name, (_, mode) in tree(tmp_path).items()}
+    made = [name for name in modes if (tmp_path / name).is_dir() and name != "etc"]
+    assert {"etc/containerd", "etc/containerd/certs.d", "etc/swarmpull/setup"} <= set(made)
+    assert {modes[name] for name in made} == {0o755}
+    assert modes["etc/containerd/certs.d/_default/hosts.toml"] == 0o644
+
+
+def test_names_are_on_the_disk_before_what_depends_on_them(tmp_path: Path, monkeypatch) -> None:
+    write(tmp_path, "etc/hostname", "h\n")
+    # What each directory held when it was last flushed.
+    flushed: dict[str, set[str]] = {}
+    fsync, is_undone = os.fsync, False
+
+    def record(descriptor: int) -> None:
+        fsync(descriptor)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if path.is_dir():
+            flushed[str(path.relative_to(tmp_path))] = set(os.listdir(path))
+            if not is_undone and "containerd/certs.d" in str(path):
+                # The record that it is undone with was there before.
+                assert flushed["etc/swarmpull/setup"] == {"containerd.json"}
+
+    monkeypatch.setattr(os, "fsync", record)
+    assert setup(tmp_path, "containerd") == 0
+    folders = {name: path for name, path in folders_of(tmp_path).items() if name in flushed}
+    assert "etc/containerd/certs.d/_default" in folders
+    assert {name: set(os.listdir(path)) for name, path in folders.items()} == flushed
+
+    is_undone = True
+    assert setup(tmp_path, "containerd", "--undo") == 0
+    assert flushed["etc"] == {"hostname"}
+
+
+def folders_of(root: Path) -> dict[str, Path]:
+    return {str(path.relative_to(root)): path for path in root.rglob("*") if path.is_dir()}
+
+
+def test_two_runs_at_once_are_one_too_many(tmp_path: Path, capsys) -> None:
+    write(tmp_path, "etc/hostname", "h\n")
+    before = tree(tmp_path)
+    with apply.only_one(tmp_path):
+        assert setup(tmp_path, "docker") != 0
+        assert "another swarmpull setup is at work there" in capsys.readouterr().err
+        assert setup(tmp_path, "docker", "--undo") != 0
+        assert setup(tmp_path, "docker", "--dry-run") == 0
+        assert tree(tmp_path) == before
+    assert setup(tmp_path, "docker") == 0
