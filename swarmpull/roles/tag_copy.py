@@ -23,7 +23,7 @@ from swarmpull.wire import api
 log = structlog.get_logger()
 
 # Blobs of one image that are handed over at the same time, most of them by origins of their own.
-BLOBS_AT_ONCE: Final = 4
+BLOBS_AT_ONCE: Final = 8
 # For which one call about a blob waits before it says how far it is, in seconds.
 POLL: Final = 2.0
 # Lists within lists; no index takes deeper ones.

@@ -51,7 +51,7 @@ from swarmpull.store.partials import (
 )
 from swarmpull.store.piece_check import PieceCheck
 from swarmpull.store.room import Room
-from swarmpull.store.scanning import compute_digest, compute_metainfo
+from swarmpull.store.scanning import compute_digest, compute_metainfo, matches_pieces
 from swarmpull.store.spool import Spool
 from swarmpull.store.uploads import UploadLimits, UploadStore
 from swarmpull.swarm.metainfo import BlobShape, Metainfo
@@ -395,6 +395,12 @@ class BlobStore:
             await self.janitor.condemn(digest, handle.fileno())
             raise BlobNotFound(str(digest), self.name)
 
+    async def _matches_pieces(self, handle: BlobHandle) -> bool:
+        metainfo = await self._disk.run(self._tree.load_metainfo, handle.digest, handle.length)
+        if metainfo is None:
+            return False
+        return await matches_pieces(self._disk, handle.fileno(), metainfo)
+
     async def _read_digest(self, handle: BlobHandle) -> Digest:
         """What a file hashes to; a wrong one is read again, from the disk, before it is believed."""
         descriptor, algorithm = handle.fileno(), handle.digest.algorithm
@@ -422,12 +428,17 @@ class BlobStore:
     async def verify(self, digest: Digest) -> None:
         """Read a blob again, and remove it when it is not what its name says.
 
+        It is compared with its piece hashes, which were taken when it matched its digest; and with the digest
+        itself where it has none, or seems to be damaged.
+
         Raises:
             BlobNotFound: it is not here.
             DigestMismatch: it is damaged, and was removed.
             StoreUnavailable: the disk failed: nothing is known, and nothing removed.
         """
         with self._open(digest) as handle:
+            if await self._matches_pieces(handle):
+                return
             actual = await self._read_digest(handle)
             if actual != digest:
                 await self.janitor.condemn(digest, handle.fileno())

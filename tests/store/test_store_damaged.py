@@ -6,13 +6,14 @@ import os
 import threading
 from pathlib import Path
 
+import attrs
 import pytest
 import structlog
 import trio
 
 from swarmpull.digest import Digest
 from swarmpull.errors import BlobNotFound, DigestMismatch, StoreUnavailable
-from swarmpull.store import blobs
+from swarmpull.store import blobs, sidecars
 from swarmpull.store.blobs import BlobStore
 from swarmpull.store.durable import read_exactly
 from swarmpull.store.piece_check import PieceCheck
@@ -116,6 +117,29 @@ async def test_examining_a_damaged_blob_removes_it(store: BlobStore, blob) -> No
     assert not store.has(blob.digest)
 
 
+@pytest.mark.parametrize("state", ["missing", "torn", "of another blob"])
+async def test_examining_a_blob_whose_piece_hashes_are_of_no_use_goes_by_its_digest(
+    store: BlobStore, blob, state: str
+) -> None:
+    await put(store, blob)
+    path = store.path(blob.digest).with_name(f"{blob.digest.hex}.metainfo")
+    if state == "missing":
+        path.unlink()
+    elif state == "torn":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        wrong = attrs.evolve(blob.metainfo, piece_hashes=bytes(len(blob.metainfo.piece_hashes)))
+        path.write_bytes(sidecars.encode(wrong))
+
+    await store.verify(blob.digest)
+
+    assert store.path(blob.digest).read_bytes() == blob.data
+    flip(store, blob, 0)
+    with pytest.raises(DigestMismatch):
+        await store.verify(blob.digest)
+    assert not store.has(blob.digest)
+
+
 async def test_memory_that_fails_does_not_cost_the_blob(
     store: BlobStore, blob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,8 +166,13 @@ async def test_memory_that_fails_does_not_cost_the_blob(
         async def misread_first(*_: object) -> Digest:
             return digests.pop(0)
 
+        async def misread_pieces(*_: object) -> bool:
+            return False
+
+        failing.setattr(blobs, "matches_pieces", misread_pieces)
         failing.setattr(blobs, "compute_digest", misread_first)
         await store.verify(blob.digest)
+        assert not digests
     assert await read_in_steps(store, blob) == blob.data
 
 
