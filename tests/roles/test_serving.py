@@ -18,7 +18,7 @@ from swarmpull.telemetry import Metrics
 from swarmpull.wire.api import ANNOUNCE, AnnounceReply, AnnounceRequest
 from swarmpull.wire.rpc import RpcContext, RpcService, open_rpc_pool
 
-from .test_agent import REQUEST
+from .test_blob_finder import REQUEST
 
 LISTEN = ListenerConfig(listen=Address("127.0.0.1", 0))
 
