@@ -334,8 +334,9 @@ class OriginCalls:
         self._content.namespaces.check_push(request.namespace)
         with self._content.store.hold(digest, Pin.NOT_WRITTEN_BACK):
             # Not from the backend, even if it has the blob: it may be down, and the agent is there.
+            source = request.source.seen_at(context.remote_host)
             await self._host.adopt(
-                request.metainfo, request.namespace, request.source.seen_at(context.remote_host)
+                request.metainfo, request.namespace, source, proven=context.is_foreign
             )
             await self._registry.accept_blob(request.namespace or None, digest)
         return api.Empty()

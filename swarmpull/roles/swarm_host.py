@@ -244,8 +244,13 @@ class SwarmHost:
             self._fail(digest, error)
             self.dispatch(ev.TorrentRemoved(digest))
 
-    async def adopt(self, metainfo: Metainfo, namespace: str, source: PeerContact) -> None:
+    async def adopt(
+        self, metainfo: Metainfo, namespace: str, source: PeerContact, *, proven: bool = False
+    ) -> None:
         """Download a blob from a peer that is known to have it; return when it is in the store.
+
+        With ``proven`` only if every piece hash is known here, when somebody else's download is joined: the
+        peer could get pieces of it without having any.
 
         Raises:
             SwarmpullError: why it cannot be: DownloadFailed, DigestMismatch, StoreFull, ...
@@ -261,6 +266,12 @@ class SwarmHost:
             # Of two that disagree about the pieces one is wrong; the blob's own digest will tell.
             raise InvalidMetainfo(
                 str(digest), "a download with other piece hashes is under way: try again later"
+            )
+        known = download.metainfo
+        if proven and isinstance(known, GrowingMetainfo) and not known.is_complete:
+            raise InvalidMetainfo(
+                str(digest),
+                "it is being fetched here and not all is known of it yet: try again later",
             )
         self.dispatch(ev.PeersFound(digest, (source,)))
         await download.wait()

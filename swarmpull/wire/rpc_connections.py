@@ -146,7 +146,8 @@ class ServedConnections:
             return
         try:
             host, port = end.socket.getpeername()[:2]
-            context = RpcContext(host, end.socket.getsockname()[0], caller)
+            is_foreign = caller is not None and caller.cluster != self.entrance.cluster
+            context = RpcContext(host, end.socket.getsockname()[0], caller, is_foreign)
         except OSError as error:
             end.close()
             log.info("rpc_connection_closed", remote="unknown", reason=str(error))

@@ -24,11 +24,13 @@ class RpcContext:
         remote_host: the address that the connection came from.
         local_host: our own address, at which the caller reached us.
         caller: who it is by its certificate; None without TLS.
+        is_foreign: it is of another cluster than we are.
     """
 
     remote_host: str
     local_host: str = ""
     caller: Identity | None = None
+    is_foreign: bool = False
 
 
 Handler = Callable[[Any, RpcContext], Awaitable[object]]
@@ -129,7 +131,7 @@ class Answers:
         return partial(served.handler, body, context)
 
     def _refuse_foreign(self, context: RpcContext, body: object) -> str:
-        if context.caller is None or context.caller.cluster == self._cluster():
+        if context.caller is None or not context.is_foreign:
             return ""
         refusal = self._foreign.refuse(context.caller, body)
         if refusal:

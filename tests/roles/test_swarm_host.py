@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import attrs
@@ -30,7 +31,7 @@ from swarmpull.swarm import events as ev
 from swarmpull.swarm import timing
 from swarmpull.swarm.connections import ConnectionLimits
 from swarmpull.swarm.messages import Bye, ByeReason, Claim, PieceChunk
-from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN
+from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN, BlobShape, GrowingMetainfo
 from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
 from swarmpull.swarm.scheduler import SwarmLimits
 from swarmpull.wire.api import AnnounceReply, AnnounceRequest
@@ -757,6 +758,30 @@ async def test_an_adoption_with_other_piece_hashes_is_refused_while_one_is_under
             await node.host.adopt(content.metainfo, "", nobody)
 
         nursery.cancel_scope.cancel()
+
+
+async def test_who_only_knows_the_shape_of_a_blob_gets_no_part_in_its_download(
+    tmp_path: Path, content: Content
+) -> None:
+    """The hashes of a blob that is being fetched are not known at first, so any would agree."""
+    nobody = PeerContact("f" * 32, "127.0.0.1", 9, PeerKind.ORIGIN)
+    made_up = attrs.evolve(content.metainfo, piece_hashes=bytes(len(content.metainfo.piece_hashes)))
+    async with running_node(tmp_path / "origin") as node, trio.open_nursery() as nursery:
+        download = await node.host.fetch(GrowingMetainfo.from_shape(shape_of(content)), "")
+
+        with pytest.raises(InvalidMetainfo, match="not all is known of it yet"):
+            await node.host.adopt(made_up, "", nobody, proven=True)
+
+        download.metainfo.add_all(content.metainfo)
+        nursery.start_soon(partial(node.host.adopt, content.metainfo, "", nobody, proven=True))
+        await trio.testing.wait_all_tasks_blocked()
+        assert node.host.downloading(content.digest) is download
+        nursery.cancel_scope.cancel()
+
+
+def shape_of(content: Content) -> BlobShape:
+    metainfo = content.metainfo
+    return BlobShape(metainfo.digest, metainfo.length, metainfo.piece_length)
 
 
 async def test_adopting_goes_on_when_the_caller_gives_up(tmp_path: Path, content: Content) -> None:
