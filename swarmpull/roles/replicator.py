@@ -137,7 +137,9 @@ class Replicator:
         self._turn = trio.Lock()
         self._metrics = _ReplicatorMetrics(metrics, self)
         for change in queue.loaded:
-            self._remember(change, max(0.0, change.next_at - time.time()))
+            # Nobody writes a change any more that an earlier process had begun: it was written, or never is.
+            delay = max(0.0, change.next_at - time.time()) if change.attempts else 0.0
+            self._remember(change, delay)
         if self._entries:
             log.info("replication_resumed", queued=len(self._entries))
 

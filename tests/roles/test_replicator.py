@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -547,4 +548,24 @@ async def test_a_change_that_comes_while_the_former_one_is_taken_out_stays_in_th
 
         # On the disk, so that it is not lost when the process dies now.
         assert [change.stamp for change in queue.rows.values()] == [(2, "index")]
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_an_earlier_process_was_making_is_looked_at_at_once(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    queue, world = _GatedQueue(), _Watched()
+    queue.gate.set()
+    key = ("west", "team/app", "v1")
+    now = time.time()
+    queue.loaded = (RemoteChange(*key, 1, "index", now, next_at=now + replicator.WRITING),)
+    queue.rows = {change.key: change for change in queue.loaded}
+    world.now = world.now.with_change(TagChange(Stamp(1, "index"), Digest.of(CONFIG)))
+    rules = Rules([ReplicationConfig(pattern="team/**", remote="west")])
+    parts: Any = (queue, rules, [world], world, world, world)
+    async with trio.open_nursery() as nursery:
+        began = trio.current_time()
+        nursery.start_soon(Replicator(*parts, Metrics()).run)
+        await queue.at_gate.wait()
+        assert trio.current_time() - began < 1.0
         nursery.cancel_scope.cancel()
