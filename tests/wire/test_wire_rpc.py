@@ -1146,6 +1146,22 @@ async def test_a_server_that_never_says_hello_costs_the_handshake_timeout_or_tha
             await call(pool, address, timeout=0.01)
 
 
+async def test_features_and_frames_of_a_newer_server_are_ignored():
+    async def behave(stream):
+        client = RawClient(stream)
+        await client.receive()
+        await client.send(RpcHello(5, features=0xFFFF))
+        await stream.send_all(pack_header(99, 5) + b"later")
+        request = await client.receive()
+        await stream.send_all(pack_header(98, 0))
+        await client.send(RpcError(request.id, "", "answered"))
+        await client.receive()
+
+    async with hostile_server(behave) as address, open_rpc_pool() as pool:
+        with pytest.raises(RpcFailed, match="answered"):
+            await call(pool, address)
+
+
 async def test_replies_to_nobody_are_ignored_and_unknown_errors_arrive_as_text():
     async def behave(stream):
         client = RawClient(stream)
