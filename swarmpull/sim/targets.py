@@ -92,6 +92,12 @@ def cases(hosts: int = 2600, size: int = 3_000_000_000, seed: int = 1) -> list[C
             _ratios(1.10, 1.15, 1.20),
         ),
         Case(
+            "rollout",
+            f"the same, arrivals over {30 * size / 3e9:.3g} s: three times the time of a pull",
+            attrs.evolve(base, arrival=30 * size / 3e9),
+            _ratios(1.05, 1.10, 1.15),
+        ),
+        Case(
             "images",
             f"{images:,} unique images, each for 3 hosts, in {30 * size / 3e9:.3g} s",
             attrs.evolve(base, images=images, size=size // 10, layers=1, arrival=30 * size / 3e9),

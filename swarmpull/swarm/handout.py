@@ -1,8 +1,10 @@
 """The tracker's knowledge of who takes part in which swarm, and whom it hands out to whom.
 
-A handout is up to 50 peers: completed agents first, because they spare the origins; then origins;
-then agents in progress.  Each class is a uniform random sample, so that the swarm becomes a random
-graph.
+A handout is up to 50 peers.  Agents that have completed and those in progress are drawn in proportion and
+mixed, because each has one uplink: were the completed ones first, then the few that there are when the first
+of a roll-out have finished would be dialled by all newcomers, and those in progress by none.  Origins come
+before all agents while none has completed, after some while few have, and else after as many agents as a
+leecher dials: that spares them.  Every draw is uniform, so that the swarm becomes a random graph.
 
 Every announce costs the same however large the swarm is: the peers of one class stand in an array
 without order, of which a sample costs no more than its own size, and the order of staleness is that
@@ -34,7 +36,9 @@ class HandoutLimits:
     Attributes:
         peers_per_handout: the most that one announce is answered with.
         peers_wanted: a leecher that got fewer than this is short of peers and asks again soon; 20
-            is the number of connections with which the uplinks of a swarm stay busy.
+            is the number of connections with which the uplinks of a swarm stay busy.  Origins come
+            after so many agents when so many have completed.
+        before_origins: agents that come before the origins when some have completed, but fewer.
         leechers_for_seeder: a completed peer is told of the leechers when there are no more than
             these: in a swarm of few it helps that either side dials, in a large one it waits to be
             dialled.
@@ -53,6 +57,7 @@ class HandoutLimits:
 
     peers_per_handout: int = attrs.field(default=50, validator=attrs.validators.gt(0))
     peers_wanted: int = attrs.field(default=20, validator=attrs.validators.gt(0))
+    before_origins: int = attrs.field(default=10, validator=attrs.validators.ge(0))
     leechers_for_seeder: int = attrs.field(default=4, validator=attrs.validators.ge(0))
     short_interval: float = attrs.field(default=3.0, validator=attrs.validators.gt(0))
     leech_interval: float = attrs.field(default=10.0, validator=attrs.validators.gt(0))
@@ -169,6 +174,16 @@ class _Torrent:
             self.peers.get(contact.peer_id),
             None if other is None else self.peers[other],
         )
+
+    def count(self, group: int, same: tuple[_Peer | None, _Peer | None]) -> int:
+        """How many there are of a class, without the announcer, who is ``same``."""
+        by_id, by_address = same
+        count = len(self.groups[group])
+        if by_id is not None and by_id.group == group:
+            count -= 1
+        if by_address is not None and by_address is not by_id and by_address.group == group:
+            count -= 1
+        return count
 
     def stalest(self) -> _Peer:
         return next(iter(self.peers.values()))
@@ -346,11 +361,45 @@ class PeerTable:
             return ()
         if complete:
             return self._choose_for_seeder(torrent, announcer)
-        chosen: list[PeerContact] = []
         same = torrent.same_as(announcer)
-        for group in torrent.groups:
-            chosen += self._sample(group, same, self._limits.peers_per_handout - len(chosen))
-        return tuple(chosen)
+        count = self._limits.peers_per_handout
+        origins = self._sample(torrent.groups[_ORIGINS], same, count)
+        # Half of the places at least are for agents, if there are so many.
+        agents = self._draw_agents(torrent, same, count - min(len(origins), count // 2))
+        before = self._before_origins(torrent.count(_SEEDERS, same))
+        return tuple(agents[:before] + origins[: count - len(agents)] + agents[before:])
+
+    def _draw_agents(
+        self, torrent: _Torrent, same: tuple[_Peer | None, _Peer | None], count: int
+    ) -> list[PeerContact]:
+        """Up to ``count`` agents, of the completed ones their share."""
+        leechers = torrent.groups[_LEECHERS]
+        completed = torrent.count(_SEEDERS, same)
+        if not completed:
+            return self._sample(leechers, same, count)
+        share = math.ceil(count * completed / (completed + torrent.count(_LEECHERS, same)))
+        in_progress = self._sample(leechers, same, count - share)
+        seeders = self._sample(torrent.groups[_SEEDERS], same, count - len(in_progress))
+        return self._mixed(seeders, in_progress)
+
+    def _mixed(self, seeders: list[PeerContact], leechers: list[PeerContact]) -> list[PeerContact]:
+        """Two samples as one, the first spread over it evenly: as good as a shuffle, and cheaper."""
+        size = len(seeders) + len(leechers)
+        step, offset = size / len(seeders), self._rng.random()
+        mixed: list[PeerContact | None] = [None] * size
+        for index, seeder in enumerate(seeders):
+            mixed[int((index + offset) * step)] = seeder
+        rest = iter(leechers)
+        return [peer or next(rest) for peer in mixed]
+
+    def _before_origins(self, seeders: int) -> int:
+        """How many agents come before the origins."""
+        limits = self._limits
+        if not seeders:
+            return 0
+        if seeders >= limits.peers_wanted:
+            return limits.peers_wanted
+        return min(limits.before_origins, limits.peers_wanted)
 
     def _choose_for_seeder(
         self, torrent: _Torrent, announcer: PeerContact

@@ -111,7 +111,7 @@ class AnnounceReply:
     """The handout.
 
     Attributes:
-        peers: at most 50: completed agents, then origins, then agents in progress; never the announcer.
+        peers: at most 50, in the order to dial them in (`swarmpull.swarm.handout`); never the announcer.
         interval: seconds until the next announce is due.
         metainfo: when it was wanted, of a blob that some origin has.
         position: where a watch goes on from this handout; None from a tracker that offers none.

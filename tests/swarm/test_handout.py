@@ -56,23 +56,53 @@ def test_the_first_peer_of_a_torrent_gets_nobody_and_asks_again_soon():
     assert handout.interval == 3.0
 
 
-def test_completed_agents_come_first_then_origins_then_agents_in_progress():
+def test_origins_come_before_agents_in_progress_while_no_agent_has_completed():
     table = make_table()
-    fill(table, seeders=3, origins=2, leechers=4)
+    fill(table, origins=2, leechers=4)
 
     handout = table.announce(BLOB, agent(1), LEECHING, 0.0)
 
-    assert kinds(handout.peers) == ["seeder"] * 3 + ["origin"] * 2 + ["leecher"] * 4
+    assert kinds(handout.peers) == ["origin"] * 2 + ["leecher"] * 4
 
 
-def test_a_handout_has_fifty_peers_at_most():
+@pytest.mark.parametrize(("seeders", "before"), [(1, 10), (19, 10), (20, 20), (400, 20)])
+def test_origins_come_later_the_more_agents_have_completed(seeders: int, before: int):
+    table = make_table()
+    fill(table, seeders=seeders, origins=3, leechers=60)
+
+    handout = table.announce(BLOB, agent(1), LEECHING, 0.0)
+
+    origins = [place for place, kind in enumerate(kinds(handout.peers)) if kind == "origin"]
+    assert origins == [before, before + 1, before + 2]
+
+
+def test_a_handout_has_fifty_peers_at_most_and_as_many_as_there_are():
     table = make_table()
     fill(table, seeders=30, origins=5, leechers=100)
+    assert len(set(table.announce(BLOB, agent(1), LEECHING, 0.0).peers)) == 50
 
-    handout = table.announce(BLOB, agent(1), LEECHING, 0.0)
+    few = make_table()
+    fill(few, seeders=3, origins=2, leechers=4)
+    handout = few.announce(BLOB, agent(1), LEECHING, 0.0)
+    assert Counter(kinds(handout.peers)) == {"seeder": 3, "origin": 2, "leecher": 4}
 
-    assert Counter(kinds(handout.peers)) == {"seeder": 30, "origin": 5, "leecher": 15}
-    assert len(set(handout.peers)) == 50
+
+def test_completed_agents_and_those_in_progress_are_dialled_equally_often():
+    """A leecher dials the first twenty: each agent has one uplink, whether it has completed or not."""
+    table = make_table(seed=7)
+    fill(table, seeders=10, leechers=190)
+    rounds = 2000
+    dialled = Counter(
+        peer
+        for _ in range(rounds)
+        for peer in table.announce(BLOB, agent(2000), LEECHING, 0.0).peers[:20]
+    )
+
+    by_kind = Counter(kinds(tuple(dialled.elements())))
+    each = {"seeder": by_kind["seeder"] / 10, "leecher": by_kind["leecher"] / 189}
+    # A share is rounded up to whole peers: 3 of 50 are completed ones, where 2.5 would be in proportion.
+    assert 1.0 <= each["seeder"] / each["leecher"] < 1.4
+    assert len(dialled) == 199
 
 
 def test_nobody_is_handed_out_to_himself():

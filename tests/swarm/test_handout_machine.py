@@ -228,9 +228,14 @@ class PeerTableMachine(RuleBasedStateMachine):
         assert len(set(peers)) == len(peers) <= 5
         groups = {known.contact: _group(known) for known in others}
         got = [groups[peer] for peer in peers]  # KeyError: nobody that we know of
-        leechers = list(groups.values()).count(2)
+        seeders, origins, leechers = (list(groups.values()).count(n) for n in range(3))
         if state is AnnounceState.LEECHING:
-            assert got == sorted(groups.values())[:5]
+            assert len(got) == min(seeders + origins + leechers, 5)
+            agents = min(seeders + leechers, 5 - min(origins, 2))
+            assert len(got) - got.count(1) == agents
+            before = min(3, agents) if seeders else 0
+            assert got[before : before + got.count(1)] == [1] * got.count(1)
+            assert 0 in got or not seeders, "of few completed ones there is always one"
         elif state is AnnounceState.COMPLETE and leechers <= 1:
             assert got == [2] * leechers
         else:
