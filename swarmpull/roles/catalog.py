@@ -149,7 +149,9 @@ class Catalog:
         """
         check_known(repository)
         try:
-            digest = await self._digest_of(repository, reference)
+            digest, described = await self._named_by(repository, reference)
+            if described is not None:
+                return described
             pending = self.pending.manifest(repository, digest)
             return pending or (await self._entry(repository, digest)).descriptor
         except ObjectNotFound as exc:
@@ -269,7 +271,7 @@ class Catalog:
                 await self.tags.put(
                     repository,
                     request.tag,
-                    digest,
+                    request.manifest,
                     stamp=request.stamp,
                     by=request.by,
                     expect=request.expect,
@@ -356,19 +358,20 @@ class Catalog:
 
     # --- parts --------------------------------------------------------------------------------
 
-    async def _digest_of(self, repository: str, reference: str) -> Digest:
+    async def _named_by(self, repository: str, reference: str) -> tuple[Digest, Descriptor | None]:
+        """The manifest, and its descriptor if the tag has it: one object less to be read."""
         if ":" in reference:
             try:
-                return Digest.parse(reference)
+                return Digest.parse(reference), None
             except InvalidDigest as exc:
                 raise ManifestNotFound(repository, shorten(reference)) from exc
         if not is_tag(reference):
             raise ManifestNotFound(repository, shorten(reference))
-        digest = (await self.tags.log(repository, reference)).digest
-        if digest is None:
+        log = await self.tags.log(repository, reference)
+        if log.digest is None:
             await self._check_exists(repository)
             raise ManifestNotFound(repository, reference)
-        return digest
+        return log.digest, log.descriptor
 
     async def _entry(self, repository: str, digest: Digest) -> ManifestEntry:
         key = manifest_key(repository, digest)

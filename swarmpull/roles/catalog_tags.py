@@ -36,7 +36,7 @@ from swarmpull.roles.tag_log import (
     unpack_marker,
 )
 from swarmpull.store.backends.base import Backend
-from swarmpull.wire.api import Stamp, TagChange
+from swarmpull.wire.api import Descriptor, Stamp, TagChange
 
 # Others that change the same tag at the same moment are met so often before a change is given up.
 ATTEMPTS: Final = 20
@@ -128,7 +128,7 @@ class CatalogTags:
         self,
         repository: str,
         tag: str,
-        digest: Digest,
+        manifest: Descriptor,
         *,
         stamp: Stamp | None = None,
         by: str = "",
@@ -145,6 +145,7 @@ class CatalogTags:
         """
 
         async def make(log: TagLog) -> TagChange | None:
+            digest = manifest.digest
             if stamp is not None or log.digest != digest:
                 check_expected(repository, tag, log, expect)
                 return self._made(log, digest, stamp, by)
@@ -152,7 +153,7 @@ class CatalogTags:
             await self._list(repository, tag)
             return None
 
-        await self._change(repository, tag, make)
+        await self._change(repository, tag, make, manifest)
 
     async def delete(
         self,
@@ -195,7 +196,9 @@ class CatalogTags:
         stamp = attrs.evolve(stamp, source=stamp.source[:NAME_MAX])
         return TagChange(stamp, digest, by[:NAME_MAX])
 
-    async def _change(self, repository: str, tag: str, make: MakeChange) -> None:
+    async def _change(
+        self, repository: str, tag: str, make: MakeChange, manifest: Descriptor | None = None
+    ) -> None:
         """Make a change of what is there; again when another process has changed that meanwhile."""
         for _ in range(ATTEMPTS):
             log, version = await self._read(repository, tag)
@@ -205,7 +208,7 @@ class CatalogTags:
                 return
             self.check_mutable(repository, tag, known, known.with_change(change).digest)
             try:
-                await self._write(repository, tag, log, version, known, change)
+                await self._write(repository, tag, log, version, known, change, manifest)
             except ObjectReplaced:
                 continue
             return
@@ -224,12 +227,13 @@ class CatalogTags:
         version: str,
         known: TagLog,
         change: TagChange,
+        manifest: Descriptor | None,
     ) -> None:
         """Write a change, and what else is ``known``, beside the ``log`` that is there.
 
         Raises ObjectReplaced when that is not of the version any more.
         """
-        changed = known.with_change(change)
+        changed = known.with_change(change).described(manifest)
         if changed == log:
             await self._settle(repository, tag, log)
             return

@@ -478,6 +478,7 @@ async def run_index(
         # Without knowing the others it can keep nothing that they may change.
         cache = ResolveCache(float(settings.lease) if config.cluster.indexes else 0.0)
         background.start_soon(_close_cache, cache, drain)
+        background.start_soon(cache.run, catalog.resolve)
         async with _open_answers(
             config, settings, watch, cache, origins, indexes, pool, tls, metrics
         ) as (service, journal, replicator):

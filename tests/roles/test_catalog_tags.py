@@ -366,7 +366,9 @@ async def test_a_tag_that_others_make_and_delete_for_ever_is_given_up(catalog, m
 
     monkeypatch.setattr(catalog.tags, "_read", flickering_read)
     with pytest.raises(BackendUnavailable, match="again and again"):
-        await catalog.tags.put("app", "v1", digest(0), stamp=Stamp(FAR, "x"), by="")
+        await catalog.tags.put(
+            "app", "v1", Descriptor(digest(0), "type", 0), stamp=Stamp(FAR, "x"), by=""
+        )
 
 
 # --- conditions, immutable repositories -------------------------------------------------------
@@ -457,3 +459,38 @@ async def test_other_repositories_are_not_immutable(backend):
     await catalog.record_manifest(put(2))
 
     assert (await catalog.resolve("app", "v1")).digest == digest(2)
+
+
+# --- the manifest in the object of the tag ----------------------------------------------------
+
+
+async def test_a_tag_is_resolved_with_one_read(catalog, backend, monkeypatch):
+    described = Descriptor(digest(1), "type", 1, "artifact", {"key": "value"})
+    await catalog.record_manifest(RecordManifestRequest("app", described, "v1"))
+    read: list[str] = []
+    get_bytes = type(backend).get_bytes
+
+    async def noted(self, key, **more):
+        read.append(key)
+        return await get_bytes(self, key, **more)
+
+    monkeypatch.setattr(type(backend), "get_bytes", noted)
+    assert await catalog.resolve("app", "v1") == described
+    assert read == ["repositories/app/_changes/v1"]
+    await catalog.record_manifest(put(2))
+    assert await catalog.resolve("app", "v1") == Descriptor(digest(2), "type", 2)
+    # An older change that comes late is not what the tag is.
+    await catalog.record_manifest(put(3, stamp=Stamp(1, "elsewhere")))
+    assert await catalog.resolve("app", "v1") == Descriptor(digest(2), "type", 2)
+
+
+async def test_a_tag_whose_object_lacks_its_manifest_is_resolved_with_two(catalog, backend):
+    long = Descriptor(digest(1), "type", 1, None, {"key": "x" * 5000})
+    await catalog.record_manifest(RecordManifestRequest("app", long, "v1"))
+    assert await catalog.resolve("app", "v1") == long
+    # As former versions wrote it.
+    await catalog.record_manifest(put(2))
+    fields = json.loads(await backend.get_bytes("repositories/app/_changes/v1"))
+    del fields["manifest"]
+    await backend.put_bytes("repositories/app/_changes/v1", json.dumps(fields).encode())
+    assert await catalog.resolve("app", "v1") == Descriptor(digest(2), "type", 2)

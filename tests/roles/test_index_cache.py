@@ -66,10 +66,8 @@ def source() -> Source:
 
 
 async def test_an_answer_is_kept_for_the_lease_from_when_it_began_to_be_read(
-    autojump_clock, source, monkeypatch
+    autojump_clock, source
 ):
-    monkeypatch.setattr(index_cache, "RENEW_MIN", 1.0)
-    monkeypatch.setattr(index_cache, "RENEW_MAX", 1.0)
     cache = ResolveCache(1.0)
     source.delay = 0.4
     assert await cache.resolve("a", "v1", source) == describe(1)
@@ -86,22 +84,48 @@ async def test_an_answer_is_kept_for_the_lease_from_when_it_began_to_be_read(
     assert source.reads == 2
 
 
-async def test_one_who_asks_reads_ahead_of_the_end_of_the_lease_and_the_others_do_not_wait(
-    autojump_clock, source
-):
+@asynccontextmanager
+async def renewing(cache: ResolveCache, read: index_cache.ReadDescriptor) -> AsyncIterator[None]:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(cache.run, read)
+        yield
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_is_asked_for_is_read_ahead_of_the_end_of_its_lease(autojump_clock, source):
+    cache = ResolveCache(1.0)
+    source.delay = 0.1
+    await cache.resolve("a", "v1", source)
+    async with renewing(cache, source):
+        for number in range(2, 20):
+            source.current = describe(number)
+            for _ in range(10):
+                await trio.sleep(0.1)
+                # Whoever asks never waits, and is not given what it was more than a lease ago.
+                packed = cache.get("a", "v1")
+                assert packed is not None
+            assert decode(packed, api.Descriptor) == describe(number)
+
+
+async def test_what_nobody_asks_for_is_not_read_any_more(autojump_clock, source):
     cache = ResolveCache(1.0)
     await cache.resolve("a", "v1", source)
-    await trio.sleep(0.95)
-    source.current, source.delay = describe(2), 0.02
-    assert cache.get("a", "v1") is None, "this one is to read"
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(cache.resolve, "a", "v1", source)
-        await trio.sleep(0.01)
-        assert cache.get("a", "v1") is not None
-        assert await cache.resolve("a", "v1", source) == describe(1)
-    await trio.sleep(0.4)
-    assert await cache.resolve("a", "v1", source) == describe(2)
-    assert source.reads == 2
+    async with renewing(cache, source):
+        await trio.sleep(100)
+    assert source.reads == 1 + index_cache.IDLE_MAX
+    assert cache.get("a", "v1") is None
+
+
+async def test_what_is_forgotten_while_it_is_read_again_is_not_kept(autojump_clock, source):
+    cache = ResolveCache(1.0)
+    await cache.resolve("a", "v1", source)
+    source.delay = 0.4
+    async with renewing(cache, source):
+        await trio.sleep(0.9)
+        assert source.reads == 2, "it is being read"
+        cache.forget("a", ("v1",))
+        await trio.sleep(0.5)
+        assert cache.get("a", "v1") is None
 
 
 async def test_a_backend_that_fails_ahead_of_the_end_of_the_lease_changes_nothing(
@@ -113,11 +137,32 @@ async def test_a_backend_that_fails_ahead_of_the_end_of_the_lease_changes_nothin
     async def fail(_repository: str, _reference: str) -> api.Descriptor:
         raise BackendUnavailable("backend", "key", "down")
 
-    await trio.sleep(0.95)
-    assert await cache.resolve("a", "v1", fail) == describe(1)
-    await trio.sleep(0.1)
-    with pytest.raises(BackendUnavailable):
-        await cache.resolve("a", "v1", fail)
+    async with renewing(cache, fail):
+        await trio.sleep(0.95)
+        assert await cache.resolve("a", "v1", fail) == describe(1)
+        await trio.sleep(0.1)
+        with pytest.raises(BackendUnavailable):
+            await cache.resolve("a", "v1", fail)
+
+
+async def test_reads_ahead_are_bounded_and_the_rest_is_left_to_whoever_asks(autojump_clock, source):
+    cache = ResolveCache(1.0)
+    for number in range(10 * index_cache.RENEWALS):
+        await cache.resolve("a", f"v{number}", source)
+    at_once = most = 0
+
+    async def slow(_repository: str, _reference: str) -> api.Descriptor:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        await trio.sleep(0.9)
+        at_once -= 1
+        return describe(1)
+
+    async with renewing(cache, slow):
+        await trio.sleep(5)
+    assert most == index_cache.RENEWALS
+    assert len(cache._renewals) <= index_cache.RENEWALS
 
 
 async def test_what_took_longer_than_the_lease_to_read_is_not_kept(autojump_clock, source):

@@ -19,6 +19,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Final, TypeVar, TypeVarTuple
@@ -35,6 +36,7 @@ from swarmpull.store.backends.base import (
     check_key,
     check_range,
 )
+from swarmpull.store.backends.shared_reads import SharedReads
 from swarmpull.store.disk import OpenFile
 from swarmpull.store.durable import (
     make_directory,
@@ -55,6 +57,8 @@ MARKER: Final = ".swarmpull-backend"
 # Objects share these; a lock is held for one write to the disk.
 LOCK_PREFIX: Final = "lock-"
 LOCKS: Final = 64
+# Threads that read small objects at the same time, each one after the other.
+READ_LANES: Final = 2
 DIRECTORY_SUFFIX: Final = ".d"
 OBJECT_SUFFIX: Final = ".o"
 # A copy in progress is younger; other processes may share the directory, so nothing else tells.
@@ -80,6 +84,7 @@ class DirectoryBackend:
         self.name = root.absolute().as_uri()
         self.root = root
         self._limiter = trio.CapacityLimiter(threads)
+        self._reads = SharedReads(self._limiter, READ_LANES)
 
     async def stat(self, key: str) -> ObjectStat:
         """See `Backend.stat`."""
@@ -133,7 +138,10 @@ class DirectoryBackend:
 
     async def get_bytes(self, key: str, *, limit: int = SMALL_OBJECT_BYTES) -> bytes:
         """See `Backend.get_bytes`."""
-        return await self._run(key, self._read_small, key, self._path(key), limit)
+        path = self._path(key)
+        read = partial(self._run_mounted, self._read_small, key, path, limit)
+        with self._translated(key):
+            return await self._reads.get(key, read)
 
     async def delete(self, key: str) -> None:
         """See `Backend.delete`."""
@@ -152,10 +160,15 @@ class DirectoryBackend:
             return await self._run(key, read_exactly, descriptor, offset, size)
 
     async def _run(self, key: str, function: Callable[[*Ts], T], *args: *Ts) -> T:
-        try:
+        with self._translated(key):
             return await trio.to_thread.run_sync(
                 self._run_mounted, function, *args, limiter=self._limiter
             )
+
+    @contextmanager
+    def _translated(self, key: str) -> Iterator[None]:
+        try:
+            yield
         except FileNotFoundError as error:
             raise ObjectNotFound(self.name, key) from error
         except OSError as error:
