@@ -11,12 +11,10 @@ process.  `catalog_tags` has what is done with tags.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import Final, TypeVar
 
-import attrs
 import trio
 
 from swarmpull.digest import Digest
@@ -64,6 +62,7 @@ from swarmpull.roles.catalog_objects import (
     without_annotations,
 )
 from swarmpull.roles.catalog_tags import CatalogTags
+from swarmpull.roles.keyed_locks import KeyedLocks
 from swarmpull.roles.pending_changes import PendingChanges
 from swarmpull.roles.tag_log import TagLog
 from swarmpull.store.backends.base import Backend
@@ -125,7 +124,8 @@ class Catalog:
         )
         self._backend = backend
         self._records_deletions = records_deletions
-        self._locks: dict[str, _SharedLock] = {}
+        # One change of a repository at a time.
+        self._locks: KeyedLocks[str] = KeyedLocks()
 
     @property
     def backend_name(self) -> str:
@@ -257,7 +257,7 @@ class Catalog:
         if request.tag is not None and not is_tag(request.tag):
             raise ManifestInvalid(f"{shorten(request.tag)!r} is not a tag")
         check_stamp(request.tag or "", request.stamp)
-        async with self._exclusive(repository):
+        async with self._locks.hold(repository):
             await self.check_references(repository, request.blobs, request.manifests)
             levels = check_levels(request, await self._levels(repository, request.manifests))
             entry = pack_entry(ManifestEntry(request.manifest, request.subject, levels))
@@ -280,7 +280,7 @@ class Catalog:
     async def delete_manifest(self, repository: str, digest: Digest, *, by: str = "") -> None:
         """Remove a manifest and every tag that points to it.  Raises ManifestNotFound, TagImmutable."""
         check_known(repository)
-        async with self._exclusive(repository):
+        async with self._locks.hold(repository):
             try:
                 entry = await self._entry(repository, digest)
             except ObjectNotFound as exc:
@@ -313,7 +313,7 @@ class Catalog:
         if not is_tag(tag):
             raise ManifestNotFound(repository, shorten(tag))
         check_stamp(tag, request.stamp)
-        async with self._exclusive(repository):
+        async with self._locks.hold(repository):
             try:
                 await self.tags.delete(
                     repository, tag, stamp=request.stamp, by=request.by, expect=request.expect
@@ -324,7 +324,7 @@ class Catalog:
 
     async def settle_tag(self, repository: str, tag: str) -> None:
         """Have the listing of a tag agree with what it is, when a change of it was cut off."""
-        async with self._exclusive(repository):
+        async with self._locks.hold(repository):
             await self.tags.settle(repository, tag)
 
     async def link_blob(self, repository: str, digest: Digest) -> None:
@@ -337,7 +337,7 @@ class Catalog:
         """Take a blob out of a repository.  Raises BlobNotFound."""
         if not can_be_kept(repository):
             raise BlobNotFound(str(digest), f"repository {shorten(repository)}")
-        async with self._exclusive(repository):
+        async with self._locks.hold(repository):
             if not await self._exists(blob_key(repository, digest)):
                 raise BlobNotFound(str(digest), f"repository {repository}")
             await self._record_deletion(repository, BLOBS, digest)
@@ -470,25 +470,6 @@ class Catalog:
             await self._backend.delete(key)
         except ObjectNotFound:
             return  # an earlier delete was cut off after this step
-
-    @asynccontextmanager
-    async def _exclusive(self, repository: str) -> AsyncIterator[None]:
-        """One change of a repository at a time.  The lock lives as long as somebody wants it."""
-        shared = self._locks.setdefault(repository, _SharedLock())
-        shared.users += 1
-        try:
-            async with shared.lock:
-                yield
-        finally:
-            shared.users -= 1
-            if not shared.users:
-                del self._locks[repository]
-
-
-@attrs.define(eq=False)
-class _SharedLock:
-    lock: trio.Lock = attrs.Factory(trio.Lock)
-    users: int = 0
 
 
 # --- concurrency ------------------------------------------------------------------------------

@@ -224,7 +224,9 @@ class Journal:
                 "as many as it may: wait until the backend is back",
             )
         if added:
-            await self._rows.put_all(added)
+            # A caller that leaves meanwhile must not leave a row behind that comes true at the next start.
+            with trio.CancelScope(shield=True):
+                await self._rows.put_all(added)
         for kept in added:
             # Another call may have brought the same.
             if id_of(kept.change) not in self._changes:

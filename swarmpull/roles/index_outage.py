@@ -21,6 +21,7 @@ from swarmpull.roles.catalog_objects import (
 )
 from swarmpull.roles.catalog_tags import CatalogTags, check_expected
 from swarmpull.roles.index_journal import Journal
+from swarmpull.roles.keyed_locks import KeyedLocks
 from swarmpull.roles.pending_changes import PendingChanges
 from swarmpull.roles.tag_log import TagLog
 from swarmpull.wire.api import (
@@ -52,6 +53,8 @@ class Outage:
         self._tags = tags
         self._backend = backend
         self._reason = reason
+        # What a tag is must not change between the look at it and the change that depends on that.
+        self._locks: KeyedLocks[tuple[str, str]] = KeyedLocks()
 
     async def link_blob(self, repository: str, digest: Digest) -> None:
         """Make a blob part of a repository.  Raises PushRefused, and what `Journal.add` does."""
@@ -78,10 +81,11 @@ class Outage:
             request = attrs.evolve(request, stamp=None)
             await self._journal.add(PendingChange(manifest=request, at=time.time_ns()))
             return
-        change = self._change(request, request.tag, request.manifest.digest)
-        request = attrs.evolve(request, stamp=change.stamp, expect=None)
-        pending = PendingChange(manifest=request, at=time.time_ns())
-        await self._make(request.repository, request.tag or "", change, pending)
+        async with self._locks.hold((request.repository, request.tag)):
+            change = self._change(request, request.tag, request.manifest.digest)
+            request = attrs.evolve(request, stamp=change.stamp, expect=None)
+            pending = PendingChange(manifest=request, at=time.time_ns())
+            await self._make(request.repository, request.tag or "", change, pending)
 
     async def delete_tag(self, request: DeleteTagRequest) -> None:
         """Remove a tag that is pending, or one of which another cluster says so."""
@@ -89,6 +93,10 @@ class Outage:
         if not is_tag(request.reference):
             raise ManifestNotFound(request.repository, shorten(request.reference))
         check_stamp(request.reference, request.stamp)
+        async with self._locks.hold((request.repository, request.reference)):
+            await self._delete_tag(request)
+
+    async def _delete_tag(self, request: DeleteTagRequest) -> None:
         log = self._log(request.repository, request.reference)
         if request.stamp is None and log.digest is None:
             if log.changes:

@@ -558,12 +558,12 @@ async def test_locks_do_not_outlive_their_use(backend):
     with trio.move_on_after(0):
         await catalog.record_manifest(request(1, tag="v1"))
 
-    assert catalog._locks == {}
+    assert not len(catalog._locks)
 
 
 async def test_other_repositories_do_not_wait(backend):
     catalog = Catalog(backend)
-    async with catalog._exclusive("busy"):
+    async with catalog._locks.hold("busy"):
         with trio.fail_after(30):
             await catalog.record_manifest(request(1, "free", tag="v1"))
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import attrs
 import httpx
 import pytest
 import trio
+import trio.testing
 
 from swarmpull.config import (
     Address,
@@ -39,11 +41,16 @@ from swarmpull.roles.catalog import Catalog
 from swarmpull.roles.catalog_replay import Replay
 from swarmpull.roles.cluster import Cluster, IndexClient
 from swarmpull.roles.index import run_index
+from swarmpull.roles.index_cache import ResolveCache
 from swarmpull.roles.index_contact import Contact
-from swarmpull.roles.index_journal import Journal
-from swarmpull.roles.index_peers import IndexGone
+from swarmpull.roles.index_journal import Journal, open_journal
+from swarmpull.roles.index_peers import IndexGone, IndexPeers
+from swarmpull.roles.pending_changes import PendingChanges
+from swarmpull.roles.ring_client import open_ring
+from swarmpull.store import durable_queue
 from swarmpull.store.backends import open_backend
 from swarmpull.store.durable_queue import DurableQueue
+from swarmpull.telemetry import Metrics
 from swarmpull.wire import api
 from swarmpull.wire.rpc import RpcPool, open_rpc_pool
 from tests.ports import free_ports
@@ -291,6 +298,32 @@ async def test_what_only_the_backend_knows_is_not_guessed(tmp_path):
         indexes.bring_back()
 
 
+async def test_of_changes_on_the_same_condition_at_once_one_is_made(tmp_path):
+    async with indexes_in(tmp_path, immutable=("fixed",)) as indexes:
+        await indexes.take_away()
+        client = indexes.client(0)
+        await client.record_manifest(put(1))
+        made: list[int] = []
+
+        async def attempt(number: int) -> None:
+            with suppress(TagChanged):
+                if number:
+                    await client.record_manifest(put(number, expect=str(describe(1).digest)))
+                else:
+                    await client.delete_tag("app", "v1", expect=str(describe(1).digest))
+                made.append(number)
+
+        async with trio.open_nursery() as nursery:
+            for number in (2, 3, 0, 4):
+                nursery.start_soon(attempt, number)
+        assert len(made) == 1
+        indexes.bring_back()
+        await indexes.written(0)
+        history = (await (await indexes.catalog()).tag_log("app", "v1")).changes
+        digest = describe(made[0]).digest if made[0] else None
+        assert [change.digest for change in history] == [describe(1).digest, digest]
+
+
 async def test_the_later_stamp_decides_when_the_backend_is_back(tmp_path):
     async with indexes_in(tmp_path) as indexes:
         await indexes.client(0).record_manifest(
@@ -342,6 +375,48 @@ async def test_a_disk_that_fails_when_the_journal_is_emptied_does_not_end_the_in
             await indexes.written(number)
         assert failed == 2
         assert await indexes.client(0).resolve("app", "v1") == describe(1)
+
+
+async def test_what_was_cut_off_is_known_if_it_is_on_the_disk(tmp_path, monkeypatch):
+    gate = threading.Event()
+    commit = durable_queue._commit
+
+    def commit_later(*args: object) -> None:
+        assert gate.wait(30)
+        commit(*args)
+
+    monkeypatch.setattr(durable_queue, "_commit", commit_later)
+    catalog = Catalog(await open_backend(tmp_path.as_uri()), "test")
+    cache = ResolveCache(0.0)
+
+    @asynccontextmanager
+    async def journal() -> AsyncIterator[Journal]:
+        async with open_rpc_pool() as pool:
+            peers = IndexPeers(pool, open_ring(pool, (), "index"), cache)
+            pending = PendingChanges()
+            async with open_journal(
+                tmp_path / "data", pending, catalog, cache, peers, Metrics()
+            ) as opened:
+                yield opened
+
+    def link(name: bytes) -> api.PendingChange:
+        return api.PendingChange(link=api.DigestInRepository("app", Digest.of(name)), at=1)
+
+    with trio.fail_after(30):
+        async with journal() as kept, trio.open_nursery() as nursery:
+            nursery.start_soon(kept.add, link(b"1"))
+            await trio.testing.wait_all_tasks_blocked()
+            with trio.CancelScope() as scope:
+                # It waits for the first to be on the disk.
+                async with trio.open_nursery() as inner:
+                    inner.start_soon(kept.add, link(b"2"))
+                    await trio.testing.wait_all_tasks_blocked()
+                    scope.cancel()
+                    gate.set()
+            await kept.add(link(b"3"))
+            known = kept.status()["changes"]
+        async with journal() as kept:
+            assert kept.status()["changes"] == known
 
 
 async def test_what_is_still_to_be_written_is_not_deleted_in_vain(tmp_path, monkeypatch):
