@@ -14,7 +14,7 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -257,10 +257,25 @@ class Work:
             else:
                 self.disk.write(change.path, change.then)
         if not self.after.files:
+            self._hand_on_folders()
             self.disk.remove(self.record_path)
         for folder in self.before.folders:
             if folder not in self.after.folders:
                 self.disk.remove_folder(folder)
+
+    def _hand_on_folders(self) -> None:
+        """Directories that hold the record of another runtime, too, are for that one to remove."""
+        shared = {each for each in self.before.folders if f"{RECORDS}/".startswith(f"{each}/")}
+        for name in self.disk.names(RECORDS) if shared else ():
+            path = f"{RECORDS}/{name}"
+            if path == self.record_path or not name.endswith(".json"):
+                continue
+            # One that is none keeps its directory there: what it was of has to be looked at anyway.
+            with contextlib.suppress(SetupRefused):
+                other = Record.read(self.disk, path)
+                heir = attrs.evolve(other, folders=_innermost_first({*other.folders, *shared}))
+                self.disk.write(path, heir.text(), 0o600)
+                return
 
 
 def set_up(root: Path, runtime: Runtime, wanted: Wanted) -> Work:
@@ -272,7 +287,12 @@ def set_up(root: Path, runtime: Runtime, wanted: Wanted) -> Work:
 def undo(root: Path, runtime: Runtime) -> Work:
     """What is to be done to have everything as it was.  Raises SetupRefused."""
     disk, path, record, former = _begun(root, runtime)
-    return _work(disk, path, record, former, Plan({}), "")
+    notes = runtime.undone if record.files else ()
+    return _work(disk, path, record, former, Plan({}, notes), "")
+
+
+def _innermost_first(folders: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(folders, key=lambda folder: (-folder.count("/"), folder)))
 
 
 def _begun(root: Path, runtime: Runtime) -> tuple[Disk, str, Record, _Former]:
@@ -291,8 +311,7 @@ def _work(disk: Disk, path: str, record: Record, former: _Former, plan: Plan, ag
     kept = [
         folder for folder in record.folders if any(name.startswith(f"{folder}/") for name in needed)
     ]
-    # The innermost first, each once.
-    folders = tuple(sorted({*made, *kept}, key=lambda folder: (-folder.count("/"), folder)))
+    folders = _innermost_first({*made, *kept})
     return Work(
         disk,
         path,

@@ -20,8 +20,8 @@ def plan(files: Files, wanted: Wanted) -> Plan:
     others = [registry for registry in wanted.registries if registry != HUB]
     if others:
         notes.append(
-            f"Docker has mirrors for {HUB} only, not for {', '.join(others)}: pull those by the agent's "
-            f"name, such as {wanted.agent.address}/{others[0]}/NAME"
+            f"Docker has mirrors for {HUB} only, not for {', '.join(others)}: pull those by the address of "
+            f"the agent's registry, not of its mirror, such as 127.0.0.1:5000/{others[0]}/NAME"
         )
     text = files.read(CONFIG)
     document = _parsed(text or "{}")
@@ -56,7 +56,13 @@ def _without(path: str, text: str, agent: str) -> str | None:
     return _dumped(document, text) if document else None
 
 
-RUNTIME: Final = Runtime("docker", plan, _without)
+# What dockerd does not find in its file any more is left as it was by a reload (20.10).
+_UNDONE: Final = (
+    "a Docker daemon that runs keeps mirrors that its file does not name any more, also when it is told "
+    "to reload: systemctl restart docker",
+)
+
+RUNTIME: Final = Runtime("docker", plan, _without, _UNDONE)
 
 
 def _parsed(text: str, path: str = CONFIG) -> dict[str, Any]:

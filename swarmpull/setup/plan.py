@@ -126,11 +126,13 @@ class Runtime:
         plan: what is to be done on a host with these files.
         without: the text of a file of ours without what we put there; None when nothing is left.  Arguments
             are its path, its text and the agent.  Raises SetupRefused.
+        undone: notes for when everything is as it was.
     """
 
     name: str
     plan: Callable[[Files, Wanted], Plan]
     without: Callable[[str, str, str], str | None]
+    undone: tuple[str, ...] = ()
 
 
 def check_registry(text: str) -> str:

@@ -77,6 +77,30 @@ def test_undo_leaves_everything_as_it_was(
     assert setup(tmp_path, runtime, "--undo") == 0
 
 
+@pytest.mark.parametrize("first", ["docker", "containerd"])
+def test_undo_of_several_runtimes_leaves_nothing_in_whatever_order(
+    tmp_path: Path, first: str
+) -> None:
+    before = tree(tmp_path)
+    for runtime in ("docker", "containerd"):
+        assert setup(tmp_path, runtime) == 0
+
+    assert setup(tmp_path, first, "--undo") == 0
+    assert len(list((tmp_path / RECORD.lstrip("/")).iterdir())) == 1
+    assert setup(tmp_path, "containerd" if first == "docker" else "docker", "--undo") == 0
+    assert tree(tmp_path) == before
+
+
+def test_undo_says_that_docker_forgets_mirrors_at_a_restart_only(tmp_path: Path, capsys) -> None:
+    assert setup(tmp_path, "docker") == 0
+    capsys.readouterr()
+
+    assert setup(tmp_path, "docker", "--undo") == 0
+    assert "systemctl restart docker" in capsys.readouterr().err
+    assert setup(tmp_path, "docker", "--undo") == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_another_agent_takes_the_place_of_the_former(tmp_path: Path) -> None:
     path = write(tmp_path, "etc/docker/daemon.json", "{}")
     setup(tmp_path, "docker")

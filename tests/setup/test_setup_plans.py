@@ -226,8 +226,11 @@ def test_a_daemon_json_that_is_none_is_refused(text: str) -> None:
 
 
 def test_what_docker_has_no_mirrors_for_is_told() -> None:
-    plan = docker.plan(Texts(), wanted("docker.io", "quay.io"))
+    mirror = Agent.parse("http://127.0.0.1:5050")
+    plan = docker.plan(Texts(), wanted("docker.io", "quay.io", agent=mirror))
 
+    # The listener of the mirror stands for docker.io, whatever is asked for there.
+    assert not any("5050/quay.io" in note for note in plan.notes)
     assert any("127.0.0.1:5000/quay.io/NAME" in note for note in plan.notes)
 
 
