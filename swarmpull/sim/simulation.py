@@ -74,6 +74,7 @@ class _Connection:
 
     Attributes:
         announced: the dialler's bitfield in its Hello.
+        dialled: the peer id of whom was expected at the address; another process may answer there.
         to_acceptor, to_dialler: when the last message arrives there; no later one overtakes it.
     """
 
@@ -82,6 +83,7 @@ class _Connection:
         "announced",
         "blob",
         "closed",
+        "dialled",
         "dialler",
         "established",
         "number",
@@ -89,10 +91,13 @@ class _Connection:
         "to_dialler",
     )
 
-    def __init__(self, number: int, blob: Blob, dialler: Host, acceptor: Host) -> None:
+    def __init__(
+        self, number: int, blob: Blob, dialler: Host, acceptor: Host, dialled: str
+    ) -> None:
         self.number = number
         self.blob = blob
         self.dialler = dialler
+        self.dialled = dialled
         self.acceptor = acceptor
         self.announced = 0
         self.established = False
@@ -139,6 +144,7 @@ class Simulation:
         self._healthy_unfinished = 0
         self._sampler = Sampler()
         self._hosts: dict[str, Host] = {}
+        self._at_address: dict[str, Host] = {}
         faults = afflict(options, self._rng)
         others = afflict_others(options)
         slow = {number: fault for number, fault in others if fault.kind is FaultKind.ORIGIN_SLOW}
@@ -218,7 +224,7 @@ class Simulation:
         limits = self._limits_of(kind, self._options.policy)
         make = SCHEDULERS.get(fault, Scheduler)
         scheduler = make(peer_id, kind, 7100, rng=seeded, limits=limits)
-        host = self._hosts[peer_id] = Host(contact, scheduler, link, delay)
+        host = self._hosts[peer_id] = self._at_address[name] = Host(contact, scheduler, link, delay)
         host.fault = fault
         return host
 
@@ -623,7 +629,7 @@ class Simulation:
 
     def _dial(self, host: Host, action: act.Dial) -> None:
         now = self._clock.now
-        target = self._hosts[action.contact.peer_id]
+        target = self._at_address[action.contact.host]
         reaches_at = self._reaches_at(host, target)
         if target.gone or reaches_at - now > HANDSHAKE_TIMEOUT:
             failed = ev.DialFailed(action.digest, action.contact.peer_id)
@@ -633,7 +639,8 @@ class Simulation:
             return
         self._connection_count += 1
         blob = self._blob_of[action.digest]
-        connection = _Connection(self._connection_count, blob, host, target)
+        dialled = action.contact.peer_id
+        connection = _Connection(self._connection_count, blob, host, target, dialled)
         self._connections[connection.number] = connection
         established_at = reaches_at + host.delay + target.delay
         established_at += self._losses.delay(DIALLED_AGAIN_AFTER)
@@ -659,6 +666,10 @@ class Simulation:
         if announced is not None:
             connection.established = True
             self._established += 1
+            if hello.peer_id != connection.dialled:
+                # The process was restarted; whoever answers there now will do as well.
+                gone = ev.DialFailed(connection.blob.digest, connection.dialled, is_gone=True)
+                self._dispatch(host, gone)
         contact = contact_of(hello, self._hosts[hello.peer_id].contact.host)
         self._dispatch(host, ev.PeerConnected(connection.number, hello, contact, announced))
 
@@ -678,8 +689,7 @@ class Simulation:
         if connection.established or other is connection.acceptor:
             self._dispatch(other, ev.PeerDisconnected(connection.number))
         else:
-            peer_id = connection.acceptor.contact.peer_id
-            self._dispatch(other, ev.DialFailed(connection.blob.digest, peer_id))
+            self._dispatch(other, ev.DialFailed(connection.blob.digest, connection.dialled))
 
     # --- pieces -------------------------------------------------------------------------------
 
