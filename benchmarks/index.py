@@ -191,6 +191,15 @@ def fill(kind: str, directory: Path, port: int, prefix: str, names: Sequence[str
             (where / f"{name}.o").write_bytes(b"{}")
         return
     client = client_of(port)
+    if kind == "minio":
+        # Over its API it takes a quarter of an hour; its file for an object does not have the name in it.
+        client.put_object(BUCKET, keys[0], BytesIO(b"{}"), 2)
+        bucket = directory / "minio" / BUCKET
+        content = (bucket / keys[0] / "xl.meta").read_bytes()
+        for key in keys[1:]:
+            (bucket / key).mkdir(parents=True)
+            (bucket / key / "xl.meta").write_bytes(content)
+        return
     with ThreadPoolExecutor(PUTTING) as threads:
         for _ in threads.map(lambda key: client.put_object(BUCKET, key, BytesIO(b"{}"), 2), keys):
             pass

@@ -257,6 +257,21 @@ async def test_pages_are_followed_to_the_end(backend, monkeypatch) -> None:
         assert (page.keys, page.more) == (keys[2:], False)
 
 
+async def test_a_page_goes_on_with_the_token_of_the_one_before(backend, monkeypatch) -> None:
+    keys = tuple(f"k{number:02}" for number in range(10))
+    for key in keys:
+        await backend.put_bytes(key, b"")
+    backend._ordered = True
+    first = await backend.list(limit=4)
+    assert (first.keys, first.more, len(backend._tokens)) == (keys[:4], True, 1)
+    second = await backend.list(after=first.keys[-1], limit=4)
+    assert (second.keys, second.more) == (keys[4:8], True)
+    monkeypatch.setattr(s3, "TOKEN_AGE", 0.0)
+    # Not with an old one: what was put since then has to be in it.
+    last = await backend.list(after=second.keys[-1], limit=4)
+    assert (last.keys, last.more, backend._tokens) == (keys[8:], False, {})
+
+
 async def test_a_listing_in_another_order_is_found_out(backend, s3_server) -> None:
     if s3_server.kind == "minio":
         pytest.skip("MinIO keeps the order")

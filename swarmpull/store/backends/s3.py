@@ -53,6 +53,10 @@ PARTS_AT_ONCE: Final = 4
 # Amazon S3 user guide, "Amazon S3 multipart upload limits".
 PARTS_MAX: Final = 10_000
 PAGE_MAX: Final = 1000
+# Listings that may be gone on with where their last page ended.
+TOKENS_MAX: Final = 100
+# For so many seconds: what is put meanwhile need not be in such a listing.
+TOKEN_AGE: Final = 10.0
 # How long a cancelled upload may take to tidy up; a server that hangs keeps its parts longer.
 GRACE: Final = 3.0
 # How long opening waits for a server that does not answer.
@@ -96,6 +100,7 @@ class S3Backend:
         self._parts = trio.CapacityLimiter(PARTS_AT_ONCE)
         self._random = random.Random()
         self._ordered = location.ordered
+        self._tokens: dict[tuple[str, str], tuple[str, float]] = {}
         self._bucket_seen = -math.inf
         self.conditional: bool | None = None
         self._probing = trio.Lock()
@@ -265,19 +270,37 @@ class S3Backend:
     async def _list_in_order(self, prefix: str, after: str, limit: int) -> ObjectPage | None:
         """A page of the server's listing; None when the server has its own order."""
         start = self._location.prefix + _escape(after) if after else ""
-        token = ""
+        # A server that goes on from a token need not begin its listing again, which MinIO does with each
+        # other page: it looks at all objects that follow.
+        token = self._token_for(prefix, after)
         found: tuple[str, ...] = ()
         while self._ordered is not False:
-            size = min(limit + 1 - len(found), PAGE_MAX)
+            size = min(limit - len(found), PAGE_MAX)
             page = await self._page(prefix, after=start, token=token, size=size)
             if self._ordered is None:
                 self._ordered = page.ordered
             if self._ordered:
                 found = self._in_order(prefix, (*found, *self._keys(page, prefix, after)))
                 token = page.token
-                if not token or len(found) > limit:
-                    return ObjectPage(found[:limit], len(found) > limit)
+                if token and len(found) >= limit:
+                    # MinIO gives a token at the very end, too.
+                    following = await self._page(prefix, after="", token=token, size=1)
+                    token = token if following.names else ""
+                    self._keep_token(prefix, found[-1], token)
+                if not token or len(found) >= limit:
+                    return ObjectPage(found, bool(token))
         return None
+
+    def _token_for(self, prefix: str, after: str) -> str:
+        """That of the page which ended there, if it was given lately."""
+        token, at = self._tokens.pop((prefix, after), ("", -math.inf))
+        return token if trio.current_time() < at + TOKEN_AGE else ""
+
+    def _keep_token(self, prefix: str, last: str, token: str) -> None:
+        if token:
+            self._tokens[prefix, last] = token, trio.current_time()
+        while len(self._tokens) > TOKENS_MAX:
+            del self._tokens[next(iter(self._tokens))]
 
     async def _list_all(self, prefix: str, after: str, limit: int) -> ObjectPage:
         """The smallest of all keys that begin with the prefix; as many are held in memory as are wanted."""

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from typing import Any, Final, TypeVar
+from urllib.parse import unquote_plus
 from xml.etree import ElementTree as ET
 
 import attrs
@@ -34,7 +35,6 @@ from minio.credentials.providers import (
     MinioClientConfigProvider,
     Provider,
 )
-from minio.datatypes import parse_list_objects
 from minio.error import MinioException, S3Error
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
@@ -425,10 +425,9 @@ class S3Client:
             query["start-after"] = after
         with _translating():
             response = self._execute("GET", query=query)
-            objects, more, next_token, _ = parse_list_objects(response)
-        names = tuple(found.object_name or "" for found in objects)
+            names, next_token = _listed(response.data)
         ordered = not response.headers.get("Server", "").startswith(UNORDERED_SERVERS)
-        return Page(names, (next_token or "") if more else "", ordered)
+        return Page(names, next_token, ordered)
 
     # --- uploads in parts -----------------------------------------------------------------------------
 
@@ -548,6 +547,23 @@ def _texts(document: bytes, tag: str) -> list[str]:
     """The texts of all elements of a name, whatever their namespace."""
     root = ET.fromstring(document)
     return [element.text or "" for element in root.iter() if element.tag.split("}")[-1] == tag]
+
+
+def _listed(document: bytes) -> tuple[tuple[str, ...], str]:
+    """The names in the answer to a listing, and the token for what follows; empty when nothing does.
+
+    minio has a parser, too, which takes eight times as long, since it makes something of every field.
+    """
+    root = ET.fromstring(document)
+    space, _, kind = root.tag.rpartition("}")
+    if kind != "ListBucketResult":
+        raise ValueError(f"the answer to a listing is a {kind}")
+    within = space and space + "}"
+    names = [each.findtext(within + "Key", "") for each in root.iter(within + "Contents")]
+    if root.findtext(within + "EncodingType") == "url":
+        names = [unquote_plus(name) for name in names]
+    more = root.findtext(within + "IsTruncated", "").lower() == "true"
+    return tuple(names), root.findtext(within + "NextContinuationToken", "") if more else ""
 
 
 # --- failures -------------------------------------------------------------------------------------------
