@@ -68,9 +68,15 @@ def remote_table(answers: Sequence[AdminAnswer]) -> Table:
                 str(remote.get("queued", "")),
                 str(document.get("standby", "")),
                 f"{oldest:.0f}s" if remote.get("queued") else "",
-                str(remote.get("failure") or "ok"),
+                _remote_state(remote),
             )
     return table
+
+
+def _remote_state(remote: Mapping[str, Any]) -> str:
+    """``ok``, or why copies to it fail; and how many are not tried any more."""
+    state = str(remote.get("failure") or "ok")
+    return f"{state}, {remote['set_aside']} set aside" if remote.get("set_aside") else state
 
 
 def change_table(answers: Sequence[AdminAnswer]) -> Table:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from swarmpull.cli import options
-from swarmpull.cli.options import EXIT_UNAVAILABLE, fail, read_admin_addresses
+from swarmpull.cli.options import EXIT_FAILED, EXIT_UNAVAILABLE, fail, read_admin_addresses
 
 if TYPE_CHECKING:
     from swarmpull.registry.client import AdminAnswer
@@ -97,8 +97,12 @@ def _change(
     else:
         for each in found:
             click.echo(f"{each.address}: {key} {(each.document or {}).get(key)}")
-    failed = [each for each in answers if each.document is None]
-    return _outcome([*failed, *done], addresses)
+    refused = [each for each in done if each.document is None]
+    if refused:
+        is_silent = any(each.is_silent for each in refused)
+        lines = (f"{each.address}: {each.failure}" for each in refused)
+        return fail(EXIT_UNAVAILABLE if is_silent else EXIT_FAILED, *lines)
+    return _outcome(answers, addresses)
 
 
 def _local() -> tuple[str, ...]:

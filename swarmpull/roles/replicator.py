@@ -34,7 +34,8 @@ from swarmpull.errors import (
     SwarmpullError,
     TagImmutable,
 )
-from swarmpull.patterns import compile_pattern
+from swarmpull.patterns import compile_pattern, some_name_matches
+from swarmpull.registry.names import REPOSITORY_LENGTH_MAX
 from swarmpull.roles.catalog import Catalog
 from swarmpull.roles.remotes import Remote, Rules
 from swarmpull.roles.standby import Standby
@@ -374,10 +375,12 @@ class Replicator:
             change, now = entry.change, trio.current_time()
             kind, reason = type(error).__name__, str(error)[:ERROR_TEXT_MAX]
             self._metrics.failures.labels(lane.remote.name, kind).inc()
-            lane.failure = reason
+            is_hopeless = isinstance(error, _HOPELESS)
+            # What is wrong with one tag says that the remote answers.
+            lane.failure = "" if is_hopeless else reason
             attempts = change.attempts + 1
             # What it has become meanwhile may do better.
-            if isinstance(error, _HOPELESS) and change.stamp <= tried:
+            if is_hopeless and change.stamp <= tried:
                 lane.schedule.forget(change.key)
                 log.warning(
                     "replication_set_aside",
@@ -454,6 +457,10 @@ class Replicator:
         return {
             "name": lane.remote.name,
             "queued": self.queued(lane.remote.name),
+            "set_aside": sum(
+                entry.change.set_aside and entry.change.remote == lane.remote.name
+                for entry in self._entries.values()
+            ),
             "failing": lane.schedule.target_fails,
             "failure": lane.failure,
         }
@@ -489,15 +496,31 @@ class Replicator:
             if isinstance(wanted, dict):
                 return {"retried": await self._retry(wanted)}
             if isinstance(pattern, str):
+                self._check_pattern(pattern)
                 self._syncs.append(pattern)
                 self._wake.set()
                 return {"syncing": pattern}
         raise ValueError('must be a JSON object, {"retry": {...}} or {"sync": "PATTERN"}')
 
+    def _check_pattern(self, pattern: str) -> None:
+        """Raises ValueError when no repository matches both the pattern and a rule."""
+        rules = [rule.pattern for rule in self._rules.rules]
+        is_short = len(pattern) <= REPOSITORY_LENGTH_MAX
+        if not (is_short and any(some_name_matches(pattern, rule) for rule in rules)):
+            raise ValueError(
+                f"no rule of replications sends what {pattern[:REPOSITORY_LENGTH_MAX]!r} matches: "
+                f"the rules have {', '.join(rules)}"
+            )
+
     async def _retry(self, wanted: Mapping[str, object]) -> int:
         fields = ("remote", "repository", "tag")
         if unknown := sorted(map(str, wanted.keys() - set(fields))):
             raise ValueError(f"retry has no {unknown[0]}: remote, repository and tag are known")
+        known = {*self._lanes, *(key[0] for key in self._entries)}
+        if wanted.get("remote", "") not in {"", *known}:
+            raise ValueError(
+                f"no remote is called {wanted['remote']!r}: {', '.join(sorted(known))}"
+            )
         count = 0
         for entry in list(self._entries.values()):
             change = entry.change

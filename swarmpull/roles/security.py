@@ -198,9 +198,12 @@ def problems_with_files(
     if config.tls.is_on:
         for role in sorted(roles) or [""]:
             try:
-                _load(role, config.tls)
+                contexts = _load(role, config.tls)
             except CertificateError as error:
                 yield Problem(error.key, provenance.get(error.key, ""), error.reason)
+                break
+            if role in TALK_TO_OTHERS:
+                yield from _problems_of_remotes(config, contexts, provenance)
                 break
     for role in ROLES:
         if roles and role not in roles:
@@ -209,6 +212,21 @@ def problems_with_files(
             listener = getattr(getattr(config, role), name, None)
             if listener is not None:
                 yield from _problems_of_listener(f"{role}.{name}", listener, provenance)
+
+
+def _problems_of_remotes(
+    config: Config, contexts: Contexts, provenance: Mapping[str, str]
+) -> Iterator[Problem]:
+    """Remotes whose certificates will not be believed."""
+    known = {contexts.identity.cluster, *(each.cluster for each in config.tls.trusted)}
+    for number, remote in enumerate(config.remotes):
+        if remote.name not in known:
+            key = f"remotes.{number}.name"
+            reason = (
+                "must be the cluster that its certificates name, and tls.trusted has none that is called "
+                f"{remote.name}: add an entry for it, or call the remote as its cluster"
+            )
+            yield Problem(key, provenance.get(key, ""), reason)
 
 
 def _problems_of_listener(

@@ -681,15 +681,19 @@ class Entrance:
 # --- words ----------------------------------------------------------------------------------------
 
 _PLAIN_TEXT: Final = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNKNOWN_PROTOCOL")
+_SAME_CA: Final = (
+    "tls.ca must be the same everywhere, and tls.trusted of each of two clusters have the authority of the "
+    "other"
+)
 _ALERTS: Final = {
     "CERTIFICATE_EXPIRED": "it has expired, or not begun: issue a new one, or set the clock",
-    "UNKNOWN_CA": "no authority there has signed it: tls.ca must be the same everywhere",
+    "UNKNOWN_CA": f"no authority there has signed it: {_SAME_CA}",
     "CERTIFICATE_REQUIRED": "it got none: set tls.cert and tls.key",
     "BAD_CERTIFICATE": "see the log there",
     "CERTIFICATE_UNKNOWN": "see the log there",
     "CERTIFICATE_REVOKED": "see the log there",
     "UNSUPPORTED_CERTIFICATE": "it may not be used so: issue one with swarmpull certs issue",
-    "DECRYPT_ERROR": "its signature is wrong: tls.ca must be the same everywhere",
+    "DECRYPT_ERROR": f"its signature is wrong: {_SAME_CA}",
 }
 
 
@@ -712,7 +716,7 @@ def _verification(error: ssl.SSLCertVerificationError) -> str:
     message = error.verify_message
     if "expired" in message or "not yet valid" in message:
         return f"{message}: issue a new one, or set the clocks"
-    return f"{message}: tls.ca must be the same everywhere"
+    return f"{message}: {_SAME_CA}"
 
 
 def _reason(error: Exception) -> str:

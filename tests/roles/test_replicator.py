@@ -202,12 +202,19 @@ async def test_what_a_remote_refuses_is_set_aside_until_somebody_says_so(tmp_pat
             (entry,) = (await east.replication(0))["entries"]
             assert "none of the patterns" in entry["failure"]
             assert entry["state"] == "set aside"
+            (lane,) = (await east.replication(0))["remotes"]
+            # It answers: what is wrong is wrong with that tag.
+            assert (lane["failure"], lane["set_aside"]) == ("", 1)
 
             await origin.stop()
             west.namespaces = ()
             await west.start_origin(port=origin_port)
             assert await east.change(0, {"retry": {"tag": "other"}}) == {"retried": 0}
             assert "errors" in await east.change(0, {"retry": {"digest": "x"}})
+            (error,) = (await east.change(0, {"retry": {"remote": "wset"}}))["errors"]
+            assert error["message"] == "no remote is called 'wset': west"
+            (error,) = (await east.change(0, {"sync": "taem/**"}))["errors"]
+            assert "no rule of replications sends what 'taem/**' matches" in error["message"]
             assert await east.change(0, {"retry": {"repository": "team/app"}}) == {"retried": 1}
 
             async def is_idle() -> bool:

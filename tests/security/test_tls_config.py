@@ -20,16 +20,17 @@ from .hosts import Authority
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     authority = Authority.create(tmp_path_factory.mktemp("authority"), "prod")
     authority.issue("host", "agent")
+    authority.issue("head", "index")
     authority.issue("web", dns=["example.com"])
     return authority
 
 
-def check(authority: Authority, *settings: str) -> int:
+def check(authority: Authority, *settings: str, role: str = "agent") -> int:
     directory = str(authority.directory)
     options = [each for text in settings for each in ("-o", text.replace("DIR", directory))]
     cluster = [f"cluster.{name}=127.0.0.1:1" for name in ("trackers", "origins", "indexes")]
     options += [each for text in cluster for each in ("-o", text)]
-    return main(["config", "check", "--role", "agent", *options])
+    return main(["config", "check", "--role", role, *options])
 
 
 HOST = ("tls.ca=DIR/ca.crt", "tls.cert=DIR/host.crt", "tls.key=DIR/host.key")
@@ -68,6 +69,22 @@ def test_what_does_not_fit_is_named_with_its_key(
     assert len(lines) == len(says)
     for line, expected in zip(lines, says, strict=True):
         assert expected.replace("DIR", str(authority.directory)) in line
+
+
+HEAD = ("tls.ca=DIR/ca.crt", "tls.cert=DIR/head.crt", "tls.key=DIR/head.key")
+REMOTE = ("remotes.0.name=west", "remotes.0.indexes=127.0.0.1:2")
+
+
+def test_a_remote_that_will_not_be_believed_is_named(authority: Authority, capsys) -> None:
+    assert check(authority, *REMOTE, role="index") == 0
+    assert check(authority, *HEAD, *REMOTE, "tls.trusted.0.cluster=west", role="index") == 0
+    assert check(authority, *HEAD, "remotes.0.name=prod", *REMOTE[1:], role="index") == 0
+    capsys.readouterr()
+
+    assert check(authority, *HEAD, *REMOTE, "tls.trusted.0.cluster=wset", role="index") == 78
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "remotes.0.name: must be the cluster that its certificates name" in line
+    assert line.endswith("(-o)")
 
 
 def test_a_role_without_its_certificate_does_not_start(
