@@ -42,12 +42,16 @@ class UnsettledTags:
             await trio.sleep(INTERVAL)
 
     async def look(self) -> None:
-        """Settle what was there at the last look already.  Raises BackendUnavailable."""
+        """Settle what was there at the last look already, as far as it can be.  Raises BackendUnavailable."""
         page = await self._backend.list(UNSETTLED, limit=LOOK_MAX)
         left = self._seen.intersection(page.keys)
         self._seen = frozenset(page.keys)
         for key in sorted(left):
-            await self._settle(key)
+            try:
+                await self._settle(key)
+            except SwarmpullError as error:
+                # It may be about this tag alone, whose object is damaged.
+                log.warning("tag_not_settled", key=key, reason=str(error))
 
     async def _settle(self, key: str) -> None:
         found = unsettled_tag(key)

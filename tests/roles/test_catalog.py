@@ -620,3 +620,18 @@ async def test_a_change_under_way_is_not_taken_for_one_that_was_cut_off(backend)
     await unsettled.look()
     assert (await catalog.list_tags("team/app", "", 10)).names == ("v1",)
     assert (await backend.list(UNSETTLED)).keys == (UNSETTLED + "nonsense",)
+
+
+async def test_a_tag_that_cannot_be_settled_does_not_hold_up_the_others(backend):
+    catalog = Catalog(backend)
+    for tag in ("damaged", "v1"):
+        await catalog.record_manifest(request(1, tag=tag))
+        await backend.put_bytes(unsettled_key("team/app", tag, "somebody"), b"{}")
+        await backend.delete(f"repositories/team/app/_tags/{tag}")
+    await backend.put_bytes("repositories/team/app/_changes/damaged", b"{")
+    unsettled = UnsettledTags(backend, catalog)
+    for _ in range(2):
+        await unsettled.look()
+    assert (await catalog.list_tags("team/app", "", 10)).names == ("v1",)
+    left = unsettled_key("team/app", "damaged", "somebody")
+    assert (await backend.list(UNSETTLED)).keys == (left,)
