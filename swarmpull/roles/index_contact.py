@@ -39,6 +39,8 @@ class Contact:
         self._journal = journal
         self._peers = peers
         self._until = -math.inf
+        # Nobody has reached this index yet: others may find nobody there, and acknowledge changes without it.
+        self._is_reached = False
         self._wanted = trio.Event()
         self._asked = trio.Event()
         # Up to where the journal of each was taken over: the process, and the number of its last change.
@@ -52,20 +54,25 @@ class Contact:
 
     async def renew(self) -> None:
         """Return when it holds: at once, but for an index that starts, or stood still."""
+        self._is_reached = True
         while not self.holds:
             self._wanted.set()
             await self._asked.wait()
 
     async def ask_all(self) -> None:
-        """Take over what the others keep; those that do not answer are done without."""
-        begun_at = trio.current_time()
+        """Take over what the others keep; those that do not answer are done without.
+
+        It holds from then on, unless nobody had come to `renew` when it began.
+        """
+        begun_at, is_reached = trio.current_time(), self._is_reached
         others = self._peers.others
         async with trio.open_nursery() as nursery:
             for address in others:
                 nursery.start_soon(self._ask, address)
         self._places = {each: place for each, place in self._places.items() if each in others}
         self._silent.intersection_update(others)
-        self._until = begun_at + CONTACT
+        if is_reached:
+            self._until = begun_at + CONTACT
         self._asked.set()
         self._asked = trio.Event()
 

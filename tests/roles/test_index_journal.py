@@ -499,6 +499,26 @@ async def test_an_index_that_starts_gives_the_others_what_they_have_missed(tmp_p
         assert await indexes.client(1).resolve("app", "v1") == describe(2)
 
 
+async def test_what_is_acknowledged_before_an_index_listens_is_asked_for(tmp_path, monkeypatch):
+    # Nothing but a request makes it ask again.
+    monkeypatch.setattr(index_contact, "ASK_INTERVAL", 60.0)
+    monkeypatch.setattr(index_contact, "CONTACT", 60.0)
+    hand_out = Journal.hand_out
+    async with indexes_in(tmp_path) as indexes:
+        await indexes.client(0).record_manifest(put(1))
+        await indexes.cut_off(0)
+        indexes.kill(1)
+
+        async def hand_out_slowly(self: Journal) -> None:
+            await hand_out(self)
+            await indexes.client(0).record_manifest(put(2))
+
+        monkeypatch.setattr(Journal, "hand_out", hand_out_slowly)
+        await indexes.start(1)
+        assert await indexes.client(1).resolve("app", "v1") == describe(2)
+        indexes.reconnect(0)
+
+
 async def test_an_index_that_was_not_given_a_change_asks_for_it(tmp_path, monkeypatch):
     async def nothing(*_: object) -> None:
         return
@@ -549,6 +569,11 @@ async def test_an_index_that_stood_still_asks_before_it_answers(autojump_clock):
     contact = Contact(journal, peers)
     assert not contact.holds
     await contact.ask_all()
+    assert not contact.holds, "others may have found nobody here since"
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(contact.run)
+        await contact.renew()
+        nursery.cancel_scope.cancel()
     assert contact.holds
 
     # Nobody asks for it while the process stands still.
@@ -574,7 +599,10 @@ async def test_an_index_that_stood_still_asks_before_it_answers(autojump_clock):
 @pytest.mark.parametrize("failure", [RpcUnavailable, IndexGone])
 async def test_an_index_that_does_not_answer_is_done_without(autojump_clock, failure):
     contact = Contact(Taken(), Peers(failure=failure("other:1", "index.pending", "silence")))
-    await contact.ask_all()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(contact.run)
+        await contact.renew()
+        nursery.cancel_scope.cancel()
     assert contact.holds
 
 
