@@ -85,6 +85,13 @@ PAGE_MAX: Final = 10_000
 REFERRERS_MAX: Final = 1000
 ANNOTATION_BYTES_MAX: Final = 4 << 20
 
+# What is waited for before something is deleted.
+Recorded = Callable[[], Awaitable[None]]
+
+
+async def _nothing() -> None:
+    """Nobody else has to know."""
+
 
 class Catalog:
     """Tags, manifests, referrers and blobs of all repositories.
@@ -277,8 +284,18 @@ class Catalog:
                     expect=request.expect,
                 )
 
-    async def delete_manifest(self, repository: str, digest: Digest, *, by: str = "") -> None:
-        """Remove a manifest and every tag that points to it.  Raises ManifestNotFound, TagImmutable."""
+    async def delete_manifest(
+        self, repository: str, digest: Digest, *, by: str = "", recorded: Recorded = _nothing
+    ) -> None:
+        """Remove a manifest and every tag that points to it.
+
+        Args:
+            by: who asked for it.
+            recorded: is waited for when journals can see that it is deleted, and before it is: what one of
+                them is writing by then has to be there to be deleted.
+
+        Raises ManifestNotFound, TagImmutable.
+        """
         check_known(repository)
         async with self._locks.hold(repository):
             try:
@@ -286,7 +303,10 @@ class Catalog:
             except ObjectNotFound as exc:
                 await self._check_exists(repository)
                 raise ManifestNotFound(repository, str(digest)) from exc
+            # What is refused must leave no record: journals would drop what they have by it.
+            await self._check_deletable(repository, digest)
             await self._record_deletion(repository, MANIFESTS, digest)
+            await recorded()
             await self._delete_tags_of(repository, digest, by)
             if entry.subject is not None:
                 await self._delete_if_there(referrer_key(repository, entry.subject, digest))
@@ -333,14 +353,17 @@ class Catalog:
         await self._mark(repository)
         await self._backend.put_bytes(blob_key(repository, digest), b"{}")
 
-    async def unlink_blob(self, repository: str, digest: Digest) -> None:
-        """Take a blob out of a repository.  Raises BlobNotFound."""
+    async def unlink_blob(
+        self, repository: str, digest: Digest, *, recorded: Recorded = _nothing
+    ) -> None:
+        """Take a blob out of a repository; ``recorded`` as for a manifest.  Raises BlobNotFound."""
         if not can_be_kept(repository):
             raise BlobNotFound(str(digest), f"repository {shorten(repository)}")
         async with self._locks.hold(repository):
             if not await self._exists(blob_key(repository, digest)):
                 raise BlobNotFound(str(digest), f"repository {repository}")
             await self._record_deletion(repository, BLOBS, digest)
+            await recorded()
             await self._delete_if_there(blob_key(repository, digest))
 
     async def deleted_at(self, repository: str, kind: str, digest: Digest) -> int:
@@ -416,16 +439,27 @@ class Catalog:
             after = names[-1] if names else after
         return ListReply(tuple(names), more)
 
+    async def _check_deletable(self, repository: str, digest: Digest) -> None:
+        """Raises TagImmutable when a tag that points to the manifest has to stay."""
+
+        async def check(tag: str) -> None:
+            log = await self.tags.log(repository, tag)
+            if log.digest == digest:
+                self.tags.check_mutable(repository, tag, log, None)
+
+        if self.tags.is_immutable(repository):
+            await self._for_all_tags(repository, check)
+
     async def _delete_tags_of(self, repository: str, digest: Digest, by: str) -> None:
+        await self._for_all_tags(
+            repository, lambda tag: self.tags.delete_if(repository, tag, digest, by=by)
+        )
+
+    async def _for_all_tags(self, repository: str, do: Callable[[str], Awaitable[None]]) -> None:
         prefix, after, more = tags_prefix(repository), "", True
-
-        async def delete_if_it_points_here(key: str) -> None:
-            tag = key.removeprefix(prefix)
-            await self.tags.delete_if(repository, tag, digest, by=by)
-
         while more:
             page = await self._backend.list(prefix, after=after, limit=1000)
-            await _map(delete_if_it_points_here, page.keys)
+            await _map(do, [key.removeprefix(prefix) for key in page.keys])
             more = page.more and bool(page.keys)
             after = page.keys[-1] if page.keys else after
 

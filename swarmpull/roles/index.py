@@ -247,8 +247,11 @@ class Index:
     async def _delete_manifest(self, request: api.DigestInRepository, context: RpcContext) -> Empty:
         by = _name_of(context)
         self._outage.check_written(request.repository, request.digest)
-        await self._catalog.delete_manifest(request.repository, request.digest, by=by)
-        await self._peers.spread(request.repository, manifest=request.digest)
+        drop = partial(self._peers.drop, request.repository, manifest=request.digest)
+        await self._catalog.delete_manifest(
+            request.repository, request.digest, by=by, recorded=drop
+        )
+        await self._peers.spread(request.repository)
         log.info("manifest_deleted", repository=request.repository, digest=str(request.digest))
         return Empty()
 
@@ -270,8 +273,9 @@ class Index:
 
     async def _unlink_blob(self, request: api.DigestInRepository, _: RpcContext) -> Empty:
         self._outage.check_written(request.repository, request.digest)
-        await self._catalog.unlink_blob(request.repository, request.digest)
-        await self._peers.spread(request.repository, (str(request.digest),), blob=request.digest)
+        drop = partial(self._peers.drop, request.repository, blob=request.digest)
+        await self._catalog.unlink_blob(request.repository, request.digest, recorded=drop)
+        await self._peers.spread(request.repository, (str(request.digest),))
         log.info("blob_unlinked", repository=request.repository, digest=str(request.digest))
         return Empty()
 

@@ -75,37 +75,40 @@ class IndexPeers:
         self._cache.forget(request.repository, request.references)
         return api.ForgetReply(self.process)
 
-    async def spread(
-        self,
-        repository: str,
-        references: tuple[str, ...] = (),
-        *,
-        manifest: Digest | None = None,
-        blob: Digest | None = None,
-    ) -> None:
+    async def spread(self, repository: str, references: tuple[str, ...] = ()) -> None:
         """Return when no index keeps what these references were before; see `ResolveCache.forget`.
-
-        ``manifest`` or ``blob`` were deleted, and are dropped from journals, too.
 
         A member that answers has dropped it, one whose address refuses connections keeps nothing, and for one
         that is silent its lease is waited for.
         """
         self._cache.forget(repository, references)
-        deleted = manifest is not None or blob is not None
-        if not (self._lease or deleted):
+        patience = self._lease * MARGIN
+        if not patience:
             return
-        request = api.ForgetRequest(repository, references, manifest, blob, time.time_ns())
-        deadline = trio.current_time() + max(self._lease * MARGIN, PATIENCE if deleted else 0.0)
-        others = self.others
-        if not self.members.members:
+        if self.members.members:
+            await self._tell_all(api.ForgetRequest(repository, references), patience)
+        else:
             # Their names could not be resolved yet.
-            await trio.sleep_until(deadline)
+            await trio.sleep(patience)
+
+    async def drop(
+        self, repository: str, *, manifest: Digest | None = None, blob: Digest | None = None
+    ) -> None:
+        """Return when no journal of an index that answers has, or is writing, what is to be deleted.
+
+        The deletion is recorded already, so journals of those that are silent find it.
+        """
+        request = api.ForgetRequest(repository, (), manifest, blob, time.time_ns())
+        await self._tell_all(request, PATIENCE)
+
+    async def _tell_all(self, request: api.ForgetRequest, patience: float) -> None:
+        others = self.others
         if len(others) == 1:
-            await self._tell(others[0], request, deadline)
+            await self._tell(others[0], request, patience)
             return
         async with trio.open_nursery() as nursery:
             for address in others:
-                nursery.start_soon(self._tell, address, request, deadline)
+                nursery.start_soon(self._tell, address, request, patience)
 
     async def call(
         self, address: str, method: Method[Req, Told], request: Req, *, timeout: float
@@ -142,17 +145,17 @@ class IndexPeers:
                 await trio.sleep(PAUSE)
         raise failure
 
-    async def _tell(self, address: str, request: api.ForgetRequest, deadline: float) -> None:
+    async def _tell(self, address: str, request: api.ForgetRequest, patience: float) -> None:
         try:
-            await self.insist(address, api.FORGET, request, deadline)
+            await self.insist(address, api.FORGET, request, trio.current_time() + patience)
         except IndexGone:
             return  # and it keeps nothing
         except RpcUnavailable as error:
-            self._complain(address, error.reason)
+            self._complain(address, error.reason, patience)
         except SwarmpullError:
             return  # of a version that keeps nothing
 
-    def _complain(self, address: str, reason: str) -> None:
+    def _complain(self, address: str, reason: str, patience: float) -> None:
         now = trio.current_time()
         if now - self._logged_at > LOG_INTERVAL:
             self._logged_at = now
@@ -160,7 +163,7 @@ class IndexPeers:
                 "index_silent",
                 index=address,
                 reason=reason,
-                waited=round(self._lease * MARGIN, 2),
+                waited=round(patience, 2),
             )
 
 

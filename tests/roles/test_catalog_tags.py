@@ -23,6 +23,7 @@ from swarmpull.errors import (
     TagImmutable,
 )
 from swarmpull.roles.catalog import Catalog
+from swarmpull.roles.catalog_objects import MANIFESTS
 from swarmpull.roles.tag_log import CHANGES_MAX, LOG_BYTES_MAX, TagLog, pack_log, unpack_log
 from swarmpull.store.backends import Backend, open_backend
 from swarmpull.wire.api import (
@@ -451,6 +452,15 @@ async def test_tags_of_an_immutable_repository_stay(backend):
 
     await catalog.record_manifest(put(2, "v2"))
     assert await tags(catalog) == ("v1", "v2")
+
+
+async def test_a_deletion_that_is_refused_leaves_no_record(backend):
+    catalog = Catalog(backend, "index1", ("ap*",), records_deletions=True)
+    await catalog.record_manifest(put(1))
+    with pytest.raises(TagImmutable):
+        await catalog.delete_manifest("app", digest(1))
+    # A journal would take what was acknowledged before it for deleted.
+    assert not await catalog.deleted_at("app", MANIFESTS, digest(1))
 
 
 async def test_other_repositories_are_not_immutable(backend):

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import attrs
@@ -658,6 +659,52 @@ async def test_a_journal_drops_what_is_deleted_at_another_index(tmp_path, monkey
         assert not await indexes.client(1).has_blob("app", LAYER)
         with pytest.raises(ManifestNotFound):
             await indexes.client(1).resolve("app", "v1")
+
+
+async def test_what_a_journal_is_writing_is_deleted_after_that(tmp_path, monkeypatch):
+    writing, gate = trio.Event(), trio.Event()
+    record_manifest, link_blob, drop = Catalog.record_manifest, Catalog.link_blob, Journal.drop
+
+    async def wait_at_the_second(catalog: Catalog) -> None:
+        if catalog.tags.source == "index1":
+            writing.set()
+            await gate.wait()
+
+    async def record_later(self, request):
+        await wait_at_the_second(self)
+        await record_manifest(self, request)
+
+    async def link_later(self, *args):
+        await wait_at_the_second(self)
+        await link_blob(self, *args)
+
+    async def write_at_last(self, deleted):
+        gate.set()
+        await drop(self, deleted)
+
+    monkeypatch.setattr(Catalog, "record_manifest", record_later)
+    monkeypatch.setattr(Catalog, "link_blob", link_later)
+    monkeypatch.setattr(Journal, "drop", write_at_last)
+    async with indexes_in(tmp_path) as indexes:
+        for change, delete in (
+            (partial(IndexClient.record_manifest, request=put(1)), "delete_manifest"),
+            (partial(IndexClient.link_blob, repository="app", digest=LAYER), "unlink_blob"),
+        ):
+            await indexes.take_away()
+            await change(indexes.client(0))
+            indexes.bring_back()
+            await indexes.written(0)
+            await writing.wait()
+            digest = describe(1).digest if delete == "delete_manifest" else LAYER
+            await getattr(indexes.client(0), delete)("app", digest)
+            await indexes.written(1)
+            writing, gate = trio.Event(), trio.Event()
+        for number in range(2):
+            client = indexes.client(number)
+            assert not await client.has_blob("app", LAYER)
+            for reference in ("v1", str(describe(1).digest)):
+                with pytest.raises(ManifestNotFound):
+                    await client.resolve("app", reference)
 
 
 async def test_a_manifest_of_a_journal_is_entered_although_its_blob_was_deleted_after_it(tmp_path):
