@@ -148,8 +148,9 @@ class Journal:
     @property
     def age(self) -> float:
         """Seconds since the oldest change was acknowledged; 0 when there is none."""
-        oldest = min((kept.kept_at for kept in self._changes.values()), default=time.time())
-        return max(0.0, time.time() - oldest)
+        # In the order of their coming: all of them would be looked at with each one that comes.
+        oldest = next(iter(self._changes.values()), None)
+        return 0.0 if oldest is None else max(0.0, time.time() - oldest.kept_at)
 
     def status(self) -> dict[str, Any]:
         """For the status of the role."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -378,6 +378,48 @@ async def test_a_disk_that_fails_when_the_journal_is_emptied_does_not_end_the_in
         assert await indexes.client(0).resolve("app", "v1") == describe(1)
 
 
+@asynccontextmanager
+async def journal_in(root: Path) -> AsyncIterator[Journal]:
+    """A journal of an index that is alone."""
+    catalog = Catalog(await open_backend(root.as_uri()), "test")
+    cache, pending = ResolveCache(0.0), PendingChanges()
+    async with open_rpc_pool() as pool:
+        peers = IndexPeers(pool, open_ring(pool, (), "index"), cache)
+        opened = open_journal(root / "data", pending, catalog, cache, peers, Metrics())
+        async with opened as journal:
+            yield journal
+
+
+def link(name: bytes) -> api.PendingChange:
+    return api.PendingChange(link=api.DigestInRepository("app", Digest.of(name)), at=1)
+
+
+@attrs.define
+class Looked:
+    """How many changes of a journal were looked at."""
+
+    count: int = 0
+
+
+async def test_what_a_change_costs_does_not_depend_on_how_many_there_are(tmp_path, monkeypatch):
+    looked = Looked()
+
+    class Changes(dict[str, object]):
+        def values(self) -> Iterator[object]:  # type: ignore[override]
+            for each in super().values():
+                looked.count += 1
+                yield each
+
+    async with journal_in(tmp_path) as journal:
+        monkeypatch.setattr(time, "time", lambda: 1000.0)
+        await journal.add(link(b"oldest"))
+        monkeypatch.setattr(time, "time", lambda: 1060.0)
+        monkeypatch.setattr(journal, "_changes", Changes(journal._changes))
+        await journal.take([link(b"%d" % number) for number in range(200)])
+        assert looked.count <= 400
+        assert journal.age == 60.0
+
+
 async def test_what_was_cut_off_is_known_if_it_is_on_the_disk(tmp_path, monkeypatch):
     gate = threading.Event()
     commit = durable_queue._commit
@@ -387,24 +429,8 @@ async def test_what_was_cut_off_is_known_if_it_is_on_the_disk(tmp_path, monkeypa
         commit(*args)
 
     monkeypatch.setattr(durable_queue, "_commit", commit_later)
-    catalog = Catalog(await open_backend(tmp_path.as_uri()), "test")
-    cache = ResolveCache(0.0)
-
-    @asynccontextmanager
-    async def journal() -> AsyncIterator[Journal]:
-        async with open_rpc_pool() as pool:
-            peers = IndexPeers(pool, open_ring(pool, (), "index"), cache)
-            pending = PendingChanges()
-            async with open_journal(
-                tmp_path / "data", pending, catalog, cache, peers, Metrics()
-            ) as opened:
-                yield opened
-
-    def link(name: bytes) -> api.PendingChange:
-        return api.PendingChange(link=api.DigestInRepository("app", Digest.of(name)), at=1)
-
     with trio.fail_after(30):
-        async with journal() as kept, trio.open_nursery() as nursery:
+        async with journal_in(tmp_path) as kept, trio.open_nursery() as nursery:
             nursery.start_soon(kept.add, link(b"1"))
             await trio.testing.wait_all_tasks_blocked()
             with trio.CancelScope() as scope:
@@ -416,7 +442,7 @@ async def test_what_was_cut_off_is_known_if_it_is_on_the_disk(tmp_path, monkeypa
                     gate.set()
             await kept.add(link(b"3"))
             known = kept.status()["changes"]
-        async with journal() as kept:
+        async with journal_in(tmp_path) as kept:
             assert kept.status()["changes"] == known
 
 
