@@ -17,10 +17,13 @@ stop_all() {
     for ((i = ${#names[@]} - 1; i >= 0; i--)); do
         name=${names[i]}
         kill -TERM "${pids[$name]}" 2>/dev/null || true
-        if wait "${pids[$name]}"; then
+        local ended=0
+        wait "${pids[$name]}" || ended=$?
+        # 143: SIGTERM met it before it had begun to serve, and there was nothing to end.
+        if ((ended == 0)) || { ((ended == 143)) && [ ! -s "$directory/$name.listening" ]; }; then
             echo "stopped $name"
         else
-            echo "$name ended with status $?, see $directory/$name.log" >&2
+            echo "$name ended with status $ended, see $directory/$name.log" >&2
             status=1
         fi
     done

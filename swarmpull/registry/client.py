@@ -68,12 +68,23 @@ def no_progress(_done: int, _total: int | None) -> None:
 
 @attrs.define(slots=False)
 class ServerUnavailable(SwarmpullError):
-    """No server there, or it went away for longer than the retries last."""
+    """No server there, or it went away for longer than the retries last.
+
+    Attributes:
+        url, reason: which, and why.
+        is_there: it answers, and cannot do what it is asked for just now.
+    """
 
     url: str
     reason: str
+    is_there: bool = False
 
     def __str__(self) -> str:
+        if self.is_there:
+            return (
+                f"{self.url} cannot do it just now: {self.reason}. "
+                "Try again later, or name another with --registry"
+            )
         return (
             f"{self.url} is not available: {self.reason}. "
             "Check that it runs, or name another with --registry"
@@ -90,7 +101,10 @@ class RequestRefused(SwarmpullError):
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.method} {self.url}: {self.reason} (HTTP {self.status})"
+        text = f"{self.method} {self.url}: {self.reason} (HTTP {self.status})"
+        if self.status == HTTPStatus.UNAUTHORIZED:
+            return f"{text}; here with --user and --password-file"
+        return text
 
 
 @attrs.define(slots=False)
@@ -113,9 +127,10 @@ class UnexpectedAnswer(SwarmpullError):
 
 @attrs.define(slots=False)
 class _Interrupted(SwarmpullError):
-    """An attempt failed in a way that the next one may not."""
+    """An attempt failed in a way that the next one may not; ``is_answer`` when the server said so."""
 
     reason: str
+    is_answer: bool = False
 
 
 # --- sinks ----------------------------------------------------------------------------------------
@@ -348,7 +363,8 @@ class RegistryClient:
                 # Nobody there at the first attempt is an answer; later it may be a restart.
                 absent = failure.unreachable and not received()
                 if absent or failures >= attempts:
-                    raise ServerUnavailable(self._http.base, failure.reason) from exc
+                    is_there = isinstance(exc, _Interrupted) and exc.is_answer
+                    raise ServerUnavailable(self._http.base, failure.reason, is_there) from exc
                 await trio.sleep(min(self._retries.backoff * 2 ** (failures - 1), _BACKOFF_MAX))
 
 
@@ -395,7 +411,7 @@ async def _check(answer: Answer) -> None:
     reason = error_message(await _read_bounded(answer, _DOCUMENT_BYTES_MAX))
     reason = reason or answer.phrase or "no reason given"
     if answer.status in _BUSY:
-        raise _Interrupted(f"{reason} (HTTP {answer.status})")
+        raise _Interrupted(f"{reason} (HTTP {answer.status})", is_answer=True)
     raise RequestRefused(answer.method, answer.url, answer.status, reason)
 
 

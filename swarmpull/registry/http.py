@@ -316,7 +316,10 @@ def _reason(failure: BaseException) -> str:
     seen: BaseException | None = failure
     while seen is not None:
         if isinstance(seen, ssl.SSLCertVerificationError):
-            return f"its certificate is not trusted: {seen.verify_message.rstrip('.')}"
+            message = seen.verify_message.rstrip(".")
+            # A wrong name is not mended by another authority.
+            hint = "" if "mismatch" in message else " (SSL_CERT_FILE names other authorities)"
+            return f"its certificate is not trusted: {message}{hint}"
         if isinstance(seen, ssl.SSLError):
             return f"TLS failed: {seen.reason or seen}"
         if isinstance(seen, OSError) and seen.errno:

@@ -20,9 +20,13 @@ log = structlog.get_logger()
 
 # A thousand events, of a kilobyte each, or a list of ten thousand agents.
 BODY_BYTES_MAX: Final = 2 << 20
+NOTIFICATIONS: Final = "/registry/notifications"
+BODY_TYPES: Final = frozenset({"application/json"})
 # What a Docker registry sends is of the latter; Harbor's driver for Kraken says the former.
-BODY_TYPES: Final = frozenset(
-    {"application/json", "application/vnd.docker.distribution.events.v1+json"}
+NOTIFICATION_TYPES: Final = BODY_TYPES | {"application/vnd.docker.distribution.events.v1+json"}
+_PATHS: Final = (
+    "there are GET and POST /preheat, GET and DELETE /preheat/ID, "
+    f"POST {NOTIFICATIONS} and GET /health"
 )
 
 
@@ -81,7 +85,7 @@ def create_preheat_app(preheater: Preheater) -> QuartTrio:
     async def health() -> Response:
         return jsonify({"status": "ok"})
 
-    @app.post("/registry/notifications")
+    @app.post(NOTIFICATIONS)
     async def notifications() -> tuple[Response, int]:
         body = cast("bytes", await request.get_data(as_text=False))
         try:
@@ -105,6 +109,16 @@ def create_preheat_app(preheater: Preheater) -> QuartTrio:
     async def too_large(_: Exception) -> tuple[Response, int]:
         return _error(RegistryError(Code.SIZE_INVALID, 413, f"{BODY_BYTES_MAX} bytes are allowed"))
 
+    @app.errorhandler(404)
+    async def unknown_path(_: Exception) -> tuple[Response, int]:
+        message = f"there is no {shorten(request.path)!r}: {_PATHS}"
+        return _error(RegistryError(Code.UNSUPPORTED, 404, message))
+
+    @app.errorhandler(405)
+    async def unknown_method(_: Exception) -> tuple[Response, int]:
+        message = f"{shorten(request.path)!r} takes no {request.method}: {_PATHS}"
+        return _error(RegistryError(Code.UNSUPPORTED, 405, message))
+
     @app.errorhandler(SwarmpullError)
     async def failed(error: SwarmpullError) -> tuple[Response, int]:
         return _error(translate(error))
@@ -123,11 +137,12 @@ async def _refuse_pages() -> tuple[Response, int] | None:
         site=headers.get("Sec-Fetch-Site"),
         content_type=headers.get("Content-Type"),
     )
+    types = NOTIFICATION_TYPES if request.path == NOTIFICATIONS else BODY_TYPES
     refusal = None
     # Whether the role is up is no secret, and is asked under any name.
     if request.path != "/health" and (reason := refuse_page(asked)):
         refusal = RegistryError(Code.DENIED, 403, reason)
-    elif request.method == "POST" and (reason := refuse_type(asked, BODY_TYPES)):
+    elif request.method == "POST" and (reason := refuse_type(asked, types)):
         refusal = RegistryError(Code.UNSUPPORTED, 415, reason)
     if refusal is None:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import os
 from typing import Final, TypeVar
 
 import attrs
@@ -224,6 +225,9 @@ def reason_of(error: BaseException) -> str:
         cause = error.__cause__ or error.__context__ or str(error)
         return f"connection lost: {cause}" if cause else "connection lost"
     if isinstance(error, OSError) and error.__cause__ is not None:
-        # "all attempts to connect failed" says little; the first attempt says why.
-        return f"{error}: {first_error(error.__cause__)}"
+        # trio's "all attempts to connect failed" says little; the first attempt says why.
+        cause = first_error(error.__cause__)
+        if isinstance(cause, OSError) and cause.errno:
+            return f"cannot connect: {os.strerror(cause.errno)}"
+        return f"{error}: {cause}"
     return str(error) or type(error).__name__

@@ -115,6 +115,13 @@ async def test_a_busy_server_is_asked_again(registry, tmp_path) -> None:
     assert (tmp_path / "x").read_bytes() == b"content"
 
 
+async def test_a_server_that_stays_busy_is_said_to_be_there(registry, tmp_path) -> None:
+    digest = registry.add_blob(b"content")
+    registry.refusals = [(503, b"no index answers")] * QUICK.attempts
+    with pytest.raises(ServerUnavailable, match=r"cannot do it just now: .*Try again later"):
+        await download(registry, tmp_path / "x", digest)
+
+
 async def test_content_that_does_not_match_its_digest_is_not_visible(registry, tmp_path) -> None:
     digest = registry.add_blob(CONTENT)
     registry.blobs[digest] = CONTENT[:-1] + b"\0"

@@ -81,3 +81,24 @@ def test_the_example_cluster_takes_a_push_and_gives_it_out(tmp_path: Path) -> No
         status = script.wait(60.0)
     assert status == 0, log.read_text()
     assert all(is_free(port) for port in PORTS)
+
+
+def test_the_example_cluster_is_stopped_while_it_starts(tmp_path: Path) -> None:
+    log, data = tmp_path / "log", tmp_path / "data"
+    with log.open("wb") as output:
+        script = subprocess.Popen(
+            [str(EXAMPLES / "start-cluster.sh"), str(data)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=environment(PATH=command_path(tmp_path / "bin")),
+        )
+    try:
+        # Of the first process there is a log, and it does not serve yet.
+        wait_until((data / "tracker.log").exists, "the tracker is started", timeout=60.0)
+    finally:
+        script.send_signal(signal.SIGTERM)
+        status = script.wait(60.0)
+    assert status == 0, log.read_text()
+    assert "ended with status" not in log.read_text()
+    assert all(is_free(port) for port in PORTS)

@@ -327,6 +327,22 @@ async def test_more_pushes_than_jobs_may_run_wait_for_one_another(
         await bare.counted("index", 'preheat_jobs_total{state="done"}', 4.0)
 
 
+async def test_what_there_is_not_is_answered_as_other_errors_are(bare: Cluster) -> None:
+    for method, path, status in (("GET", "/nope", 404), ("PUT", "/preheat", 405)):
+        reply = await api(bare, method, path)
+
+        assert reply.status_code == status
+        assert "POST /preheat" in reply.json()["errors"][0]["message"]
+
+
+async def test_only_notifications_are_of_their_type(bare: Cluster) -> None:
+    headers = {"Content-Type": "application/vnd.docker.distribution.events.v1+json"}
+    for path, status in (("/preheat", 415), ("/registry/notifications", 400)):
+        reply = await api(bare, "POST", path, content=b"{}", headers=headers)
+
+        assert reply.status_code == status, reply.text
+
+
 async def test_a_body_that_is_no_notification_is_refused(bare: Cluster) -> None:
     reply = await api(bare, "POST", "/registry/notifications", content=b"{}", headers=JSON)
 

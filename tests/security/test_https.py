@@ -220,6 +220,7 @@ async def test_the_push_command_logs_in(
         refused = await trio.run_process([*push, file], check=False, capture_stderr=True)
         assert refused.returncode == 1
         assert b"a name and a password are needed" in refused.stderr
+        assert b"--user and --password-file" in refused.stderr
         done = await trio.run_process([*push, *login, file], capture_stdout=True)
         assert done.stdout.decode().strip() == str(Digest.of(b"some content"))
 
