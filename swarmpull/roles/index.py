@@ -8,6 +8,7 @@ another one.
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -310,12 +311,13 @@ def _name_of(context: RpcContext) -> str:
 class BackendWatch:
     """Whether the backend answers, as of the last try; ``trouble`` is empty when it does.
 
-    ``reason`` is the same without the name of the backend.
+    ``reason`` is the same without the name of the backend, ``since`` when that was found, in ns.
     """
 
     catalog: Catalog
     trouble: str = ""
     reason: str = ""
+    since: int = 0
     _looking: trio.Lock = attrs.field(factory=trio.Lock, init=False)
     _looks: int = attrs.field(default=0, init=False)
 
@@ -339,6 +341,7 @@ class BackendWatch:
     async def _look(self) -> None:
         before, self.trouble = self.trouble, await self._try()
         if self.trouble and not before:
+            self.since = time.time_ns()
             log.warning("index_backend_unavailable", reason=self.trouble)
         elif before and not self.trouble:
             log.info("index_backend_available")
@@ -429,7 +432,14 @@ async def _open_answers(
         await journal.hand_out()
         nursery.start_soon(contact.run)
         nursery.start_soon(journal.run, lambda: bool(watch.trouble))
-        outage = Outage(journal, pending, catalog.tags, catalog.backend_name, lambda: watch.reason)
+        outage = Outage(
+            journal,
+            pending,
+            catalog.tags,
+            catalog.backend_name,
+            lambda: watch.reason,
+            lambda: watch.since,
+        )
         index = Index(
             catalog, cache, peers, watch, journal, contact, outage, metrics, origins, config.cluster
         )

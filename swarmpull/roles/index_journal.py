@@ -163,15 +163,16 @@ class Journal:
 
     # --- keeping ------------------------------------------------------------------------------
 
-    async def add(self, change: PendingChange) -> None:
-        """Return when a change is on the disk of every index that answers.
+    async def add(self, *changes: PendingChange) -> None:
+        """Return when changes are on the disk of every index that answers.
 
         Raises:
             StoreFull: one of them has no room for it, or holds as many as it may.
             StoreUnavailable: the disk of one of them fails.
         """
-        await self._keep([change], mine=True)
-        await self._share([change])
+        await self._keep(changes, mine=True)
+        for batch in _batches(changes):
+            await self._share(batch)
 
     async def keep(self, request: api.KeepPendingRequest) -> api.PendingKept:
         """Changes that another index has acknowledged, or is about to.  Raises what `add` does."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import attrs
 
@@ -47,22 +47,35 @@ class Outage:
         tags: CatalogTags,
         backend: str,
         reason: Callable[[], str],
+        since: Callable[[], int],
     ) -> None:
+        """``reason``: why the backend is down; ``since``: when that was found, in ns."""
         self._journal = journal
         self._pending = pending
         self._tags = tags
         self._backend = backend
         self._reason = reason
+        self._since = since
         # What a tag is must not change between the look at it and the change that depends on that.
         self._locks: KeyedLocks[tuple[str, str]] = KeyedLocks()
 
     async def link_blob(self, repository: str, digest: Digest) -> None:
         """Make a blob part of a repository.  Raises PushRefused, and what `Journal.add` does."""
         check_writable(repository)
-        if not self._pending.has_blob(repository, digest):
-            await self._journal.add(
-                PendingChange(link=DigestInRepository(repository, digest), at=time.time_ns())
-            )
+        await self._link(repository, [digest])
+
+    async def _link(self, repository: str, digests: Iterable[Digest]) -> None:
+        """Those that were not since the outage began: what is older may be of a journal that was away, and
+        deleted meanwhile.
+        """
+        since, now = self._since(), time.time_ns()
+        changes = [
+            PendingChange(link=DigestInRepository(repository, digest), at=now)
+            for digest in dict.fromkeys(digests)
+            if not self._pending.has_blob_since(repository, digest, since)
+        ]
+        if changes:
+            await self._journal.add(*changes)
 
     async def record_manifest(self, request: RecordManifestRequest) -> None:
         """Enter a manifest, and move a tag to it; what it refers to must be pending too.
@@ -77,6 +90,8 @@ class Outage:
         self._check_references(request)
         below = {each: self._pending.levels(request.repository, each) for each in request.manifests}
         check_levels(request, below)
+        # Whoever found them here has not sent them.
+        await self._link(request.repository, request.blobs)
         if request.tag is None:
             request = attrs.evolve(request, stamp=None)
             await self._journal.add(PendingChange(manifest=request, at=time.time_ns()))

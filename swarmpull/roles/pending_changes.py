@@ -13,12 +13,16 @@ from swarmpull.wire.api import Descriptor, PendingChange, TagChange
 
 
 def id_of(change: PendingChange) -> str:
-    """Names a change: the same one that is kept twice is one."""
+    """Names a change: the same one that is kept twice is one.
+
+    What has no stamp goes by its time: it may have been made, undone, and made again.
+    """
+    at = str(change.at or "")
     if change.link is not None:
-        return f"blob {change.link.repository} {change.link.digest}"
+        return f"blob {change.link.repository} {change.link.digest} {at}".rstrip()
     if change.manifest is not None:
         request = change.manifest
-        stamp = "" if request.stamp is None else f"{request.stamp.time} {request.stamp.source}"
+        stamp = at if request.stamp is None else f"{request.stamp.time} {request.stamp.source}"
         return (
             f"manifest {request.repository} {request.manifest.digest} {request.tag or ''} {stamp}"
         )
@@ -40,7 +44,8 @@ class PendingChanges:
         # How many changes there are that make a manifest or a blob part of a repository.
         self._levels: dict[tuple[str, Digest], int] = {}
         self._parts: Counter[tuple[str, Digest]] = Counter()
-        self._blobs: set[tuple[str, Digest]] = set()
+        # When each of these was acknowledged, in ns.
+        self._blobs: dict[tuple[str, Digest], list[int]] = {}
 
     def tag_changes(self, repository: str, tag: str) -> tuple[TagChange, ...]:
         """Those of a tag, in no order."""
@@ -58,10 +63,15 @@ class PendingChanges:
         """Whether a blob was made part of a repository."""
         return (repository, digest) in self._blobs
 
+    def has_blob_since(self, repository: str, digest: Digest, at: int) -> bool:
+        """The same, at that time in ns or later."""
+        return max(self._blobs.get((repository, digest), ()), default=-1) >= at
+
     def add(self, change: PendingChange) -> None:
         """A change is acknowledged; one that is known already must not be added again."""
         if change.link is not None:
-            self._blobs.add((change.link.repository, change.link.digest))
+            blob = change.link.repository, change.link.digest
+            self._blobs.setdefault(blob, []).append(change.at)
         if change.manifest is not None:
             key = change.manifest.repository, change.manifest.manifest.digest
             self._manifests[key] = change.manifest.manifest
@@ -74,7 +84,10 @@ class PendingChanges:
     def remove(self, change: PendingChange) -> None:
         """The backend has a change."""
         if change.link is not None:
-            self._blobs.discard((change.link.repository, change.link.digest))
+            blob = change.link.repository, change.link.digest
+            self._blobs[blob].remove(change.at)
+            if not self._blobs[blob]:
+                del self._blobs[blob]
         if change.manifest is not None:
             key = change.manifest.repository, change.manifest.manifest.digest
             self._parts[key] -= 1

@@ -667,6 +667,44 @@ async def test_a_journal_that_was_away_does_not_bring_back_what_was_deleted(tmp_
         assert (await (await indexes.catalog()).list_tags("app", "", 10)).names == ("v2",)
 
 
+@pytest.mark.parametrize("is_pushed", [True, False])
+async def test_what_is_pushed_again_is_not_lost_with_what_was_deleted(
+    tmp_path, monkeypatch, is_pushed
+):
+    async with indexes_in(tmp_path) as indexes:
+        await indexes.take_away()
+        client = indexes.client(0)
+        await client.link_blob("app", LAYER)
+        await client.record_manifest(put(1, None))
+        indexes.kill(1)
+        indexes.bring_back()
+        await indexes.written(0)
+        await client.unlink_blob("app", LAYER)
+        await client.delete_manifest("app", describe(1).digest)
+
+        # The journal of the second index still has what was deleted, and gives it to the first one.
+        await indexes.cut_off(0)
+        monkeypatch.setattr(index_journal, "COURTESY", 60.0)
+        await indexes.start(1)
+        if is_pushed:
+            await client.link_blob("app", LAYER)
+        else:
+            assert await client.has_blob("app", LAYER), "so who pushes need not send it"
+        await client.record_manifest(put(1, None))
+        await client.record_manifest(put(2, blobs=(LAYER,)))
+        indexes.kill(1)
+        monkeypatch.setattr(index_journal, "COURTESY", 0.1)
+        indexes.reconnect(0)
+        await indexes.written(0)
+        await indexes.start(1)
+        await indexes.written(1)
+        for number in range(2):
+            assert await indexes.client(number).has_blob("app", LAYER)
+            for descriptor in (describe(1), describe(2)):
+                digest = str(descriptor.digest)
+                assert await indexes.client(number).resolve("app", digest) == descriptor
+
+
 async def test_a_journal_drops_what_is_deleted_at_another_index(tmp_path, monkeypatch):
     # The second index would write these in a minute, and until then lookups there see them.
     async with indexes_in(tmp_path) as indexes:
