@@ -454,15 +454,16 @@ class Replicator:
         }
 
     def _remote_document(self, lane: _Lane) -> dict[str, object]:
+        name = lane.remote.name
+        mine = [entry for entry in self._entries.values() if entry.change.remote == name]
+        # An answer to what is under way is later than any failure.
+        answers = any(entry.progress is not None and entry.progress.is_answered for entry in mine)
         return {
-            "name": lane.remote.name,
-            "queued": self.queued(lane.remote.name),
-            "set_aside": sum(
-                entry.change.set_aside and entry.change.remote == lane.remote.name
-                for entry in self._entries.values()
-            ),
+            "name": name,
+            "queued": self.queued(name),
+            "set_aside": sum(entry.change.set_aside for entry in mine),
             "failing": lane.schedule.target_fails,
-            "failure": lane.failure,
+            "failure": "" if answers else lane.failure,
         }
 
     def _entry_document(self, entry: _Entry) -> dict[str, object]:

@@ -28,6 +28,7 @@ BLOBS_AT_ONCE: Final = 8
 POLL: Final = 2.0
 # Lists within lists; no index takes deeper ones.
 DEPTH_MAX: Final = 16
+_ASKING: Final = "asking what the tag is there"
 
 
 @attrs.define(eq=False)
@@ -41,12 +42,17 @@ class Progress:
         manifests_done: manifests that were put there.
     """
 
-    step: str = "begun"
+    step: str = _ASKING
     blobs: int = 0
     blobs_done: int = 0
     manifests_done: int = 0
     _lengths: dict[Digest, int] = attrs.Factory(dict)
     _sent: dict[Digest, int] = attrs.Factory(dict)
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether the other cluster has said something."""
+        return self.step != _ASKING
 
     @property
     def bytes(self) -> int:
@@ -86,7 +92,7 @@ class TagCopier:
         Raises:
             SwarmpullError: why it is not; what has arrived there stays.
         """
-        progress.step = "asking what the tag is there"
+        progress.step = _ASKING
         there = await remote.latest(repository, tag)
         if there is not None and _order(there.stamp) >= _order(change.stamp):
             return False

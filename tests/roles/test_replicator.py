@@ -27,7 +27,7 @@ from swarmpull.config import (
     TrustedClusterConfig,
 )
 from swarmpull.digest import Digest
-from swarmpull.errors import BlobNotFound, RpcFailed
+from swarmpull.errors import BlobNotFound, RpcFailed, RpcUnavailable
 from swarmpull.roles import replicator
 from swarmpull.roles.index import run_index
 from swarmpull.roles.remotes import Rules
@@ -575,4 +575,48 @@ async def test_what_an_earlier_process_was_making_is_looked_at_at_once(
         nursery.start_soon(Replicator(*parts, Metrics()).run)
         await queue.at_gate.wait()
         assert trio.current_time() - began < 1.0
+        nursery.cancel_scope.cancel()
+
+
+class _BackSoon(_Watched):
+    """A remote that is down at first; what is copied to it then takes long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attempts = 0
+        self.is_back = trio.Event()
+
+    async def copy(self, *arguments: Any) -> bool:
+        await trio.lowlevel.checkpoint()
+        self.attempts += 1
+        if self.attempts == 1:
+            raise RpcUnavailable("west", "index.tag_log", "cannot connect: Connection refused")
+        arguments[-1].step = "handing blobs over"
+        self.is_back.set()
+        await trio.sleep_forever()
+        raise AssertionError
+
+
+async def test_a_remote_that_answers_again_is_not_said_to_be_down_while_it_is_sent_to(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    queue, world = _GatedQueue(), _BackSoon()
+    rules = Rules([ReplicationConfig(pattern="team/**", remote="west")])
+    parts: Any = (queue, rules, [world], world, world, world)
+    replicating = Replicator(*parts, Metrics())
+    change = TagChange(Stamp(1, "index"), Digest.of(CONFIG))
+
+    def failure() -> str:
+        remotes: Any = replicating.document()["remotes"]
+        return str(remotes[0]["failure"])
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(replicating.run)
+        await replicating.changing("team/app", "v1", change)
+        world.now = world.now.with_change(change)
+        await replicating.changed("team/app", "v1", change)
+        await trio.testing.wait_all_tasks_blocked()
+        assert "Connection refused" in failure()
+        await world.is_back.wait()
+        assert failure() == ""
         nursery.cancel_scope.cancel()
