@@ -21,13 +21,15 @@ from swarmpull.wire import api
 
 log = structlog.get_logger()
 
-# Seconds from one round of questions to the next.
+# Seconds from the beginning of one round of questions to that of the next.
 ASK_INTERVAL: Final = 0.5
 # For one answer; whoever is silent for longer is done without.
-ASK_TIMEOUT: Final = 1.0
+ASK_TIMEOUT: Final = 0.8
 # Seconds from the beginning of a round for which it holds: less than others try to give a change to us.
 CONTACT: Final = 2.0
 assert CONTACT * MARGIN < SHARE_TIMEOUT
+# Or one silent index would hold up the requests of all others: a round holds until the next one has ended.
+assert 2 * max(ASK_TIMEOUT, ASK_INTERVAL) < CONTACT
 # An answer that is later than its time by so much was not late: this process stood still.
 STANDSTILL: Final = 0.1
 
@@ -78,10 +80,12 @@ class Contact:
 
     async def run(self) -> None:
         """Ask again and again, until cancelled."""
+        asked_at = trio.current_time()
         while True:
             self._wanted = trio.Event()
-            with trio.move_on_after(ASK_INTERVAL):
+            with trio.move_on_at(asked_at + ASK_INTERVAL):
                 await self._wanted.wait()
+            asked_at = trio.current_time()
             await self.ask_all()
 
     async def _ask(self, address: str) -> None:

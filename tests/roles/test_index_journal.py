@@ -633,6 +633,22 @@ async def test_an_index_that_does_not_answer_is_done_without(autojump_clock, fai
     assert contact.holds
 
 
+async def test_one_that_is_silent_holds_up_no_request(autojump_clock):
+    class Silent(Peers):
+        async def insist(self, _address, _method, _request, deadline) -> api.PendingReply:
+            await trio.sleep_until(deadline)
+            raise RpcUnavailable("other:1", "index.pending", "silence")
+
+    contact = Contact(Taken(), Silent())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(contact.run)
+        await contact.renew()
+        for _ in range(200):
+            await trio.sleep(0.05)
+            assert contact.holds
+        nursery.cancel_scope.cancel()
+
+
 # --- deletions --------------------------------------------------------------------------------
 
 
