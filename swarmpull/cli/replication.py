@@ -99,9 +99,9 @@ def _change(
             click.echo(f"{each.address}: {key} {(each.document or {}).get(key)}")
     refused = [each for each in done if each.document is None]
     if refused:
-        is_silent = any(each.is_silent for each in refused)
+        is_unheard = any(each.is_unheard for each in refused)
         lines = (f"{each.address}: {each.failure}" for each in refused)
-        return fail(EXIT_UNAVAILABLE if is_silent else EXIT_FAILED, *lines)
+        return fail(EXIT_UNAVAILABLE if is_unheard else EXIT_FAILED, *lines)
     return _outcome(answers, addresses)
 
 
@@ -111,7 +111,7 @@ def _local() -> tuple[str, ...]:
 
 def _outcome(answers: Sequence[AdminAnswer], addresses: Sequence[str]) -> int:
     """The exit status, with a line for each that should have answered and did not."""
-    failed = [each for each in answers if each.document is None and (addresses or each.is_silent)]
+    failed = [each for each in answers if each.document is None and (addresses or each.is_unheard)]
     if failed:
         return fail(EXIT_UNAVAILABLE, *(f"{each.address}: {each.failure}" for each in failed))
     if any(each.document is not None for each in answers):

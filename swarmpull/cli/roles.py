@@ -44,7 +44,7 @@ def status(addresses: tuple[str, ...], as_json: bool) -> int:
 
 def _failed(answers: Sequence[AdminAnswer], addresses: Sequence[str]) -> list[AdminAnswer]:
     """Those that should have answered: all that were named, else those where somebody is."""
-    return [each for each in answers if each.document is None and (addresses or each.is_silent)]
+    return [each for each in answers if each.document is None and (addresses or each.is_unheard)]
 
 
 def _nobody_answers(who: str) -> int:

@@ -29,6 +29,7 @@ from swarmpull.digest import Digest
 from swarmpull.errors import DigestMismatch, LengthMismatch, SwarmpullError
 from swarmpull.registry.http import (
     CHUNK_BYTES,
+    HTTPS_ONLY,
     Answer,
     AnswerTooLong,
     ClientLimits,
@@ -474,13 +475,13 @@ async def _file_chunks(file: Path, length: int, progress: Progress) -> AsyncIter
 class AdminAnswer:
     """What one admin listener said: the document that was asked for, or why there is none.
 
-    ``is_silent``: somebody is there, and did not answer in time.
+    ``is_unheard``: a role may be there, which did not answer in time, or takes HTTPS only.
     """
 
     address: str
     document: dict[str, Any] | None = None
     failure: str = ""
-    is_silent: bool = False
+    is_unheard: bool = False
 
 
 async def get_statuses(addresses: Sequence[str]) -> list[AdminAnswer]:
@@ -535,9 +536,14 @@ async def _ask(
                 return AdminAnswer(address, await ask(client))
     except trio.TooSlowError:
         failure = f"no answer within {_ADMIN_TIMEOUT:.0f} seconds"
-        return AdminAnswer(address, failure=failure, is_silent=True)
+        return AdminAnswer(address, failure=failure, is_unheard=True)
     except (ServerUnavailable, _NotAdmin) as exc:
         return AdminAnswer(address, failure=exc.reason)
+    except RequestRefused as exc:
+        if HTTPS_ONLY in exc.reason:
+            failure = f"{HTTPS_ONLY}: name it as https://{address.rpartition('/')[2]}"
+            return AdminAnswer(address, failure=failure, is_unheard=True)
+        return AdminAnswer(address, failure=str(exc))
     except SwarmpullError as exc:
         return AdminAnswer(address, failure=str(exc))
 

@@ -23,6 +23,8 @@ import httpx
 from swarmpull import __version__
 from swarmpull.errors import SwarmpullError
 
+# What listeners for HTTPS answer to plain HTTP.
+HTTPS_ONLY: Final = "this port takes HTTPS only"
 CHUNK_BYTES: Final = 1 << 20
 
 # At their lower levels they write down URLs and headers, which may be signed or hold a token.

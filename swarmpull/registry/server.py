@@ -19,6 +19,7 @@ from hypercorn.trio.tcp_server import TCPServer
 
 from swarmpull.errors import TlsError
 from swarmpull.registry.asgi import AsgiApp
+from swarmpull.registry.http import HTTPS_ONLY
 from swarmpull.watched_files import WatchedFiles
 from swarmpull.wire.listen import BACKLOG, open_listeners, remote_host
 from swarmpull.wire.tls import (
@@ -39,10 +40,12 @@ _server_logger.setLevel(logging.WARNING)
 # Read at once.  Each read costs some 130 us: with hypercorn's own 64 KiB a body arrives at 0.5 GB/s, with
 # this at 1 GB/s.  Its queue of ten reads is what one upload holds in memory.
 RECEIVE_BYTES: Final = 256 << 10
+_HTTPS_ONLY_BODY: Final = f"{HTTPS_ONLY}: use it\n".encode()
+# The reason is in the first line, too: the answer to a HEAD has no more than that.
 _HTTPS_ONLY: Final = (
-    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n"
-    b"Content-Length: 35\r\n\r\nthis port takes HTTPS only: use it\n"
-)
+    f"HTTP/1.1 400 {HTTPS_ONLY}\r\nContent-Type: text/plain\r\nConnection: close\r\n"
+    f"Content-Length: {len(_HTTPS_ONLY_BODY)}\r\n\r\n"
+).encode() + _HTTPS_ONLY_BODY
 
 
 @attrs.frozen(kw_only=True)

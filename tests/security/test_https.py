@@ -22,6 +22,7 @@ from swarmpull.config import HttpListenerConfig, RegistryConfig
 from swarmpull.digest import Digest
 from swarmpull.errors import CertificateError
 from swarmpull.registry import htpasswd
+from swarmpull.registry.client import get_statuses
 from swarmpull.registry.htpasswd import Passwords, load_htpasswd, parse_basic
 from swarmpull.registry.server import HttpLimits, serve_http
 from swarmpull.watched_files import WatchedFiles
@@ -103,13 +104,21 @@ async def test_plain_http_on_an_https_port_is_told_so(tmp_path: Path, authority:
                 reply = await origin.client.get(origin.url.replace("https", "http") + "/v2/")
                 assert reply.status_code == 400
                 assert "HTTPS only" in reply.text
+            plain = origin.url.replace("https", "http")
+            assert "HTTPS only" in (await origin.client.head(f"{plain}/v2/")).reason_phrase
+            address = origin.admin.removeprefix("https://")
+            (answer,) = await get_statuses([address])
+            # Also where nobody has named it: it is a role, and would be missed in the list.
+            assert answer.is_unheard
+            assert answer.failure.endswith(f"name it as https://{address}")
             with pytest.raises(httpx.ConnectError):
                 async with httpx.AsyncClient() as mistrusting:
                     await mistrusting.get(f"{origin.url}/v2/")
             assert (await origin.client.get(f"{origin.url}/v2/")).status_code == 200
 
     reasons = [entry["reason"] for entry in logs if entry["event"] == "connection_not_trusted"]
-    assert reasons == ["plain HTTP on a port for HTTPS: use https:// there"]
+    # Once for each of the two listeners.
+    assert reasons == ["plain HTTP on a port for HTTPS: use https:// there"] * 2
 
 
 async def test_a_connection_by_https_counts_once(authority: Authority) -> None:
