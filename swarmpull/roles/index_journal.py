@@ -57,6 +57,8 @@ WRITE_BATCH: Final = 200
 LOOK_INTERVAL: Final = 0.5
 # For so many seconds after the return of the backend the changes of others are left to them.
 COURTESY: Final = 3.0
+# Ids that are remembered of what is done with; older ones are made once more if another index still has them.
+DONE_MAX: Final = 10_000
 BACKOFF_MAX: Final = 5.0
 
 
@@ -135,6 +137,8 @@ class Journal:
         # By id, in the order of their numbers.
         self._changes: dict[str, _Kept] = {}
         self._number = 0
+        # What this process has written, or dropped: others may have it for a while, and are asked for theirs.
+        self._done: dict[str, None] = {}
         self._filled = trio.Event()
         self._depth = metrics.gauge(
             "index_journal_changes", "Acknowledged changes that the backend does not have yet."
@@ -215,7 +219,7 @@ class Journal:
         added = [
             _Kept(change, mine, now, len(encode(change)))
             for change in {id_of(each): each for each in changes}.values()
-            if id_of(change) not in self._changes
+            if id_of(change) not in self._changes and id_of(change) not in self._done
         ]
         size = sum(kept.size for kept in added)
         if len(self._changes) + len(added) > CHANGES_MAX or self._bytes + size > BYTES_MAX:
@@ -367,6 +371,9 @@ class Journal:
             if self._changes.pop(id_of(kept.change), None) is not None:
                 self._bytes -= kept.size
                 self._pending.remove(kept.change)
+                self._done[id_of(kept.change)] = None
+        while len(self._done) > DONE_MAX:
+            del self._done[next(iter(self._done))]
         self._tell_metrics()
 
     def _tell_metrics(self) -> None:

@@ -420,6 +420,19 @@ async def test_what_a_change_costs_does_not_depend_on_how_many_there_are(tmp_pat
         assert journal.age == 60.0
 
 
+async def test_what_is_done_with_is_not_taken_back_from_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_journal, "DONE_MAX", 2)
+    async with journal_in(tmp_path) as journal:
+        # The first one again when others have taken its place among those that are remembered.
+        for name in (b"1", b"2", b"3", b"1"):
+            await journal.take([link(name)])
+            assert journal.status()["changes"] == 1
+            await journal.drop(api.ForgetRequest("app", blob=Digest.of(name), at=2))
+            # Another index has it still, and is asked for what it keeps.
+            await journal.take([link(name)])
+            assert journal.status()["changes"] == 0
+
+
 async def test_what_was_cut_off_is_known_if_it_is_on_the_disk(tmp_path, monkeypatch):
     gate = threading.Event()
     commit = durable_queue._commit
@@ -698,7 +711,10 @@ async def test_what_is_pushed_again_is_not_lost_with_what_was_deleted(
         await client.unlink_blob("app", LAYER)
         await client.delete_manifest("app", describe(1).digest)
 
-        # The journal of the second index still has what was deleted, and gives it to the first one.
+        # The journal of the second index still has what was deleted, and gives it to the first one, which
+        # does not know any more that it has written it.
+        indexes.kill(0)
+        await indexes.start(0)
         await indexes.cut_off(0)
         monkeypatch.setattr(index_journal, "COURTESY", 60.0)
         await indexes.start(1)
