@@ -163,6 +163,7 @@ class HandOvers:
         reply = await pool.call(owner, api.OFFER_BLOB, offer, timeout=LOOKUP_TIMEOUT)
         if not reply.wanted:
             return
+        self._check_peer_tls(owner, reply)
         await self._content.ensure_local(digest, namespace)
         metainfo = await self._content.store.metainfo(digest)
         self._host.seed(metainfo, namespace)
@@ -176,6 +177,14 @@ class HandOvers:
             owner=owner,
             sent=progress.toll.sent,
         )
+
+    def _check_peer_tls(self, owner: str, reply: api.OfferReply) -> None:
+        """Say at once what else would only be in the logs: no piece would ever get through."""
+        here = self._host.speaks_tls
+        if reply.tls is not None and reply.tls != here:
+            ours, theirs = (("in plain", "by TLS")[speaks] for speaks in (here, reply.tls))
+            reason = f"pieces go {ours} here and {theirs} there: set tls.peer alike in both"
+            raise RpcUnavailable(owner, api.OFFER_BLOB.name, reason)
 
     def _bucket(self, remote: str) -> TokenBucket:
         return self._buckets.setdefault(remote, TokenBucket())

@@ -416,7 +416,8 @@ class OriginCalls:
         """Whether this origin has to fetch a blob to have it in a repository."""
         _check_namespace(request.namespace)
         is_here = await self._registry.is_here(request.namespace, request.digest, request.length)
-        return api.OfferReply(not is_here, self._contact(context))
+        contact, speaks_tls = self._contact(context), self._host.speaks_tls
+        return api.OfferReply(not is_here, contact, tls=speaks_tls)
 
     async def hand_over(
         self, request: api.HandOverRequest, _context: RpcContext

@@ -151,6 +151,7 @@ class SwarmHost:
         self._watch = watch
         self._watches: dict[Digest, trio.CancelScope] = {}
         self._unread_timeout = max(unread_timeout, UNREAD_MIN)
+        self.speaks_tls = tls is not None
         self._connections = PeerConnections(self, scheduler, nursery, buffers, rates, metrics, tls)
         self._starting: SharedWork[Download | SmallBlob] = SharedWork(nursery)
         self._small: dict[Digest, SmallBlob] = {}

@@ -400,11 +400,13 @@ class OfferRequest:
 class OfferReply:
     """Whether the bytes are wanted; if not, the blob is part of the repository from now on.
 
-    ``taker`` is the peer that will fetch them.
+    ``taker`` is the peer that will fetch them; ``tls`` says whether it exchanges pieces by TLS, and None that
+    it is of a version which does not say.
     """
 
     wanted: bool
     taker: PeerContact
+    tls: bool | None = None
 
 
 @attrs.frozen

@@ -419,18 +419,24 @@ async def greet_origin(cluster: Cluster, tls: Tls, digest: Digest) -> Bye:
         await stream.aclose()
 
 
-async def test_what_the_other_cluster_may_not_send_here_is_set_aside_there(tmp_path: Path) -> None:
+def tls_of_two(root: Path) -> Callable[..., TlsConfig]:
+    """The configuration of either of two clusters that trust one another, with authorities of their own."""
     issued, files = {}, {}
     for name in ("east", "west"):
-        authority = Authority.create(tmp_path / f"{name}-ca", name)
+        authority = Authority.create(root / f"{name}-ca", name)
         issued[name], files[name] = authority.issue("host", *ALL), authority.directory / "ca.crt"
 
-    def tls(name: str, other: str, *repositories: str) -> TlsConfig:
+    def tls(name: str, other: str, *repositories: str, peer: str = "on") -> TlsConfig:
         trusted = TrustedClusterConfig(
             cluster=other, ca=str(files[other]), repositories=repositories
         )
-        return attrs.evolve(config_of(issued[name]), trusted=(trusted,))
+        return attrs.evolve(config_of(issued[name]), trusted=(trusted,), peer=peer)
 
+    return tls
+
+
+async def test_what_the_other_cluster_may_not_send_here_is_set_aside_there(tmp_path: Path) -> None:
+    tls = tls_of_two(tmp_path)
     async with cluster_under(tmp_path / "west") as west:
         west.config = attrs.evolve(west.config, tls=tls("west", "east", "shared/**"))
         await west.start_origin()
@@ -449,6 +455,28 @@ async def test_what_the_other_cluster_may_not_send_here_is_set_aside_there(tmp_p
             await until(is_set_aside)
             (entry,) = (await east.replication(0))["entries"]
             assert "cluster east may not replicate to team/app" in entry["failure"]
+
+
+@pytest.mark.parametrize(("here", "there"), [("on", "off"), ("off", "on")])
+async def test_clusters_whose_pieces_go_by_different_ways_say_so(
+    tmp_path: Path, here: str, there: str
+) -> None:
+    tls = tls_of_two(tmp_path)
+    async with cluster_under(tmp_path / "west") as west:
+        west.config = attrs.evolve(west.config, tls=tls("west", "east", peer=there))
+        await west.start_origin()
+        index = await west.start_index()
+        remote = index.address("rpc")
+        async with east_under(
+            tmp_path / "east", remote_index=remote, indexes=1, tls=tls("east", "west", peer=here)
+        ) as east:
+            await east.push()
+
+            async def says_why() -> bool:
+                document = str(await east.replication(0))
+                return "set tls.peer alike in both" in document
+
+            await until(says_why)
 
 
 async def test_one_backend_for_both_needs_no_bytes(tmp_path: Path) -> None:
