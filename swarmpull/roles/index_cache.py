@@ -156,7 +156,9 @@ class ResolveCache:
     ) -> None:
         idle = 0 if answer.is_used else answer.idle + 1
         try:
-            if idle <= IDLE_MAX:
+            # Since this was started, a change may have come, and somebody be reading what it made: that read
+            # must stay the one that the next change makes void.
+            if idle <= IDLE_MAX and self._answers.get(key) is answer and key not in self._reads:
                 await self._read(key, read, idle)
         except SwarmpullError:
             return  # whoever asks when the lease is over is told

@@ -128,6 +128,24 @@ async def test_what_is_forgotten_while_it_is_read_again_is_not_kept(autojump_clo
         assert cache.get("a", "v1") is None
 
 
+async def test_a_read_ahead_that_comes_late_does_not_hide_the_read_of_a_caller(
+    autojump_clock, source
+):
+    cache = ResolveCache(1.0)
+    await cache.resolve("a", "v1", source)
+    (answer,) = cache._answers.values()
+    cache.forget("a", ("v1",))
+    source.delay = 0.4
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(cache.resolve, "a", "v1", source)
+        await trio.testing.wait_all_tasks_blocked()
+        await cache._renew(source, ("a", "v1"), answer, trio.Semaphore(0))
+        assert source.reads == 2
+        cache.forget("a", ("v1",))
+
+    assert cache.get("a", "v1") is None
+
+
 async def test_a_backend_that_fails_ahead_of_the_end_of_the_lease_changes_nothing(
     autojump_clock, source
 ):
