@@ -30,7 +30,6 @@ from swarmpull.digest import Digest
 from swarmpull.errors import (
     BlobNotFound,
     DigestMismatch,
-    InvalidMetainfo,
     StoreFull,
     StoreUnavailable,
 )
@@ -409,21 +408,6 @@ class BlobStore:
             return actual
         await self._disk.run(drop_cached, descriptor)
         return await compute_digest(self._disk, descriptor, algorithm, handle.length)
-
-    async def save_metainfo(self, metainfo: Metainfo) -> None:
-        """Keep the metainfo of a blob that is here.
-
-        Raises:
-            BlobNotFound: the blob is not here.
-            InvalidMetainfo: it is of another length than the blob.
-            StoreFull, StoreUnavailable: not kept; `metainfo` will compute it.
-        """
-        length = self.stat(metainfo.digest).length
-        if metainfo.length != length:
-            raise InvalidMetainfo(
-                str(metainfo.digest), f"it says {metainfo.length} bytes, the blob has {length}"
-            )
-        await self._disk.run(self._tree.save_metainfo, metainfo)
 
     async def verify(self, digest: Digest) -> None:
         """Read a blob again, and remove it when it is not what its name says.

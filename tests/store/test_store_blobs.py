@@ -13,7 +13,6 @@ from swarmpull.digest import Digest
 from swarmpull.errors import (
     BlobNotFound,
     DigestMismatch,
-    InvalidMetainfo,
     LengthMismatch,
     StartupError,
     StoreUnavailable,
@@ -23,7 +22,6 @@ from swarmpull.store.blobs import BlobStat, BlobStore, open_store
 from swarmpull.store.hashing import PieceHasher
 from swarmpull.store.ledger import TEMPORARY
 from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN as PIECE
-from swarmpull.swarm.metainfo import Metainfo
 
 OTHER = Digest.of(b"other")
 
@@ -340,25 +338,6 @@ async def test_metainfo_asked_for_at_once_is_computed_once(store, blob, monkeypa
             nursery.start_soon(store.metainfo, blob.digest)
 
     assert len(computed) == 1
-
-
-async def test_metainfo_of_another_length_is_not_kept(store, blob) -> None:
-    await put(store, blob)
-    wrong = Metainfo(blob.digest, 1, PIECE, bytes(32))
-
-    with pytest.raises(InvalidMetainfo, match=str(blob.digest)):
-        await store.save_metainfo(wrong)
-
-    assert await store.metainfo(blob.digest) == blob.metainfo
-
-
-async def test_metainfo_is_kept_only_beside_its_blob(store, blob) -> None:
-    with pytest.raises(BlobNotFound):
-        await store.save_metainfo(blob.metainfo)
-    await put(store, blob)
-    await store.save_metainfo(blob.metainfo)
-
-    assert await store.metainfo(blob.digest) == blob.metainfo
 
 
 async def test_a_failing_disk_is_an_error_of_that_request_and_the_store_recovers(
