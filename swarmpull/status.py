@@ -90,7 +90,7 @@ def change_table(answers: Sequence[AdminAnswer]) -> Table:
                 sent = f"{_size(progress.get('bytes_sent'))} of {_size(progress.get('bytes'))}"
             table.add_row(
                 str(entry.get("remote", "")),
-                f"{entry.get('repository', '')}:{entry.get('tag', '')}",
+                _reference(str(entry.get("repository", "")), str(entry.get("tag", ""))),
                 str(entry.get("state", "")),
                 f"{entry.get('age_seconds', 0.0):.0f}s",
                 str(entry.get("attempts", "")),
@@ -98,6 +98,11 @@ def change_table(answers: Sequence[AdminAnswer]) -> Table:
                 str(progress.get("step") or entry.get("failure", "")),
             )
     return table
+
+
+def _reference(repository: str, tag: str) -> str:
+    """As an image is named: what has no tag stands there by its digest."""
+    return f"{repository}{'@' if ':' in tag else ':'}{tag}"
 
 
 def rule_table(answers: Sequence[AdminAnswer]) -> Table:

@@ -51,7 +51,7 @@ def status(addresses: tuple[str, ...], as_json: bool) -> int:
 @_addresses
 @click.option("--remote", help="Only what goes to that remote.")
 @click.option("--repository", help="Only of that repository.")
-@click.option("--tag", help="Only that tag.")
+@click.option("--tag", help="Only that tag, or what has no tag by its digest.")
 @_json
 def retry(
     addresses: tuple[str, ...],
@@ -71,10 +71,10 @@ def retry(
 @_addresses
 @_json
 def sync(pattern: str, addresses: tuple[str, ...], as_json: bool) -> int:
-    """Queue every tag of the repositories that PATTERN and a rule match.
+    """Queue every tag, and every signature and the like, of the repositories that PATTERN and a rule match.
 
-    For rules and remotes that are new, and for a remote that has lost something: tags that it has already
-    cost one question each.
+    For rules and remotes that are new, and for a remote that has lost something: what it has already costs
+    one question each.
     """
     return _change(addresses, {"sync": pattern}, "syncing", as_json=as_json)
 

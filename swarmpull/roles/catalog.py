@@ -1,8 +1,9 @@
 """The durable state of repositories, as objects of a backend (`catalog_objects` has their keys).
 
 Every change is a sequence of single objects in an order in which each beginning of it is a
-readable state: what is pointed to is written before what points to it, and removed after it.  A change
-that was cut off is made whole by making it again.
+readable state: what is pointed to is written before what points to it, and removed after it, but for the
+names of referrers, which lead nowhere for a moment.  A change that was cut off is made whole by making it
+again.
 
 Any number of processes may share a backend.  Changes to one repository are in sequence within one
 process.  `catalog_tags` has what is done with tags.
@@ -19,6 +20,7 @@ import trio
 
 from swarmpull.digest import Digest
 from swarmpull.errors import (
+    BackendUnavailable,
     BlobNotFound,
     InvalidDigest,
     ManifestInvalid,
@@ -38,6 +40,7 @@ from swarmpull.roles.catalog_objects import (
     MANIFESTS,
     MARKERS,
     ManifestEntry,
+    all_referrers_prefix,
     annotation_bytes,
     blob_key,
     can_be_kept,
@@ -71,6 +74,7 @@ from swarmpull.wire.api import (
     Descriptor,
     ListReply,
     RecordManifestRequest,
+    TagChange,
     TagLogReply,
 )
 
@@ -237,11 +241,29 @@ class Catalog:
             # A few at a time: together they may be larger than what is kept of them.
             batch, pending = pending[:CONCURRENCY], pending[CONCURRENCY:]
             for descriptor in await _map(self._descriptor_or_none, batch):
-                # None: a delete that was cut off has left the name of a manifest that is gone.
+                # None: a put that was cut off has left the name of a manifest that never came, or a delete
+                # that of one that is gone.
                 if descriptor is not None:
                     room -= annotation_bytes(descriptor)
                     found.append(descriptor if room >= 0 else without_annotations(descriptor))
         return tuple(found)
+
+    async def referrers_to_send(self, repository: str, digest: Digest) -> tuple[Digest, ...]:
+        """As `list_referrers`; while the backend is down nothing, of a manifest that was put meanwhile.
+
+        What refers to that was put meanwhile, too, and watchers are told when the backend has it.
+        """
+        try:
+            found = await self.list_referrers(repository, digest)
+        except BackendUnavailable:
+            if self.pending.manifest(repository, digest) is None:
+                raise
+            return ()
+        return tuple(each.digest for each in found)
+
+    async def list_all_referrers(self, repository: str, after: str, limit: int) -> ListReply:
+        """Names of everything in a repository that refers to something; `digest_at_end` has the digest."""
+        return await self._names(all_referrers_prefix(repository), after, limit)
 
     # --- changing -----------------------------------------------------------------------------
 
@@ -269,11 +291,19 @@ class Catalog:
             levels = check_levels(request, await self._levels(repository, request.manifests))
             entry = pack_entry(ManifestEntry(request.manifest, request.subject, levels))
             await self._check_room_for_referrer(request)
+            change = self._change_of_referrer(request)
+            if change is not None:
+                for watcher in self.tags.watchers:
+                    await watcher.changing(repository, str(digest), change)
             await self._mark(repository)
-            await self._backend.put_bytes(manifest_key(repository, digest), entry)
             if request.subject is not None:
+                # Before the manifest: who finds that takes it that nothing is left to be done.
                 key = referrer_key(repository, request.subject, digest)
                 await self._backend.put_bytes(key, b"{}")
+            await self._backend.put_bytes(manifest_key(repository, digest), entry)
+            if change is not None:
+                for watcher in self.tags.watchers:
+                    await watcher.changed(repository, str(digest), change)
             if request.tag is not None:
                 await self.tags.put(
                     repository,
@@ -467,6 +497,13 @@ class Catalog:
         if self._records_deletions:
             key = deletion_key(repository, kind, digest)
             await self._backend.put_bytes(key, pack_deletion(time.time_ns()))
+
+    def _change_of_referrer(self, request: RecordManifestRequest) -> TagChange | None:
+        """What watchers are told of a manifest with a subject; None when it comes with a tag, or has none."""
+        if request.subject is None or request.tag is not None:
+            return None
+        stamp = TagLog().next_stamp(time.time_ns(), self.tags.source)
+        return TagChange(stamp, request.manifest.digest, request.by)
 
     async def _check_room_for_referrer(self, request: RecordManifestRequest) -> None:
         if request.subject is None:

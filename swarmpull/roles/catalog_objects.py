@@ -122,8 +122,12 @@ def deletion_key(repository: str, kind: str, digest: Digest) -> str:
     return f"repositories/{repository}/_deleted/{kind}/{digest.algorithm}/{digest.hex}"
 
 
+def all_referrers_prefix(repository: str) -> str:
+    return f"repositories/{repository}/_referrers/"
+
+
 def referrers_prefix(repository: str, subject: Digest) -> str:
-    return f"repositories/{repository}/_referrers/{subject.algorithm}/{subject.hex}/"
+    return f"{all_referrers_prefix(repository)}{subject.algorithm}/{subject.hex}/"
 
 
 def referrer_key(repository: str, subject: Digest, referrer: Digest) -> str:

@@ -48,6 +48,8 @@ MakeChange = Callable[[TagLog], Awaitable[TagChange | None]]
 class TagWatcher(Protocol):
     """Who is told of every change that makes a tag what it is, before it is acknowledged.
 
+    A manifest with a subject that is put without a tag is a change, too, with its digest in place of the tag.
+
     What either method raises is the answer to whoever asked for the change.
     """
 

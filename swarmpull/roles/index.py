@@ -389,7 +389,7 @@ async def _open_replicator(
             queue,
             Rules(config.replications),
             [Remote(each, pools.of(each.name)) for each in config.remotes if each.name in wanted],
-            TagCopier(OriginClient(RingClient(pool, origins))),
+            TagCopier(OriginClient(RingClient(pool, origins)), catalog.referrers_to_send),
             catalog,
             Standby(pool, peers, metrics),
             metrics,

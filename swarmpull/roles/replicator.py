@@ -19,27 +19,24 @@ import attrs
 import structlog
 import trio
 
+from swarmpull.digest import Digest
 from swarmpull.errors import (
     BackendUnavailable,
-    BlobNotFound,
-    DigestMismatch,
-    InvalidDigest,
-    ManifestInvalid,
-    PushRefused,
-    RepositoryUnmatched,
+    ManifestNotFound,
+    RepositoryNotFound,
     RpcFailed,
     RpcUnavailable,
     StoreFull,
     StoreUnavailable,
     SwarmpullError,
-    TagImmutable,
 )
 from swarmpull.patterns import compile_pattern, some_name_matches
 from swarmpull.registry.names import REPOSITORY_LENGTH_MAX
 from swarmpull.roles.catalog import Catalog
+from swarmpull.roles.catalog_objects import digest_at_end
 from swarmpull.roles.remotes import Remote, Rules
 from swarmpull.roles.standby import Standby
-from swarmpull.roles.tag_copy import Progress, TagCopier
+from swarmpull.roles.tag_copy import HOPELESS, Progress, TagCopier, is_digest
 from swarmpull.store.remote_queue import ChangeKey, RemoteChange, RemoteQueue
 from swarmpull.store.retry_schedule import Schedule
 from swarmpull.telemetry import Metrics
@@ -67,16 +64,6 @@ LOG_INTERVAL: Final = 600.0
 # Of one page of a listing, when everything is to be sent.
 PAGE: Final = 1000
 
-# What does not change by waiting: what is sent, or its repository there, has to be another one.
-_HOPELESS: Final = (
-    ManifestInvalid,
-    PushRefused,
-    RepositoryUnmatched,
-    DigestMismatch,
-    InvalidDigest,
-    BlobNotFound,
-    TagImmutable,
-)
 # What others that go to the same remote would meet, too.
 _OF_THE_REMOTE: Final = (RpcUnavailable, RpcFailed, BackendUnavailable)
 
@@ -144,7 +131,7 @@ class Replicator:
         if self._entries:
             log.info("replication_resumed", queued=len(self._entries))
 
-    # --- changes of tags ----------------------------------------------------------------------
+    # --- changes of tags, and manifests that refer to others ----------------------------------
 
     async def changing(self, repository: str, tag: str, change: api.TagChange) -> None:
         """Queue a change for each remote that a rule sends it to.
@@ -308,7 +295,7 @@ class Replicator:
     async def _attempt(self, entry: _Entry, lane: _Lane) -> None:
         change, tried = entry.change, entry.change.stamp
         try:
-            latest = (await self._catalog.tags.log(change.repository, change.tag)).latest
+            latest = await self._latest(change)
             known = None if latest is None else (latest.stamp.time, latest.stamp.source)
             if latest is not None and known is not None and known >= change.stamp:
                 tried = known
@@ -324,6 +311,17 @@ class Replicator:
         finally:
             self._wake.set()
 
+    async def _latest(self, change: RemoteChange) -> api.TagChange | None:
+        """What is to be sent; None when it never was anything here, or is a manifest that is not there."""
+        if not is_digest(change.tag):
+            return (await self._catalog.tags.log(change.repository, change.tag)).latest
+        try:
+            found = await self._catalog.resolve(change.repository, change.tag)
+        except (ManifestNotFound, RepositoryNotFound):
+            return None
+        # It cannot have become another one.
+        return api.TagChange(api.Stamp(change.time, change.source), found.digest)
+
     async def _copy(self, entry: _Entry, lane: _Lane, latest: api.TagChange) -> None:
         change, started_at = entry.change, trio.current_time()
         progress = entry.progress = Progress()
@@ -334,10 +332,13 @@ class Replicator:
         finally:
             entry.progress = None
             self._metrics.bytes.labels(lane.remote.name).inc(progress.bytes_sent)
+        for referrer in progress.refused:
+            # Alone it fails again, and is set aside with the reason.
+            await self._enter_referrer(change.repository, referrer, (lane.remote.name,))
         if is_new:
             self._metrics.copied.labels(lane.remote.name).inc()
             log.info(
-                "tag_replicated",
+                "referrer_replicated" if is_digest(change.tag) else "tag_replicated",
                 remote=lane.remote.name,
                 repository=change.repository,
                 tag=change.tag,
@@ -375,7 +376,7 @@ class Replicator:
             change, now = entry.change, trio.current_time()
             kind, reason = type(error).__name__, str(error)[:ERROR_TEXT_MAX]
             self._metrics.failures.labels(lane.remote.name, kind).inc()
-            is_hopeless = isinstance(error, _HOPELESS)
+            is_hopeless = isinstance(error, HOPELESS)
             # What is wrong with one tag says that the remote answers.
             lane.failure = "" if is_hopeless else reason
             attempts = change.attempts + 1
@@ -539,7 +540,10 @@ class Replicator:
         return True
 
     async def _sync(self, pattern: str) -> None:
-        """Queue every tag that a pattern and a rule match; the remotes know best what they lack."""
+        """Queue every tag that a pattern and a rule match, and what refers to something.
+
+        The remotes know best what they lack.
+        """
         matches = compile_pattern(pattern).fullmatch
         count = 0
         try:
@@ -556,10 +560,27 @@ class Replicator:
                     if latest is not None:
                         await self._enter(repository, tag, latest.stamp, remotes, 0.0)
                         count += 1
+                count += await self._sync_referrers(repository, remotes)
         except SwarmpullError as error:
             log.warning("replication_sync_failed", pattern=pattern, queued=count, reason=str(error))
             return
         log.info("replication_sync", pattern=pattern, queued=count)
+
+    async def _sync_referrers(self, repository: str, remotes: Iterable[str]) -> int:
+        async def list_names(after: str, limit: int) -> api.ListReply:
+            return await self._catalog.list_all_referrers(repository, after, limit)
+
+        count = 0
+        async for name in _pages(list_names):
+            await self._enter_referrer(repository, digest_at_end(name), remotes)
+            count += 1
+        return count
+
+    async def _enter_referrer(
+        self, repository: str, digest: Digest, remotes: Iterable[str]
+    ) -> None:
+        stamp = api.Stamp(time.time_ns(), self._catalog.tags.source)
+        await self._enter(repository, str(digest), stamp, remotes, 0.0)
 
 
 def _lane_to(remote: Remote) -> _Lane:

@@ -1,4 +1,5 @@
-"""How one tag gets to another cluster: its blobs, then its manifests from the leaves up, then the tag.
+"""How one tag gets to another cluster: its blobs, then its manifests from the leaves up, what refers to them
+(signatures, SBOMs), then the tag.
 
 What is there already is asked for first, so that only what is missing moves, and whoever does the same again
 after a crash goes on where the other one stopped.
@@ -6,7 +7,7 @@ after a crash goes on where the other one stopped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Final
 
 import attrs
@@ -14,7 +15,16 @@ import structlog
 import trio
 
 from swarmpull.digest import Digest
-from swarmpull.errors import ManifestInvalid, SwarmpullError
+from swarmpull.errors import (
+    BlobNotFound,
+    DigestMismatch,
+    InvalidDigest,
+    ManifestInvalid,
+    PushRefused,
+    RepositoryUnmatched,
+    SwarmpullError,
+    TagImmutable,
+)
 from swarmpull.registry.manifests import Manifest, parse_manifest, under_digest
 from swarmpull.roles.cluster import OriginClient
 from swarmpull.roles.remotes import Remote
@@ -28,7 +38,31 @@ BLOBS_AT_ONCE: Final = 8
 POLL: Final = 2.0
 # Lists within lists; no index takes deeper ones.
 DEPTH_MAX: Final = 16
-_ASKING: Final = "asking what the tag is there"
+_ASKING: Final = "asking what is there"
+# Manifests of one tag whose referrers are looked for; referrers of one tag; and how far they refer to one
+# another: the signature of an SBOM of an image is two.
+TREE_MAX: Final = 1000
+REFERRERS_MAX: Final = 256
+REFERRER_DEPTH_MAX: Final = 3
+
+# What does not change by waiting: what is sent, or its repository there, has to be another one.
+HOPELESS: Final = (
+    ManifestInvalid,
+    PushRefused,
+    RepositoryUnmatched,
+    DigestMismatch,
+    InvalidDigest,
+    BlobNotFound,
+    TagImmutable,
+)
+
+# The manifests of a repository whose subject is this one.
+ListReferrers = Callable[[str, Digest], Awaitable[tuple[Digest, ...]]]
+
+
+def is_digest(tag: str) -> bool:
+    """Whether what a change is of is not a tag but a manifest, by its digest."""
+    return ":" in tag
 
 
 @attrs.define(eq=False)
@@ -40,12 +74,14 @@ class Progress:
         blobs, blobs_done: that the other cluster lacked, and of these the ones that it has by now.
         bytes, bytes_sent: of those that are known so far, and what was sent of them.
         manifests_done: manifests that were put there.
+        refused: referrers that cannot be put there as they are.
     """
 
     step: str = _ASKING
     blobs: int = 0
     blobs_done: int = 0
     manifests_done: int = 0
+    refused: list[Digest] = attrs.Factory(list)
     _lengths: dict[Digest, int] = attrs.Factory(dict)
     _sent: dict[Digest, int] = attrs.Factory(dict)
 
@@ -79,20 +115,31 @@ class Progress:
 
 
 class TagCopier:
-    """Copies tags to other clusters; ``origins`` are those of our own."""
+    """Copies tags, and what refers to their manifests, to other clusters.
 
-    def __init__(self, origins: OriginClient) -> None:
+    ``origins`` are those of our own, and so is what ``list_referrers`` lists.
+    """
+
+    def __init__(self, origins: OriginClient, list_referrers: ListReferrers) -> None:
         self._origins = origins
+        self._list_referrers = list_referrers
 
     async def copy(
         self, remote: Remote, repository: str, tag: str, change: api.TagChange, progress: Progress
     ) -> bool:
         """Let a tag be there what it is here by ``change``; False if nothing was to be done.
 
+        In place of a tag it may be the digest of a manifest, which has to be there then.
+
         Raises:
             SwarmpullError: why it is not; what has arrived there stays.
         """
         progress.step = _ASKING
+        if change.digest is not None and is_digest(tag):
+            if not await remote.missing(repository, (), (change.digest,)):
+                return False
+            await self._bring(remote, repository, change.digest, progress, {})
+            return True
         there = await remote.latest(repository, tag)
         if there is not None and _order(there.stamp) >= _order(change.stamp):
             return False
@@ -100,7 +147,12 @@ class TagCopier:
             progress.step = "deleting the tag"
             await remote.delete_tag(repository, tag, change)
             return True
-        manifest = await self._bring_what_it_needs(remote, repository, change.digest, progress)
+        below: dict[Digest, tuple[Digest, ...]] = {}
+        manifest = await self._bring_what_it_needs(
+            remote, repository, change.digest, progress, below
+        )
+        # Before the tag: who verifies what he pulls by it finds the signatures.
+        await self._bring_referrers(remote, repository, change.digest, progress, below)
         progress.step = "putting the tag"
         await remote.put_manifest(repository, tag, manifest.media_type, manifest.content, change)
         progress.manifests_done += 1
@@ -112,27 +164,130 @@ class TagCopier:
         repository: str,
         digest: Digest,
         progress: Progress,
+        below: dict[Digest, tuple[Digest, ...]],
         above: tuple[Digest, ...] = (),
     ) -> Manifest:
-        """Have all there that a manifest refers to; the manifest, which is still to be put."""
+        """Have all there that a manifest refers to; the manifest, which is still to be put.
+
+        ``below`` gets what each manifest that was read leads to.
+        """
         if len(above) >= DEPTH_MAX or digest in above:
             reason = f"manifest {digest} is nested more than {DEPTH_MAX} deep, or in itself"
             raise ManifestInvalid(reason)
         progress.step = f"reading manifest {digest}"
-        content = await self._origins.read_manifest(digest, repository)
-        parsed = await trio.to_thread.run_sync(parse_manifest, content, "")
-        manifest = under_digest(parsed, digest)
+        manifest = await self._read(repository, digest)
+        below[digest] = manifest.manifests
         missing = await remote.missing(repository, manifest.blobs, manifest.manifests)
         await self._hand_over(remote, repository, missing & set(manifest.blobs), progress)
         for child in manifest.manifests:
             if child in missing:
-                found = await self._bring_what_it_needs(
-                    remote, repository, child, progress, (*above, digest)
-                )
-                progress.step = f"putting manifest {child}"
-                await remote.put_manifest(repository, str(child), found.media_type, found.content)
-                progress.manifests_done += 1
+                await self._bring(remote, repository, child, progress, below, (*above, digest))
         return manifest
+
+    async def _bring(
+        self,
+        remote: Remote,
+        repository: str,
+        digest: Digest,
+        progress: Progress,
+        below: dict[Digest, tuple[Digest, ...]],
+        above: tuple[Digest, ...] = (),
+    ) -> None:
+        """Have a manifest there, with all that it refers to."""
+        found = await self._bring_what_it_needs(remote, repository, digest, progress, below, above)
+        progress.step = f"putting manifest {digest}"
+        await remote.put_manifest(repository, str(digest), found.media_type, found.content)
+        progress.manifests_done += 1
+
+    async def _read(self, repository: str, digest: Digest) -> Manifest:
+        content = await self._origins.read_manifest(digest, repository)
+        parsed = await trio.to_thread.run_sync(parse_manifest, content, "")
+        return under_digest(parsed, digest)
+
+    # --- referrers ----------------------------------------------------------------------------
+
+    async def _bring_referrers(
+        self,
+        remote: Remote,
+        repository: str,
+        root: Digest,
+        progress: Progress,
+        below: dict[Digest, tuple[Digest, ...]],
+    ) -> None:
+        """Have there what refers to the manifests below ``root``, and what refers to that."""
+        progress.step = "looking for referrers"
+        subjects = await self._tree(repository, root, below)
+        known, room = set(subjects), REFERRERS_MAX
+        for depth in range(REFERRER_DEPTH_MAX + 1):
+            found = await self._referrers(repository, subjects, known)
+            fitting = found[: room if depth < REFERRER_DEPTH_MAX else 0]
+            if len(fitting) < len(found):
+                log.warning(
+                    "referrers_left_out",
+                    remote=remote.name,
+                    repository=repository,
+                    digest=str(root),
+                    left_out=len(found) - len(fitting),
+                    referrers_max=REFERRERS_MAX,
+                    depth_max=REFERRER_DEPTH_MAX,
+                    remedy=f"swarmpull replication sync {repository}",
+                )
+            if not fitting:
+                return
+            room -= len(fitting)
+            known.update(fitting)
+            missing = await remote.missing(repository, (), tuple(fitting))
+            for referrer in fitting:
+                if referrer in missing:
+                    await self._bring_referrer(remote, repository, referrer, progress)
+            subjects = fitting
+
+    async def _bring_referrer(
+        self, remote: Remote, repository: str, digest: Digest, progress: Progress
+    ) -> None:
+        """One that can never be put there, which its own entry will say, does not hold up the image."""
+        try:
+            await self._bring(remote, repository, digest, progress, {})
+        except HOPELESS:
+            progress.refused.append(digest)
+
+    async def _referrers(
+        self, repository: str, subjects: Iterable[Digest], known: set[Digest]
+    ) -> list[Digest]:
+        """What refers to any of these manifests, each once, without what is known."""
+        found: dict[Digest, None] = {}
+        for subject in subjects:
+            found.update(dict.fromkeys(await self._list_referrers(repository, subject)))
+        return [each for each in found if each not in known]
+
+    async def _tree(
+        self, repository: str, root: Digest, below: dict[Digest, tuple[Digest, ...]]
+    ) -> list[Digest]:
+        """The manifests that one leads to, with itself first; those not in ``below`` are read."""
+        tree, following = {root: None}, [root]
+        while following:
+            digest = following.pop()
+            try:
+                children = below.get(digest)
+                if children is None:
+                    children = (await self._read(repository, digest)).manifests
+            except HOPELESS as error:
+                # The other cluster has it, or it would have been read before.
+                log.info("manifest_not_read", digest=str(digest), reason=str(error))
+                continue
+            new = [each for each in dict.fromkeys(children) if each not in tree]
+            if len(tree) + len(new) > TREE_MAX:
+                log.warning(
+                    "referrers_left_out",
+                    repository=repository,
+                    digest=str(root),
+                    manifests_max=TREE_MAX,
+                    remedy=f"swarmpull replication sync {repository}",
+                )
+                new = new[: TREE_MAX - len(tree)]
+            tree.update(dict.fromkeys(new))
+            following += new
+        return list(tree)
 
     # --- blobs --------------------------------------------------------------------------------
 

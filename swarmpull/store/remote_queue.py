@@ -31,7 +31,8 @@ class RemoteChange:
 
     Attributes:
         remote: the other cluster, by the name that the configuration gives it.
-        repository, tag: what has changed.
+        repository, tag: what has changed; the digest of a manifest that refers to another one, if it has
+            no tag.
         time, source: the stamp of the last change that it is known of, time in ns.
         enqueued_at: when the first change that the remote does not have was made.
         standby: another index has it, too, and sees to it as long as it is there.

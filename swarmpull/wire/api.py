@@ -702,7 +702,10 @@ class ListReply:
 
 @attrs.frozen
 class ChangeForRemote:
-    """A tag that has changed, and a remote cluster that is to know; ``stamp`` is that of the change."""
+    """A tag that has changed, and a remote cluster that is to know; ``stamp`` is that of the change.
+
+    ``tag`` may be the digest of a manifest that refers to another one, and has no tag.
+    """
 
     remote: str
     repository: str

@@ -19,6 +19,7 @@ from tests.ports import ClusterPorts, PortAllocator
 from . import web
 from .conftest import new_directory, started
 from .program import Cluster, Program, options, run_to_the_end
+from .test_artifacts import SIGNATURE, attach, referrers
 from .waiting import wait_until
 
 MIB: Final = 1 << 20
@@ -199,6 +200,30 @@ def test_crossing_changes_end_up_the_same_and_nothing_goes_round(pair: Pair) -> 
     for side in sides:
         side.wait_until_idle()
     assert [side.copied() for side in sides] == [before[0] + 1, before[1]]
+
+
+def test_signatures_without_tags_follow_their_image_either_way_and_do_not_go_round(
+    pair: Pair,
+) -> None:
+    sides = (pair.east, pair.west)
+    digest = pair.east.push("both/signed", "v1", b"to be signed")
+    pair.west.wait_for("both/signed", "v1", digest)
+    image = web.get_manifest(pair.east.registry, "both/signed", "v1").body
+    for side in sides:
+        side.wait_until_idle()
+    before = [side.copied() for side in sides]
+
+    for number, side in enumerate(sides):
+        attach(side.registry, "both/signed", image, SIGNATURE, f"signed by {number}")
+
+    def listed(side: Side) -> list[dict[str, Any]]:
+        return referrers(side.registry, "both/signed", digest).json()["manifests"]
+
+    for side in sides:
+        wait_until(lambda side=side: len(listed(side)) == 2, "both are there", timeout=PATIENCE)
+        side.wait_until_idle()
+    assert listed(pair.east) == listed(pair.west)
+    assert [side.copied() for side in sides] == [count + 1 for count in before]
 
 
 def test_a_remote_that_is_down_is_told_when_it_is_back_and_status_says_why(pair: Pair) -> None:

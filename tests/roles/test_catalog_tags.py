@@ -29,6 +29,7 @@ from swarmpull.store.backends import Backend, open_backend
 from swarmpull.wire.api import (
     DeleteTagRequest,
     Descriptor,
+    PendingChange,
     RecordManifestRequest,
     Stamp,
     TagChange,
@@ -349,6 +350,51 @@ async def test_a_change_that_a_watcher_refuses_is_not_made(catalog):
         await catalog.record_manifest(put(1))
 
     assert await tags(catalog) == ()
+
+
+async def test_watchers_know_of_a_manifest_that_refers_to_another_one_and_has_no_tag(catalog):
+    told = []
+
+    class Looking:
+        """Says no to the first one."""
+
+        async def changing(self, repository: str, tag: str, change: TagChange) -> None:
+            with pytest.raises((ManifestNotFound, RepositoryNotFound)):
+                await catalog.resolve(repository, tag)
+            told.append(("changing", tag, change.digest, change.by))
+            if len(told) == 1:
+                raise PushRefused("not now")
+
+        async def changed(self, repository: str, tag: str, change: TagChange) -> None:
+            referrers = await catalog.list_referrers(repository, digest(9))
+            assert change.digest in [each.digest for each in referrers]
+            told.append(("changed", tag, change.digest, change.by))
+
+    catalog.tags.watchers.append(Looking())
+    signature = attrs.evolve(put(1, by="alice", subject=digest(9)), tag=None)
+    with pytest.raises(PushRefused, match="not now"):
+        await catalog.record_manifest(signature)
+    assert await catalog.list_referrers("app", digest(9)) == ()
+    await catalog.record_manifest(signature)
+    # Neither does this one refer to anything.
+    await catalog.record_manifest(attrs.evolve(put(2), tag=None))
+
+    expected = (str(digest(1)), digest(1), "alice")
+    assert told == [(when, *expected) for when in ("changing", "changing", "changed")]
+
+
+async def test_what_refers_to_a_manifest_that_waits_for_the_backend_waits_too(catalog, monkeypatch):
+    await catalog.record_manifest(attrs.evolve(put(1, subject=digest(9)), tag=None))
+    assert await catalog.referrers_to_send("app", digest(9)) == (digest(1),)
+
+    async def is_down(prefix: str, **_: object) -> object:
+        raise BackendUnavailable("backend", prefix, "down")
+
+    monkeypatch.setattr(catalog._backend, "list", is_down)
+    with pytest.raises(BackendUnavailable):
+        await catalog.referrers_to_send("app", digest(9))
+    catalog.pending.add(PendingChange(manifest=put(9, stamp=Stamp(1, "x")), at=1))
+    assert await catalog.referrers_to_send("app", digest(9)) == ()
 
 
 async def test_a_tag_that_others_make_and_delete_for_ever_is_given_up(catalog, monkeypatch):
