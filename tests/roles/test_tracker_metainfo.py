@@ -23,6 +23,7 @@ from swarmpull.errors import (
 from swarmpull.roles.hash_log import HashLog
 from swarmpull.roles.tracker import Tracker
 from swarmpull.roles.tracker_metainfo import MetainfoLimits, MetainfoSource, TtlCache
+from swarmpull.swarm.claims import Claims
 from swarmpull.swarm.handout import HandoutLimits, PeerTable
 from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN, BlobShape, GrowingMetainfo, Metainfo
 from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
@@ -319,7 +320,7 @@ async def tracker(origins, nursery) -> Tracker:
         limits=MetainfoLimits(),
         metrics=metrics,
     )
-    return Tracker(table, source, metrics)
+    return Tracker(table, Claims(100), source, metrics)
 
 
 def leeching(number: int, *, want_metainfo: bool = False) -> api.AnnounceRequest:
