@@ -29,11 +29,13 @@ from .scenario import PLURALS, S3, Scenario
 from .sockets import run_inside
 from .tls import Certificates
 
+# Not the usual ones: on loopback, where every host is an address, a program that listens on all addresses at
+# the same port would be in the way, such as the cluster of the examples that another test starts.
 PORTS: Final = {
-    "tracker": {"rpc": 7300, "admin": 7530},
-    "index": {"rpc": 7400, "admin": 7540, "api": 7450},
-    "origin": {"registry": 5100, "rpc": 7200, "peer": 7201, "admin": 7520},
-    "agent": {"registry": 5000, "peer": 7100, "admin": 7500},
+    "tracker": {"rpc": 17300, "admin": 17530},
+    "index": {"rpc": 17400, "admin": 17540, "api": 17450},
+    "origin": {"registry": 15100, "rpc": 17200, "peer": 17201, "admin": 17520},
+    "agent": {"registry": 15000, "peer": 17100, "admin": 17500},
 }
 S3_PORT_FIRST: Final = 8400
 # Agents that take pushes, too; the others answer without asking an index about each blob.
