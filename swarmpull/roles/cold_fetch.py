@@ -94,14 +94,14 @@ class Quarantine:
         if not place.is_foreign:
             remedy = f"a push replaces it, and {remedy}"
         reason = f"the object is corrupt, {what}: {remedy}"
-        self._places[place] = ObjectCorrupt(place.name, place.key, reason)
-        return ObjectCorrupt(place.name, place.key, reason)
+        error = self._places[place] = ObjectCorrupt(place.name, place.key, reason)
+        # An exception collects the traceback of whoever raises it: each raises its own.
+        return copy.copy(error)
 
     def check(self, place: BlobPlace) -> None:
         """Raise ObjectCorrupt if the object is something else, as far as is known."""
         error = self._places.get(place)
         if error is not None:
-            # An exception collects the traceback of whoever raises it: each call raises its own.
             raise copy.copy(error)
 
     def release(self, place: BlobPlace) -> None:
