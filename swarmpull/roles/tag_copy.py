@@ -114,6 +114,15 @@ class Progress:
         }
 
 
+@attrs.frozen(eq=False)
+class _Copy:
+    """One copy under way: to whom, of which repository, and how far it is."""
+
+    remote: Remote
+    repository: str
+    progress: Progress
+
+
 class TagCopier:
     """Copies tags, and what refers to their manifests, to other clusters.
 
@@ -134,11 +143,12 @@ class TagCopier:
         Raises:
             SwarmpullError: why it is not; what has arrived there stays.
         """
+        job = _Copy(remote, repository, progress)
         progress.step = _ASKING
         if change.digest is not None and is_digest(tag):
             if not await remote.missing(repository, (), (change.digest,)):
                 return False
-            await self._bring(remote, repository, change.digest, progress, {})
+            await self._bring(job, change.digest, {})
             return True
         there = await remote.latest(repository, tag)
         if there is not None and _order(there.stamp) >= _order(change.stamp):
@@ -148,11 +158,9 @@ class TagCopier:
             await remote.delete_tag(repository, tag, change)
             return True
         below: dict[Digest, tuple[Digest, ...]] = {}
-        manifest = await self._bring_what_it_needs(
-            remote, repository, change.digest, progress, below
-        )
+        manifest = await self._bring_what_it_needs(job, change.digest, below)
         # Before the tag: who verifies what he pulls by it finds the signatures.
-        await self._bring_referrers(remote, repository, change.digest, progress, below)
+        await self._bring_referrers(job, change.digest, below)
         progress.step = "putting the tag"
         await remote.put_manifest(repository, tag, manifest.media_type, manifest.content, change)
         progress.manifests_done += 1
@@ -160,10 +168,8 @@ class TagCopier:
 
     async def _bring_what_it_needs(
         self,
-        remote: Remote,
-        repository: str,
+        job: _Copy,
         digest: Digest,
-        progress: Progress,
         below: dict[Digest, tuple[Digest, ...]],
         above: tuple[Digest, ...] = (),
     ) -> Manifest:
@@ -174,30 +180,28 @@ class TagCopier:
         if len(above) >= DEPTH_MAX or digest in above:
             reason = f"manifest {digest} is nested more than {DEPTH_MAX} deep, or in itself"
             raise ManifestInvalid(reason)
-        progress.step = f"reading manifest {digest}"
-        manifest = await self._read(repository, digest)
+        job.progress.step = f"reading manifest {digest}"
+        manifest = await self._read(job.repository, digest)
         below[digest] = manifest.manifests
-        missing = await remote.missing(repository, manifest.blobs, manifest.manifests)
-        await self._hand_over(remote, repository, missing & set(manifest.blobs), progress)
+        missing = await job.remote.missing(job.repository, manifest.blobs, manifest.manifests)
+        await self._hand_over(job, missing & set(manifest.blobs))
         for child in manifest.manifests:
             if child in missing:
-                await self._bring(remote, repository, child, progress, below, (*above, digest))
+                await self._bring(job, child, below, (*above, digest))
         return manifest
 
     async def _bring(
         self,
-        remote: Remote,
-        repository: str,
+        job: _Copy,
         digest: Digest,
-        progress: Progress,
         below: dict[Digest, tuple[Digest, ...]],
         above: tuple[Digest, ...] = (),
     ) -> None:
         """Have a manifest there, with all that it refers to."""
-        found = await self._bring_what_it_needs(remote, repository, digest, progress, below, above)
-        progress.step = f"putting manifest {digest}"
-        await remote.put_manifest(repository, str(digest), found.media_type, found.content)
-        progress.manifests_done += 1
+        found = await self._bring_what_it_needs(job, digest, below, above)
+        job.progress.step = f"putting manifest {digest}"
+        await job.remote.put_manifest(job.repository, str(digest), found.media_type, found.content)
+        job.progress.manifests_done += 1
 
     async def _read(self, repository: str, digest: Digest) -> Manifest:
         content = await self._origins.read_manifest(digest, repository)
@@ -207,49 +211,42 @@ class TagCopier:
     # --- referrers ----------------------------------------------------------------------------
 
     async def _bring_referrers(
-        self,
-        remote: Remote,
-        repository: str,
-        root: Digest,
-        progress: Progress,
-        below: dict[Digest, tuple[Digest, ...]],
+        self, job: _Copy, root: Digest, below: dict[Digest, tuple[Digest, ...]]
     ) -> None:
         """Have there what refers to the manifests below ``root``, and what refers to that."""
-        progress.step = "looking for referrers"
-        subjects = await self._tree(repository, root, below)
+        job.progress.step = "looking for referrers"
+        subjects = await self._tree(job.repository, root, below)
         known, room = set(subjects), REFERRERS_MAX
         for depth in range(REFERRER_DEPTH_MAX + 1):
-            found = await self._referrers(repository, subjects, known)
+            found = await self._referrers(job.repository, subjects, known)
             fitting = found[: room if depth < REFERRER_DEPTH_MAX else 0]
             if len(fitting) < len(found):
                 log.warning(
                     "referrers_left_out",
-                    remote=remote.name,
-                    repository=repository,
+                    remote=job.remote.name,
+                    repository=job.repository,
                     digest=str(root),
                     left_out=len(found) - len(fitting),
                     referrers_max=REFERRERS_MAX,
                     depth_max=REFERRER_DEPTH_MAX,
-                    remedy=f"swarmpull replication sync {repository}",
+                    remedy=f"swarmpull replication sync {job.repository}",
                 )
             if not fitting:
                 return
             room -= len(fitting)
             known.update(fitting)
-            missing = await remote.missing(repository, (), tuple(fitting))
+            missing = await job.remote.missing(job.repository, (), tuple(fitting))
             for referrer in fitting:
                 if referrer in missing:
-                    await self._bring_referrer(remote, repository, referrer, progress)
+                    await self._bring_referrer(job, referrer)
             subjects = fitting
 
-    async def _bring_referrer(
-        self, remote: Remote, repository: str, digest: Digest, progress: Progress
-    ) -> None:
+    async def _bring_referrer(self, job: _Copy, digest: Digest) -> None:
         """One that can never be put there, which its own entry will say, does not hold up the image."""
         try:
-            await self._bring(remote, repository, digest, progress, {})
+            await self._bring(job, digest, {})
         except HOPELESS:
-            progress.refused.append(digest)
+            job.progress.refused.append(digest)
 
     async def _referrers(
         self, repository: str, subjects: Iterable[Digest], known: set[Digest]
@@ -291,12 +288,10 @@ class TagCopier:
 
     # --- blobs --------------------------------------------------------------------------------
 
-    async def _hand_over(
-        self, remote: Remote, repository: str, blobs: Iterable[Digest], progress: Progress
-    ) -> None:
+    async def _hand_over(self, job: _Copy, blobs: Iterable[Digest]) -> None:
         """Return when the other cluster has all of these; the first error ends it."""
         pending = sorted(blobs, key=str)
-        progress.blobs += len(pending)
+        job.progress.blobs += len(pending)
         failure: SwarmpullError | None = None
 
         async def work() -> None:
@@ -304,31 +299,29 @@ class TagCopier:
             while pending:
                 digest = pending.pop()
                 try:
-                    await self._hand_over_one(remote, repository, digest, progress)
+                    await self._hand_over_one(job, digest)
                 except SwarmpullError as error:
                     # Raised below: out of the nursery it would come wrapped in a group.
                     failure = failure or error
                     nursery.cancel_scope.cancel()
                     return
-                progress.blobs_done += 1
+                job.progress.blobs_done += 1
 
-        progress.step = "handing blobs over"
+        job.progress.step = "handing blobs over"
         async with trio.open_nursery() as nursery:
             for _ in range(min(BLOBS_AT_ONCE, len(pending))):
                 nursery.start_soon(work)
         if failure is not None:
             raise failure
 
-    async def _hand_over_one(
-        self, remote: Remote, repository: str, digest: Digest, progress: Progress
-    ) -> None:
+    async def _hand_over_one(self, job: _Copy, digest: Digest) -> None:
         while True:
-            owners = await remote.owners(digest)
+            owners = await job.remote.owners(digest)
             request = api.HandOverRequest(
-                digest, repository, remote.name, owners, remote.rate, POLL
+                digest, job.repository, job.remote.name, owners, job.remote.rate, POLL
             )
             reply = await self._origins.hand_over(request)
-            progress.moved(digest, reply)
+            job.progress.moved(digest, reply)
             if reply.done:
                 return
 
