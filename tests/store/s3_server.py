@@ -56,6 +56,11 @@ class S3Server:
         result = self.admin._list_multipart_uploads(BUCKET)
         return [upload.object_name for upload in result.uploads]
 
+    def abort_uploads(self) -> None:
+        """Forget what a test has left, so that the next one begins with nothing."""
+        for upload in self.admin._list_multipart_uploads(BUCKET).uploads:
+            self.admin._abort_multipart_upload(BUCKET, upload.object_name, upload.upload_id)
+
 
 @contextlib.contextmanager
 def credentials(access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY) -> Iterator[None]:

@@ -99,12 +99,15 @@ def s3_harness(request: pytest.FixtureRequest, *, kind: str) -> Harness:
         finally:
             relay.refusing = False
 
+    def leftovers() -> list[str]:
+        found = server.uploads()
+        server.abort_uploads()
+        return found
+
     # What was cancelled is tidied up however slow this machine is just now.
     request.getfixturevalue("monkeypatch").setattr(s3, "GRACE", 60.0)
     url = f"s3://{BUCKET}?{options}"
-    return Harness(
-        lambda: open_backend(url), failing, server.uploads, nested=server.kind != "minio"
-    )
+    return Harness(lambda: open_backend(url), failing, leftovers, nested=server.kind != "minio")
 
 
 @pytest.fixture

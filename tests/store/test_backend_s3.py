@@ -21,7 +21,7 @@ import trio.testing
 
 from swarmpull.errors import BackendUnavailable, ObjectNotFound, ObjectReplaced, StartupError
 from swarmpull.store.backends import S3Backend, open_backend, s3
-from swarmpull.store.backends.s3_client import multipart_etag
+from swarmpull.store.backends.s3_client import Call, _Watched, multipart_etag
 from swarmpull.store.s3_location import parse_location
 
 from .s3_proxy import Fault, FaultyProxy
@@ -695,8 +695,42 @@ async def test_an_upload_to_a_silent_server_can_be_cancelled_and_leaves_nothing(
     await wait_until_no_thread_is_used(backend)
     if silent == "uploads":
         # The answer with the id was lost: the lifecycle rule is for such uploads.
-        for upload in s3_server.admin._list_multipart_uploads(BUCKET).uploads:
-            s3_server.admin._abort_multipart_upload(BUCKET, upload.object_name, upload.upload_id)
+        s3_server.abort_uploads()
+
+
+async def test_an_upload_that_is_cancelled_before_its_thread_knows_it_was_sent_leaves_nothing(
+    backend, proxy, big_file, s3_server, monkeypatch
+) -> None:
+    """The server has begun it, and the thread that asked has not run since it sent the last byte."""
+    cancelled = threading.Event()
+    cancel, getresponse = Call.cancel, _Watched.getresponse
+
+    def cancel_and_tell(call: Call, **how: bool) -> bool:
+        try:
+            return cancel(call, **how)
+        finally:
+            cancelled.set()
+
+    def getresponse_late(connection: _Watched) -> object:
+        if not cancelled.is_set():
+            assert cancelled.wait(10)
+        return getresponse(connection)
+
+    monkeypatch.setattr(s3, "GRACE", 60.0)
+    monkeypatch.setattr(Call, "cancel", cancel_and_tell)
+    monkeypatch.setattr(_Watched, "getresponse", getresponse_late)
+
+    def begun() -> bool:
+        return any(seen.method == "POST" and seen.answered for seen in proxy.seen)
+
+    with trio.fail_after(PROMPTLY), trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(cancel_when, begun, scope)
+            await backend.put_file("a", big_file)
+
+    assert scope.cancelled_caught
+    assert proxy.count("DELETE", "uploadId") == 1
+    assert s3_server.uploads() == []
 
 
 async def test_parts_in_memory_are_bounded_over_all_uploads(

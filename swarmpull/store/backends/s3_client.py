@@ -177,7 +177,7 @@ class Call:
             self.ended()
 
     def mark_sent(self) -> None:
-        """The whole request is under way, and the server may carry it out."""
+        """The last bytes of the request are going out, and the server may carry it out."""
         with self._lock:
             self._sent = True
 
@@ -220,7 +220,9 @@ def _call() -> Call:
 
 
 class _Watched(HTTPConnection):
-    """A connection that tells the call of its thread which socket to shut down."""
+    """A connection that tells the call of its thread which socket to shut down, and when it is too late."""
+
+    _sends = 0
 
     def __str__(self) -> str:
         return f"{self.host}:{self.port}"  # urllib3 begins its messages with it
@@ -247,17 +249,25 @@ class _Watched(HTTPConnection):
             _call().use(self.sock)  # used before, or wrapped for TLS since it was opened
         super().putrequest(method, url, skip_host, skip_accept_encoding)
 
+    def request(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401 - those of urllib3
+        # The head is one, the body, which urllib3 gives by its name, another.
+        self._sends = 2 if options.get("body") else 1
+        super().request(*arguments, **options)
+
     def send(self, data: Any) -> None:  # noqa: ANN401 - http.client has no name for it
-        if not isinstance(data, bytes) or len(data) <= SEND_BYTES or self.sock is None:
-            super().send(data)
-            return
-        self.sock.settimeout(_call().patience)
+        self._sends -= 1
         view = memoryview(data)
-        for start in range(0, len(view), SEND_BYTES):
-            super().send(view[start : start + SEND_BYTES])
+        if len(view) > SEND_BYTES and self.sock is not None:
+            self.sock.settimeout(_call().patience)
+        while len(view) > SEND_BYTES:
+            super().send(view[:SEND_BYTES])
+            view = view[SEND_BYTES:]
+        if self._sends <= 0:
+            # Before, not after: the server may have all of it before this thread runs again.
+            _call().mark_sent()
+        super().send(view)
 
     def getresponse(self) -> HTTPResponse:  # type: ignore[override]
-        _call().mark_sent()
         response = super().getresponse()
         _call().status = response.status
         return response
