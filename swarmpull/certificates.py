@@ -1,6 +1,7 @@
 """A certificate authority in a directory, for one cluster: the only module that knows cryptography.
 
-Running roles do not need it: they read certificates with OpenSSL.  Keys are ECDSA over P-256, which every
+Running roles need it for lists of revoked certificates only, which Python's ``ssl`` hands to OpenSSL and
+shows to nobody: they read certificates with OpenSSL.  Keys are ECDSA over P-256, which every
 OpenSSL knows and which signs some ten times faster than RSA: peers connect often.
 """
 
@@ -9,14 +10,17 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import ipaddress
+import math
 import os
+import re
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import attrs
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -28,6 +32,7 @@ CA_DAYS: Final = 3650
 CERTIFICATE_DAYS: Final = 365
 # Certificates count from a little before they were made: the clocks of hosts differ.
 BACKDATED: Final = dt.timedelta(minutes=10)
+_LIST: Final = re.compile(rb"-----BEGIN X509 CRL-----.+?-----END X509 CRL-----", re.DOTALL)
 
 
 @attrs.frozen
@@ -36,6 +41,20 @@ class Written:
 
     certificate: Path
     key: Path
+
+
+@attrs.frozen
+class Revocations:
+    """What lists of revoked certificates say.
+
+    Attributes:
+        serials: of the certificates that do not count any more, by the certificate, in DER, of the authority
+            that issued them.
+        due_at: when the first of the lists should have been replaced, in seconds since 1970.
+    """
+
+    serials: Mapping[bytes, frozenset[int]]
+    due_at: float
 
 
 @attrs.frozen
@@ -130,6 +149,155 @@ def issue(
         )
     )
     return _write(directory, name, builder.sign(authority.key, hashes.SHA256()), key, force=force)
+
+
+# --- revocation -----------------------------------------------------------------------------------
+
+
+def revoke(directory: Path, names: Iterable[str], serials: Iterable[str] = ()) -> Path:
+    """Add certificates to ``ca.crl``, the list of what the authority of ``directory`` takes back.
+
+    Args:
+        directory: with ca.crt and ca.key.
+        names: of holders, whose NAME.crt is in the directory, or paths of certificates.
+        serials: serial numbers, in hexadecimal, of certificates whose files are gone.
+
+    Raises:
+        CertificateError: there is no authority, or what is named is no certificate of it.
+        OSError: the list cannot be written.
+    """
+    authority = _authority_of(directory)
+    revoked = [_serial_of(authority, directory, name) for name in names]
+    revoked += map(_serial_number, serials)
+    if not revoked:
+        raise CertificateError("name what is to be revoked, or its --serial")
+    path = directory / "ca.crl"
+    now = _now()
+    builder = (
+        x509.CertificateRevocationListBuilder()
+        .issuer_name(authority.certificate.subject)
+        .last_update(now - BACKDATED)
+        # Nobody makes it anew on schedule; it counts for as long as what it takes back could.
+        .next_update(authority.certificate.not_valid_after_utc)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key()),
+            critical=False,
+        )
+    )
+    before = list(_revoked_before(authority, path))
+    listed = {entry.serial_number for entry in before}
+    new = [
+        x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(now).build()
+        for serial in dict.fromkeys(revoked)
+        if serial not in listed
+    ]
+    for entry in (*before, *new):
+        builder = builder.add_revoked_certificate(entry)
+    signed = builder.sign(authority.key, hashes.SHA256())
+    _put(path, signed.public_bytes(serialization.Encoding.PEM), 0o644, replace=True)
+    return path
+
+
+def _revoked_before(authority: _Authority, path: Path) -> Iterator[x509.RevokedCertificate]:
+    """The entries of the list that is there.  Raises CertificateError."""
+    try:
+        there = x509.load_pem_x509_crl(path.read_bytes())
+    except FileNotFoundError:
+        return
+    except ValueError as error:
+        raise CertificateError(f"{path} is no list of revoked certificates: {error}") from error
+    if not there.is_signature_valid(authority.key.public_key()):
+        raise CertificateError(f"{path} was not signed by this authority: move it away")
+    yield from there
+
+
+def _serial_of(authority: _Authority, directory: Path, name: str) -> int:
+    path = directory / f"{name}.crt"
+    if not path.exists():
+        path = Path(name)
+    try:
+        certificate = x509.load_pem_x509_certificate(path.read_bytes())
+        certificate.verify_directly_issued_by(authority.certificate)
+    except OSError as error:
+        raise CertificateError(
+            f"there is neither {directory / name}.crt nor {path} to be read ({error.strerror}): "
+            "name a certificate, or its number with --serial"
+        ) from error
+    except (ValueError, TypeError, InvalidSignature) as error:
+        raise CertificateError(f"{path} was not issued by this authority") from error
+    if certificate == authority.certificate:
+        raise CertificateError("an authority cannot take itself back: take it out of tls.ca")
+    return certificate.serial_number
+
+
+def _serial_number(text: str) -> int:
+    """Of hexadecimal as openssl shows it, with colons or without."""
+    try:
+        number = int(text.replace(":", ""), 16)
+    except ValueError as error:
+        raise CertificateError(f"{text!r} is not a serial number in hexadecimal") from error
+    # RFC 5280, section 4.1.2.2.
+    if not 0 < number < 1 << 160:
+        raise CertificateError(f"{text} is not a serial number: they have up to 20 bytes")
+    return number
+
+
+def read_revocations(
+    path: str, authorities: Iterable[bytes], *, others: bool = False
+) -> Revocations:
+    """Read lists of revoked certificates; blocking.
+
+    Args:
+        path: a file with one list or more, in PEM.
+        authorities: the certificates, in DER, of those whose lists count.
+        others: pass over the lists of other ones, instead of refusing them.
+
+    Raises:
+        CertificateError: the file holds something else, or a list of somebody else.
+    """
+    try:
+        texts = _LIST.findall(Path(path).read_bytes())
+        lists = [x509.load_pem_x509_crl(text) for text in texts]
+    except OSError as error:
+        raise CertificateError(f"{path} cannot be read: {error.strerror}", "tls.crl") from error
+    except ValueError as error:
+        raise CertificateError(
+            f"{path} holds a list that cannot be read: {error}", "tls.crl"
+        ) from error
+    if not lists:
+        raise CertificateError(f"{path} holds no list of revoked certificates in PEM", "tls.crl")
+    known = [x509.load_der_x509_certificate(each) for each in authorities]
+    serials: dict[bytes, frozenset[int]] = {}
+    for each in lists:
+        certificate = _issuer_of(each, known)
+        if certificate is None and others:
+            continue
+        if certificate is None:
+            raise CertificateError(
+                f"{path} holds a list of {each.issuer.rfc4514_string()}, which no authority in tls.ca or "
+                "tls.trusted has signed",
+                "tls.crl",
+            )
+        issuer = certificate.public_bytes(serialization.Encoding.DER)
+        found = frozenset(entry.serial_number for entry in each)
+        serials[issuer] = serials.get(issuer, frozenset()) | found
+    due = [each.next_update_utc.timestamp() for each in lists if each.next_update_utc is not None]
+    return Revocations(serials, min(due, default=math.inf))
+
+
+def _issuer_of(
+    listing: x509.CertificateRevocationList, known: Iterable[x509.Certificate]
+) -> x509.Certificate | None:
+    """Who has signed a list, which a name alone does not say."""
+    for certificate in known:
+        if certificate.subject == listing.issuer:
+            with contextlib.suppress(TypeError, ValueError, UnsupportedAlgorithm):
+                if listing.is_signature_valid(certificate.public_key()):  # type: ignore[arg-type]
+                    return certificate
+    return None
+
+
+# --- certificates ---------------------------------------------------------------------------------
 
 
 def _begun(

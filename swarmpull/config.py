@@ -971,6 +971,13 @@ class TlsConfig:
             "Must be the same on all hosts."
         ),
     )
+    crl: str = attrs.field(
+        default="",
+        metadata=_meaning(
+            "File with lists of revoked certificates (CRLs in PEM) of the authorities in tls.ca and "
+            "tls.trusted: their holders are shut out, and cut off at once when a list changes."
+        ),
+    )
     trusted: tuple[TrustedClusterConfig, ...] = attrs.field(
         default=(),
         metadata=_meaning(

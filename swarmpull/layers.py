@@ -635,12 +635,11 @@ def _check_watermarks(layers: _Layers, config: Config) -> None:
 def _check_tls(layers: _Layers, config: Config) -> None:
     """All three files, or none.  Whether they are any good is for those to say who may read them."""
     given = {key: getattr(config.tls, key) for key in ("ca", "cert", "key")}
-    if config.tls.trusted and not any(given.values()):
-        key = "tls.trusted.0.cluster"
-        message = (
-            "means nothing without tls.ca, tls.cert and tls.key: plain connections trust everybody"
-        )
-        layers.complain(key, layers.where(key), message)
+    if not any(given.values()):
+        useless = {"tls.trusted.0.cluster": config.tls.trusted, "tls.crl": config.tls.crl}
+        for key in [key for key, value in useless.items() if value]:
+            message = "means nothing without tls.ca, tls.cert and tls.key: plain connections trust everybody"
+            layers.complain(key, layers.where(key), message)
     for key in [key for key, file in given.items() if not file and any(given.values())]:
         others = " and ".join(f"tls.{other}" for other, file in given.items() if file)
         layers.complain(

@@ -43,7 +43,7 @@ MAY_IMPORT: Final[dict[str, frozenset[str]]] = {
     "store": SHELL | {"units", "patterns"},
     "wire": SHELL | {"watched_files"},
     "registry": FACE,
-    "roles": FACE | {"registry", "config", "units", "patterns"},
+    "roles": FACE | {"registry", "config", "units", "patterns", "certificates"},
     "status": BASE | {"registry", "units"},
     "storage": BASE | {"store", "units"},
     "systemd": BASE,

@@ -11,7 +11,7 @@ from swarmpull.cli.options import ROLES, role_set
 
 @click.group()
 def certs() -> None:
-    """Make the certificates with which roles trust each other, see docs/security.md."""
+    """Make the certificates with which roles trust each other, and take them back: docs/security.md."""
 
 
 _certs_option = click.option(
@@ -68,3 +68,14 @@ def certs_issue(
     meant = frozenset(roles) - {"all"} | (role_set(roles) if "all" in roles else frozenset())
     written = issue(directory, name, meant, dns=dns, ips=ips, days=days, force=force)
     click.echo(f"{written.certificate}  {written.key}")
+
+
+@certs.command("revoke")
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@_certs_option
+@click.option("--serial", "serials", multiple=True, metavar="HEX", help="Of one without a file.")
+def certs_revoke(names: tuple[str, ...], directory: Path, serials: tuple[str, ...]) -> None:
+    """Take certificates back: those of NAME.crt, or of files, go into ca.crl for all hosts (tls.crl)."""
+    from swarmpull.certificates import revoke
+
+    click.echo(revoke(directory, names, serials))

@@ -52,7 +52,8 @@ async def open_tls(role: str, config: TlsConfig, metrics: Metrics) -> AsyncItera
         yield None
         return
     load = partial(_load, role, config)
-    paths = (config.ca, config.cert, config.key, *filter(None, _trusted(role, config).values()))
+    named = (config.ca, config.cert, config.key, config.crl, *_trusted(role, config).values())
+    paths = tuple(filter(None, named))
     try:
         files = await WatchedFiles.open(paths, load)
     except CertificateError as error:
@@ -63,8 +64,9 @@ async def open_tls(role: str, config: TlsConfig, metrics: Metrics) -> AsyncItera
         "tls_certificate_expires_timestamp_seconds",
         "When the certificate of this role expires, in seconds since 1970.",
     ).set_function(lambda: files.current.expires_at)
-    async with _beside(files.run, partial(_warn_of_expiry, config.cert, files)):
-        yield Tls(files, foreign=_foreign_rules(config))
+    tls = Tls(files, foreign=_foreign_rules(config))
+    async with _beside(files.run, tls.run, partial(_warn_of_expiry, config, files)):
+        yield tls
 
 
 @attrs.frozen
@@ -174,6 +176,14 @@ def _load(role: str, config: TlsConfig) -> Contexts:
     """``role`` may be empty: any that the certificate has."""
     files = TlsFiles(config.ca, config.cert, config.key)
     contexts = load_contexts(files, _trusted(role, config))
+    if config.crl:
+        # 8 MiB of memory, which a role without lists need not have.
+        from swarmpull.certificates import read_revocations
+
+        # One file serves all roles, and those that do not talk to other clusters need not know them.
+        others = bool(config.trusted) and role not in TALK_TO_OTHERS
+        lists = read_revocations(config.crl, contexts.roots, others=others)
+        contexts = attrs.evolve(contexts, revoked=lists.serials, revoked_due_at=lists.due_at)
     if role and role not in contexts.identity.roles:
         raise CertificateError(
             f"{files.cert} is of {contexts.identity}, which is no {role}: "
@@ -183,11 +193,17 @@ def _load(role: str, config: TlsConfig) -> Contexts:
     return contexts
 
 
-async def _warn_of_expiry(file: str, files: WatchedFiles[Contexts]) -> None:
+async def _warn_of_expiry(config: TlsConfig, files: WatchedFiles[Contexts]) -> None:
     while True:
-        days = (files.current.expires_at - time.time()) / DAY
+        now = time.time()
+        days = (files.current.expires_at - now) / DAY
         if days < EXPIRY_WARNING_DAYS:
-            log.warning("certificate_expires", file=file, days=round(days, 1))
+            log.warning("certificate_expires", file=config.cert, days=round(days, 1))
+        if files.current.revoked_due_at < now:
+            # It still counts: to let nobody in would be an outage by calendar.
+            log.warning(
+                "list_of_revoked_outdated", file=config.crl, remedy="put the next one there"
+            )
         await trio.sleep(DAY)
 
 

@@ -12,10 +12,12 @@ Bytes go through OpenSSL straight from and to the socket: no copy in memory in b
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import socket
 import ssl
+import weakref
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -24,6 +26,7 @@ import attrs
 import structlog
 import trio
 
+from swarmpull import watched_files
 from swarmpull.errors import CertificateError, TlsError
 from swarmpull.identity import Identity
 from swarmpull.watched_files import WatchedFiles
@@ -74,6 +77,9 @@ class Contexts:
         expires_at: when our certificate ceases to count, in seconds since 1970.
         authorities: the certificates, in DER, of those who may vouch for each cluster that is known; empty
             where there is only our own, and all whom the contexts trust may.
+        roots: the certificates, in DER, of all authorities, each of which may have a list of what it revoked.
+        revoked: the serial numbers in these lists, by the certificate, in DER, of their authority.
+        revoked_due_at: when the first of the lists should have been replaced, in seconds since 1970.
     """
 
     server: ssl.SSLContext
@@ -81,6 +87,9 @@ class Contexts:
     identity: Identity
     expires_at: float
     authorities: Mapping[str, frozenset[bytes]] = attrs.Factory(dict)
+    roots: frozenset[bytes] = frozenset()
+    revoked: Mapping[bytes, frozenset[int]] = attrs.Factory(dict)
+    revoked_due_at: float = math.inf
 
 
 def load_contexts(files: TlsFiles, trusted: Mapping[str, str] | None = None) -> Contexts:
@@ -111,8 +120,8 @@ def load_contexts(files: TlsFiles, trusted: Mapping[str, str] | None = None) -> 
         raise CertificateError(f"{files.cert} {error.reason}", "tls.cert") from error
     expires_at = ssl.cert_time_to_seconds(str(shown["notAfter"]))
     authorities: dict[str, frozenset[bytes]] = {}
+    own = _certificates("tls.ca", files.ca)
     if trusted:
-        own = _certificates("tls.ca", files.ca)
         for cluster in trusted:
             file = extra.get(cluster)
             authorities[cluster] = own if file is None else _certificates("tls.trusted", file)
@@ -120,7 +129,8 @@ def load_contexts(files: TlsFiles, trusted: Mapping[str, str] | None = None) -> 
         if authority not in own:
             reason = f"{files.cert} is signed by an authority of another cluster, not by one of {files.ca}"
             raise CertificateError(reason, "tls.cert")
-    return Contexts(server, client, identity, expires_at, authorities)
+    roots = own.union(*authorities.values())
+    return Contexts(server, client, identity, expires_at, authorities, roots)
 
 
 def _certificates(name: str, path: str) -> frozenset[bytes]:
@@ -216,12 +226,26 @@ def _own_certificate(
 
 def _authority_of(connection: ssl.SSLSocket | ssl.SSLObject) -> bytes:
     """The certificate, in DER, on which the trust in the other side's rests."""
+    return _chain_of(connection)[-1]
+
+
+def _chain_of(connection: ssl.SSLSocket | ssl.SSLObject) -> list[bytes]:
+    """The certificates, in DER, from the other side's to that of the authority."""
     # Public since 3.13; in 3.11 and 3.12 the same of the object inside.
     public = getattr(connection, "get_verified_chain", None)
     if public is not None:
-        return bytes(public()[-1])
+        return list(map(bytes, public()))
     inside: Any = connection._sslobj  # type: ignore[union-attr]  # noqa: SLF001 - see above
-    return bytes(inside.get_verified_chain()[-1].public_bytes(_ENCODING_DER))
+    return [bytes(each.public_bytes(_ENCODING_DER)) for each in inside.get_verified_chain()]
+
+
+def _is_revoked(connection: ssl.SSLSocket, contexts: Contexts) -> bool:
+    """Whether the certificate of the other side is in a list of who issued it."""
+    if not contexts.revoked:
+        return False
+    issuer = _chain_of(connection)[1:2]
+    serial = int(str(_shown_by(connection).get("serialNumber", "0")), 16)
+    return bool(issuer) and serial in contexts.revoked.get(issuer[0], ())
 
 
 def _shown_by(connection: ssl.SSLSocket | ssl.SSLObject) -> dict[str, object]:
@@ -399,6 +423,11 @@ class TlsStream(trio.abc.Stream):
         except OSError as error:
             raise trio.BrokenResourceError(_reason(error)) from error
 
+    def cut(self) -> None:
+        """End the connection; whoever uses the stream finds that out as if the other side had done it."""
+        with contextlib.suppress(OSError, ValueError):
+            socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
+
     async def aclose(self) -> None:
         self.close_now()
         await trio.lowlevel.checkpoint()
@@ -487,10 +516,29 @@ class Tls:
         self._files = files
         self._partner = partner
         self.foreign = foreign or ForeignRules()
+        # Those whose handshake was good; who closes a stream need not say so here.
+        self._open: weakref.WeakKeyDictionary[TlsStream, Identity] = weakref.WeakKeyDictionary()
 
     def towards(self, cluster: str) -> Tls:
         """The same certificates, to dial the roles of another cluster with."""
-        return Tls(self._files, cluster, self.foreign)
+        other = Tls(self._files, cluster, self.foreign)
+        other._open = self._open
+        return other
+
+    async def run(self) -> None:
+        """Cut off whoever is revoked while connected, until cancelled."""
+        judged = self._files.current
+        while True:
+            await trio.sleep(watched_files.LOOK_EVERY)
+            if self._files.current is not judged:
+                judged = self._files.current
+                self._cut_revoked(judged)
+
+    def _cut_revoked(self, contexts: Contexts) -> None:
+        for stream, other in list(self._open.items()):
+            if stream.socket.fileno() >= 0 and _is_revoked(stream.socket, contexts):
+                log.warning("connection_revoked", holder=str(other), reason=_revoked(other))
+                stream.cut()
 
     @property
     def identity(self) -> Identity:
@@ -516,7 +564,9 @@ class Tls:
         secured = TlsStream(take_socket(stream, context, server_side=server_side))
         try:
             await secured.shake_hands()
-            return secured, _identity_there(secured)
+            other = _identity_there(secured)
+            self._open[secured] = other
+            return secured, other
         except TlsError:
             await secured.linger()
             raise
@@ -528,14 +578,16 @@ class Tls:
         """Why whoever is there, at the other end of ``stream``, is not whom we dial; empty when it is."""
         wanted = self._partner or self.identity.cluster
         if other.cluster == wanted:
-            return self._refuse_authority(other, stream)
+            return self._refuse_certificate(other, stream)
         return (
             f"the certificate of {other} is of another cluster than {wanted}: "
             "name addresses of one cluster only"
         )
 
-    def _refuse_authority(self, other: Identity, stream: TlsStream) -> str:
+    def _refuse_certificate(self, other: Identity, stream: TlsStream) -> str:
         """Why the certificate of a cluster that we know is not believed; empty when it is."""
+        if _is_revoked(stream.socket, self._files.current):
+            return _revoked(other)
         authorities = self._files.current.authorities
         if not authorities or _authority_of(stream.socket) in authorities.get(other.cluster, ()):
             return ""
@@ -551,7 +603,7 @@ class Tls:
         """
         contexts = self._files.current
         if other.cluster == contexts.identity.cluster or other.cluster in contexts.authorities:
-            return self._refuse_authority(other, stream)
+            return self._refuse_certificate(other, stream)
         return (
             f"the certificate of {other} is of another cluster than {contexts.identity.cluster}, and "
             "tls.trusted does not name it"
@@ -685,6 +737,14 @@ _SAME_CA: Final = (
     "tls.ca must be the same everywhere, and tls.trusted of each of two clusters have the authority of the "
     "other"
 )
+
+
+def _revoked(other: Identity) -> str:
+    return (
+        f"the certificate of {other} is revoked (tls.crl): issue another one if it should come in"
+    )
+
+
 _ALERTS: Final = {
     "CERTIFICATE_EXPIRED": "it has expired, or not begun: issue a new one, or set the clock",
     "UNKNOWN_CA": f"no authority there has signed it: {_SAME_CA}",
