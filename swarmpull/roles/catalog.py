@@ -12,10 +12,12 @@ process.  `catalog_tags` has what is done with tags.
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Final, TypeVar
 
+import structlog
 import trio
 
 from swarmpull.digest import Digest
@@ -40,6 +42,7 @@ from swarmpull.roles.catalog_objects import (
     MANIFESTS,
     MARKERS,
     ManifestEntry,
+    ReferrerTimes,
     all_referrers_prefix,
     annotation_bytes,
     blob_key,
@@ -56,11 +59,13 @@ from swarmpull.roles.catalog_objects import (
     marker_name,
     pack_deletion,
     pack_entry,
+    pack_put,
     referrer_key,
     referrers_prefix,
     tags_prefix,
     unpack_deletion,
     unpack_entry,
+    unpack_put,
     unpacked,
     without_annotations,
 )
@@ -74,9 +79,12 @@ from swarmpull.wire.api import (
     Descriptor,
     ListReply,
     RecordManifestRequest,
+    Stamp,
     TagChange,
     TagLogReply,
 )
+
+log = structlog.get_logger()
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -177,11 +185,11 @@ class Catalog:
             RepositoryNotFound: no such repository.
         """
         check_known(repository)
-        log = await self.tags.log(repository, tag) if is_tag(tag) else TagLog()
-        if not log.changes:
+        found = await self.tags.log(repository, tag) if is_tag(tag) else TagLog()
+        if not found.changes:
             await self._check_exists(repository)
             raise ManifestNotFound(repository, shorten(tag))
-        return TagLogReply(log.changes)
+        return TagLogReply(found.changes)
 
     async def has_blob(self, repository: str, digest: Digest) -> bool:
         """Whether the blob is part of the repository."""
@@ -261,6 +269,41 @@ class Catalog:
             return ()
         return tuple(each.digest for each in found)
 
+    async def referrer_stamp(
+        self, repository: str, subject: Digest, digest: Digest
+    ) -> Stamp | None:
+        """Of the last put of a manifest that refers to another one; None when that is not known."""
+        try:
+            at = await self._put_at(repository, subject, digest)
+        except BackendUnavailable:
+            if self.pending.manifest(repository, digest) is None:
+                raise
+            return None
+        return Stamp(at, self.tags.source) if at else None
+
+    async def last_change_of_referrer(
+        self, repository: str, digest: Digest, known: Stamp
+    ) -> TagChange | None:
+        """What became of a manifest that refers to another one, or nothing is known of it.
+
+        ``known`` is the stamp of a change of it; that of what is there has its source, and where nobody has
+        kept it its time.
+        """
+        if self.pending.manifest(repository, digest) is not None:
+            return TagChange(known, digest)
+        try:
+            entry = await self._entry(repository, digest)
+        except ObjectNotFound:
+            at = await self.deleted_at(repository, MANIFESTS, digest)
+            return TagChange(Stamp(at, known.source), None) if at else None
+        if entry.subject is None:
+            return TagChange(known, digest)
+        put_at = await self._put_at(repository, entry.subject, digest)
+        # It is being deleted.
+        if put_at is None:
+            return None
+        return TagChange(Stamp(put_at or known.time, known.source), digest)
+
     async def list_all_referrers(self, repository: str, after: str, limit: int) -> ListReply:
         """Names of everything in a repository that refers to something; `digest_at_end` has the digest."""
         return await self._names(all_referrers_prefix(repository), after, limit)
@@ -270,7 +313,8 @@ class Catalog:
     async def record_manifest(self, request: RecordManifestRequest) -> None:
         """Enter a manifest whose content is durable, and move a tag to it.
 
-        A change of the tag that comes with a stamp counts if that is later than what is there.
+        A change of the tag that comes with a stamp counts if that is later than what is there; without a tag
+        the same goes for a manifest that refers to another one.
 
         Raises:
             ManifestReferencesMissing: the repository lacks what the manifest refers to.
@@ -290,20 +334,11 @@ class Catalog:
             await self.check_references(repository, request.blobs, request.manifests)
             levels = check_levels(request, await self._levels(repository, request.manifests))
             entry = pack_entry(ManifestEntry(request.manifest, request.subject, levels))
-            await self._check_room_for_referrer(request)
-            change = self._change_of_referrer(request)
-            if change is not None:
-                for watcher in self.tags.watchers:
-                    await watcher.changing(repository, str(digest), change)
-            await self._mark(repository)
-            if request.subject is not None:
-                # Before the manifest: who finds that takes it that nothing is left to be done.
-                key = referrer_key(repository, request.subject, digest)
-                await self._backend.put_bytes(key, b"{}")
-            await self._backend.put_bytes(manifest_key(repository, digest), entry)
-            if change is not None:
-                for watcher in self.tags.watchers:
-                    await watcher.changed(repository, str(digest), change)
+            if request.subject is None:
+                await self._mark(repository)
+                await self._backend.put_bytes(manifest_key(repository, digest), entry)
+            else:
+                await self._record_referrer(request, request.subject, entry)
             if request.tag is not None:
                 await self.tags.put(
                     repository,
@@ -335,13 +370,55 @@ class Catalog:
                 raise ManifestNotFound(repository, str(digest)) from exc
             # What is refused must leave no record: journals would drop what they have by it.
             await self._check_deletable(repository, digest)
-            await self._record_deletion(repository, MANIFESTS, digest)
-            await recorded()
-            await self._delete_tags_of(repository, digest, by)
-            if entry.subject is not None:
-                await self._delete_if_there(referrer_key(repository, entry.subject, digest))
-            # Last: without it nobody could find out what else was to be removed.
-            await self._delete_if_there(manifest_key(repository, digest))
+            if entry.subject is None:
+                if self._records_deletions:
+                    await self._record_deletion(repository, MANIFESTS, digest, time.time_ns())
+                await recorded()
+                await self._delete_manifest(repository, digest, by)
+                return
+            times = await self._times_of(repository, entry.subject, digest)
+            stamp = Stamp(times.next_time(time.time_ns()), self.tags.source)
+            async with self._watched(repository, digest, TagChange(stamp, None, by)):
+                await self._record_deletion(repository, MANIFESTS, digest, stamp.time)
+                await recorded()
+                await self._delete_manifest(repository, digest, by, entry.subject)
+
+    async def delete_referrer(
+        self,
+        repository: str,
+        digest: Digest,
+        stamp: Stamp,
+        *,
+        by: str = "",
+        recorded: Recorded = _nothing,
+    ) -> None:
+        """Remove a manifest that refers to another one, as was done in another cluster, with its tags.
+
+        It counts if it is later than what is known here; it is remembered also when the manifest is not here,
+        since an earlier put may be on its way.
+
+        Raises:
+            PushRefused: the name cannot be kept, the stamp is far ahead of the clock, or the manifest
+                refers to no other one.
+            TagImmutable: a tag that leads to it has to stay.
+        """
+        check_writable(repository)
+        check_stamp(str(digest), stamp)
+        async with self._locks.hold(repository):
+            subject = await self._subject_of(repository, digest)
+            times = await self._times_of(repository, subject, digest)
+            # A deletion that was cut off is made whole; one that leaves nothing to do is not told again.
+            done_at = times.deleted_at if subject is None else 0
+            if stamp.time <= max(times.put_at or 0, done_at):
+                return
+            await self._check_deletable(repository, digest)
+            if await self._is_tagged_after(repository, digest, stamp):
+                return
+            async with self._watched(repository, digest, TagChange(stamp, None, by)):
+                at = max(stamp.time, times.deleted_at)
+                await self._record_deletion(repository, MANIFESTS, digest, at)
+                await recorded()
+                await self._delete_manifest(repository, digest, by, subject, stamp)
 
     async def delete_tag(self, request: DeleteTagRequest) -> None:
         """Remove a tag; the manifest stays.
@@ -392,7 +469,8 @@ class Catalog:
         async with self._locks.hold(repository):
             if not await self._exists(blob_key(repository, digest)):
                 raise BlobNotFound(str(digest), f"repository {repository}")
-            await self._record_deletion(repository, BLOBS, digest)
+            if self._records_deletions:
+                await self._record_deletion(repository, BLOBS, digest, time.time_ns())
             await recorded()
             await self._delete_if_there(blob_key(repository, digest))
 
@@ -420,11 +498,11 @@ class Catalog:
                 raise ManifestNotFound(repository, shorten(reference)) from exc
         if not is_tag(reference):
             raise ManifestNotFound(repository, shorten(reference))
-        log = await self.tags.log(repository, reference)
-        if log.digest is None:
+        found = await self.tags.log(repository, reference)
+        if found.digest is None:
             await self._check_exists(repository)
             raise ManifestNotFound(repository, reference)
-        return log.digest, log.descriptor
+        return found.digest, found.descriptor
 
     async def _entry(self, repository: str, digest: Digest) -> ManifestEntry:
         key = manifest_key(repository, digest)
@@ -473,17 +551,29 @@ class Catalog:
         """Raises TagImmutable when a tag that points to the manifest has to stay."""
 
         async def check(tag: str) -> None:
-            log = await self.tags.log(repository, tag)
-            if log.digest == digest:
-                self.tags.check_mutable(repository, tag, log, None)
+            found = await self.tags.log(repository, tag)
+            if found.digest == digest:
+                self.tags.check_mutable(repository, tag, found, None)
 
         if self.tags.is_immutable(repository):
             await self._for_all_tags(repository, check)
 
-    async def _delete_tags_of(self, repository: str, digest: Digest, by: str) -> None:
+    async def _delete_manifest(
+        self,
+        repository: str,
+        digest: Digest,
+        by: str,
+        subject: Digest | None = None,
+        stamp: Stamp | None = None,
+    ) -> None:
         await self._for_all_tags(
-            repository, lambda tag: self.tags.delete_if(repository, tag, digest, by=by)
+            repository,
+            lambda tag: self.tags.delete_if(repository, tag, digest, stamp=stamp, by=by),
         )
+        if subject is not None:
+            await self._delete_if_there(referrer_key(repository, subject, digest))
+        # Last: without it nobody could find out what else was to be removed.
+        await self._delete_if_there(manifest_key(repository, digest))
 
     async def _for_all_tags(self, repository: str, do: Callable[[str], Awaitable[None]]) -> None:
         prefix, after, more = tags_prefix(repository), "", True
@@ -493,31 +583,97 @@ class Catalog:
             more = page.more and bool(page.keys)
             after = page.keys[-1] if page.keys else after
 
-    async def _record_deletion(self, repository: str, kind: str, digest: Digest) -> None:
-        if self._records_deletions:
-            key = deletion_key(repository, kind, digest)
-            await self._backend.put_bytes(key, pack_deletion(time.time_ns()))
+    async def _record_deletion(self, repository: str, kind: str, digest: Digest, at: int) -> None:
+        key = deletion_key(repository, kind, digest)
+        await self._backend.put_bytes(key, pack_deletion(at))
 
-    def _change_of_referrer(self, request: RecordManifestRequest) -> TagChange | None:
-        """What watchers are told of a manifest with a subject; None when it comes with a tag, or has none."""
-        if request.subject is None or request.tag is not None:
-            return None
-        stamp = TagLog().next_stamp(time.time_ns(), self.tags.source)
-        return TagChange(stamp, request.manifest.digest, request.by)
+    # --- manifests that refer to others -------------------------------------------------------
 
-    async def _check_room_for_referrer(self, request: RecordManifestRequest) -> None:
-        if request.subject is None:
-            return
+    async def _record_referrer(
+        self, request: RecordManifestRequest, subject: Digest, entry: bytes
+    ) -> None:
+        """Enter a manifest that refers to another one, unless it was deleted after that put."""
         repository, digest = request.repository, request.manifest.digest
-        if await self._exists(referrer_key(repository, request.subject, digest)):
+        times = await self._times_of(repository, subject, digest)
+        stamp = request.stamp or Stamp(times.next_time(time.time_ns()), self.tags.source)
+        if request.tag is None and stamp.time <= times.deleted_at:
+            log.info("referrer_outdated", repository=repository, digest=str(digest))
             return
-        prefix = referrers_prefix(repository, request.subject)
-        page = await self._backend.list(prefix, limit=REFERRERS_MAX)
+        if times.put_at is None:
+            await self._check_room_for_referrer(repository, subject)
+        # A tag is a change of its own, and brings its manifest.
+        is_news = request.tag is None and stamp.time > (times.put_at or 0)
+        change = TagChange(stamp, digest, request.by) if is_news else None
+        async with self._watched(repository, digest, change):
+            await self._mark(repository)
+            # Before the manifest: who finds that takes it that nothing is left to be done.
+            data = pack_put(max(stamp.time, times.put_at or 0))
+            await self._backend.put_bytes(referrer_key(repository, subject, digest), data)
+            await self._backend.put_bytes(manifest_key(repository, digest), entry)
+
+    @asynccontextmanager
+    async def _watched(
+        self, repository: str, digest: Digest, change: TagChange | None
+    ) -> AsyncIterator[None]:
+        """Tell watchers of a change of a manifest that is made in the block; of none, nothing."""
+        if change is None:
+            yield
+            return
+        for watcher in self.tags.watchers:
+            await watcher.changing(repository, str(digest), change)
+        yield
+        for watcher in self.tags.watchers:
+            await watcher.changed(repository, str(digest), change)
+
+    async def _times_of(
+        self, repository: str, subject: Digest | None, digest: Digest
+    ) -> ReferrerTimes:
+        put_at = None if subject is None else await self._put_at(repository, subject, digest)
+        return ReferrerTimes(put_at, await self.deleted_at(repository, MANIFESTS, digest))
+
+    async def _put_at(self, repository: str, subject: Digest, digest: Digest) -> int | None:
+        key = referrer_key(repository, subject, digest)
+        try:
+            data = await self._backend.get_bytes(key)
+        except ObjectNotFound:
+            return None
+        return unpacked(self._backend, key, data, unpack_put)
+
+    async def _subject_of(self, repository: str, digest: Digest) -> Digest | None:
+        """None when it is not here.  Raises PushRefused when it has none."""
+        try:
+            entry = await self._entry(repository, digest)
+        except ObjectNotFound:
+            return None
+        if entry.subject is None:
+            raise PushRefused(
+                f"manifest {digest} of repository {repository} refers to no other one: other clusters "
+                "delete tags and referrers here, and nothing else"
+            )
+        return entry.subject
+
+    async def _is_tagged_after(self, repository: str, digest: Digest, stamp: Stamp) -> bool:
+        """Whether a change that is not before ``stamp`` has made a tag lead to a manifest."""
+        found = False
+
+        async def look(tag: str) -> None:
+            nonlocal found
+            latest = (await self.tags.log(repository, tag)).latest
+            if latest is not None and latest.digest == digest:
+                found = found or latest.stamp.time >= stamp.time
+
+        await self._for_all_tags(repository, look)
+        return found
+
+    async def _check_room_for_referrer(self, repository: str, subject: Digest) -> None:
+        page = await self._backend.list(referrers_prefix(repository, subject), limit=REFERRERS_MAX)
         if len(page.keys) >= REFERRERS_MAX:
             raise PushRefused(
-                f"manifest {request.subject} of repository {repository} has {REFERRERS_MAX} "
+                f"manifest {subject} of repository {repository} has {REFERRERS_MAX} "
                 "referrers, the most that is kept: delete some of them first"
             )
+
+    # --- what is there ------------------------------------------------------------------------
 
     async def _mark(self, repository: str) -> None:
         """Let the repository exist, before anything in it does."""

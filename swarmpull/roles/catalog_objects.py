@@ -6,10 +6,12 @@
     repositories/<name>/_changes/<tag>               the last changes of the tag, and so what it is
     repositories/<name>/_manifests/<alg>/<hex>       what is known of a manifest
     repositories/<name>/_referrers/<alg>/<hex>/<alg>/<hex>
-                                                     a subject, then a manifest that refers to it
+                                                     a subject, then a manifest that refers to it: when it
+                                                     was put last
     repositories/<name>/_blobs/<alg>/<hex>           the blob is part of the repository
     repositories/<name>/_deleted/<manifests or blobs>/<alg>/<hex>
-                                                     when it was deleted, for journals that are older
+                                                     when it was deleted, for journals and other clusters
+                                                     that know what is older
 
 No component of a repository name begins with ``_``, so a repository may be called ``a`` and another
 ``a/b``, and neither has a key that is the other's.  No key is another one with a ``/`` and more behind it:
@@ -67,6 +69,23 @@ class ManifestEntry:
     descriptor: Descriptor
     subject: Digest | None
     levels: int = 1
+
+
+@attrs.frozen
+class ReferrerTimes:
+    """When a manifest that refers to another one was last put and last deleted, in ns.
+
+    Attributes:
+        put_at: None if its name is not there; 0 when a former version put it.
+        deleted_at: 0 if it never was.
+    """
+
+    put_at: int | None
+    deleted_at: int
+
+    def next_time(self, now: int) -> int:
+        """Of a change that is made here: as `TagLog.next_stamp`."""
+        return max(now, (self.put_at or 0) + 1, self.deleted_at + 1)
 
 
 # --- keys -------------------------------------------------------------------------------------
@@ -164,12 +183,12 @@ def check_writable(repository: str) -> None:
         )
 
 
-def check_stamp(tag: str, stamp: Stamp | None) -> None:
+def check_stamp(reference: str, stamp: Stamp | None) -> None:
     """Raises PushRefused for one that is too far in the future."""
     if stamp is not None and stamp.time > time.time_ns() + AHEAD_MAX:
         raise PushRefused(
-            f"the change of tag {shorten(tag)} has a stamp more than a day ahead of the clock here: set the "
-            f"clock of {shorten(stamp.source)}, or of this index, and change the tag again"
+            f"the change of {shorten(reference)} has a stamp more than a day ahead of the clock here: set "
+            f"the clock of {shorten(stamp.source)}, or of this index, and change it again"
         )
 
 
@@ -180,7 +199,7 @@ def unpacked(backend: Backend, key: str, data: bytes, unpack: Callable[[bytes], 
     """What is in an object of ours.  One that cannot be read is a fault of the backend."""
     try:
         return unpack(data)
-    except (ValueError, KeyError, TypeError, InvalidDigest) as exc:
+    except (ValueError, KeyError, TypeError, AttributeError, InvalidDigest) as exc:
         reason = f"the object is damaged: {exc!r}"
         raise BackendUnavailable(backend.name, key, reason) from exc
 
@@ -228,6 +247,16 @@ def pack_deletion(at: int) -> bytes:
 def unpack_deletion(data: bytes) -> int:
     """Raises ValueError, KeyError or TypeError for what `pack_deletion` did not make."""
     return int(json.loads(data)["at"])
+
+
+def pack_put(at: int) -> bytes:
+    return json.dumps({"at": at}).encode()
+
+
+def unpack_put(data: bytes) -> int:
+    """Raises ValueError, TypeError or AttributeError for what `pack_put` did not make."""
+    # Former versions did not say.
+    return int(json.loads(data).get("at", 0))
 
 
 def check_levels(request: RecordManifestRequest, levels: Mapping[Digest, int]) -> int:

@@ -12,7 +12,7 @@ import structlog
 from swarmpull.errors import ManifestReferencesMissing
 from swarmpull.roles.catalog import Catalog
 from swarmpull.roles.catalog_objects import BLOBS, MANIFESTS
-from swarmpull.wire.api import DigestInRepository, PendingChange, RecordManifestRequest
+from swarmpull.wire.api import DigestInRepository, PendingChange, RecordManifestRequest, Stamp
 
 log = structlog.get_logger()
 
@@ -47,6 +47,8 @@ class Replay:
             # With its tag, if it has one: a deletion takes the tags of a manifest with it.
             log.info("journal_outdated", repository=repository, manifest=str(digest))
             return
+        if request.tag is None:
+            request = attrs.evolve(request, stamp=Stamp(at, self._catalog.tags.source))
         try:
             await self._catalog.record_manifest(request)
         except ManifestReferencesMissing as error:

@@ -48,7 +48,8 @@ MakeChange = Callable[[TagLog], Awaitable[TagChange | None]]
 class TagWatcher(Protocol):
     """Who is told of every change that makes a tag what it is, before it is acknowledged.
 
-    A manifest with a subject that is put without a tag is a change, too, with its digest in place of the tag.
+    A manifest with a subject that is put without a tag, or deleted, is a change, too, with its digest in
+    place of the tag.
 
     What either method raises is the answer to whoever asked for the change.
     """
@@ -185,11 +186,13 @@ class CatalogTags:
 
         await self._change(repository, tag, make)
 
-    async def delete_if(self, repository: str, tag: str, digest: Digest, *, by: str) -> None:
-        """Remove a tag if it names this manifest.  Raises TagImmutable."""
+    async def delete_if(
+        self, repository: str, tag: str, digest: Digest, *, stamp: Stamp | None = None, by: str
+    ) -> None:
+        """Remove a tag if it names this manifest; with ``stamp``, if that is later.  Raises TagImmutable."""
 
         async def make(log: TagLog) -> TagChange | None:
-            return self._made(log, None, None, by) if log.digest == digest else None
+            return self._made(log, None, stamp, by) if log.digest == digest else None
 
         await self._change(repository, tag, make)
 

@@ -20,6 +20,7 @@ import structlog
 import trio
 
 from swarmpull.config import ClusterConfig, Config, IndexConfig
+from swarmpull.digest import Digest
 from swarmpull.errors import BackendUnavailable, SwarmpullError
 from swarmpull.ring.membership import DNS_PREFIX, Membership
 from swarmpull.roles.addresses import RoleAddresses
@@ -40,7 +41,7 @@ from swarmpull.roles.ring_client import RingClient, open_ring
 from swarmpull.roles.security import open_tls
 from swarmpull.roles.serving import serve_role
 from swarmpull.roles.standby import Standby
-from swarmpull.roles.tag_copy import TagCopier
+from swarmpull.roles.tag_copy import TagCopier, is_digest
 from swarmpull.roles.unsettled_tags import UnsettledTags
 from swarmpull.store.backends import open_backend
 from swarmpull.store.backends.impatient import ImpatientBackend
@@ -258,12 +259,24 @@ class Index:
 
     async def _delete_tag(self, request: api.DeleteTagRequest, context: RpcContext) -> Empty:
         request = attrs.evolve(request, by=request.by or _name_of(context))
+        if request.stamp is not None and is_digest(request.reference):
+            await self._delete_referrer(request, request.stamp)
+            return Empty()
         await self._change(
             partial(self._catalog.delete_tag, request), partial(self._outage.delete_tag, request)
         )
         await self._peers.spread(request.repository, (request.reference,))
         log.info("tag_deleted", repository=request.repository, tag=request.reference)
         return Empty()
+
+    async def _delete_referrer(self, request: api.DeleteTagRequest, stamp: api.Stamp) -> None:
+        """Another cluster has deleted what refers to a manifest."""
+        repository, digest = request.repository, Digest.parse(request.reference)
+        self._outage.check_written(repository, digest)
+        drop = partial(self._peers.drop, repository, manifest=digest, at=stamp.time)
+        await self._catalog.delete_referrer(repository, digest, stamp, by=request.by, recorded=drop)
+        await self._peers.spread(repository)
+        log.info("referrer_deleted", repository=repository, digest=str(digest))
 
     async def _link_blob(self, request: api.DigestInRepository, _: RpcContext) -> Empty:
         await self._change(
@@ -389,7 +402,7 @@ async def _open_replicator(
             queue,
             Rules(config.replications),
             [Remote(each, pools.of(each.name)) for each in config.remotes if each.name in wanted],
-            TagCopier(OriginClient(RingClient(pool, origins)), catalog.referrers_to_send),
+            TagCopier(OriginClient(RingClient(pool, origins)), catalog),
             catalog,
             Standby(pool, peers, metrics),
             metrics,

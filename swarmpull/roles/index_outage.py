@@ -93,8 +93,10 @@ class Outage:
         # Whoever found them here has not sent them.
         await self._link(request.repository, request.blobs)
         if request.tag is None:
+            # One from another cluster has the time that it has there.
+            at = time.time_ns() if request.stamp is None else request.stamp.time
             request = attrs.evolve(request, stamp=None)
-            await self._journal.add(PendingChange(manifest=request, at=time.time_ns()))
+            await self._journal.add(PendingChange(manifest=request, at=at))
             return
         async with self._locks.hold((request.repository, request.tag)):
             change = self._change(request, request.tag, request.manifest.digest)

@@ -92,13 +92,20 @@ class IndexPeers:
             await trio.sleep(patience)
 
     async def drop(
-        self, repository: str, *, manifest: Digest | None = None, blob: Digest | None = None
+        self,
+        repository: str,
+        *,
+        manifest: Digest | None = None,
+        blob: Digest | None = None,
+        at: int | None = None,
     ) -> None:
         """Return when no journal of an index that answers has, or is writing, what is to be deleted.
 
-        The deletion is recorded already, so journals of those that are silent find it.
+        The deletion is recorded already, so journals of those that are silent find it.  It was made ``at``,
+        in ns, or now.
         """
-        request = api.ForgetRequest(repository, (), manifest, blob, time.time_ns())
+        at = time.time_ns() if at is None else at
+        request = api.ForgetRequest(repository, (), manifest, blob, at)
         await self._tell_all(request, PATIENCE)
 
     async def _tell_all(self, request: api.ForgetRequest, patience: float) -> None:

@@ -17,6 +17,7 @@ from swarmpull.errors import (
     InvalidDigest,
     ManifestNotFound,
     ManifestReferencesMissing,
+    PushRefused,
     RepositoryNotFound,
     RpcFailed,
 )
@@ -154,7 +155,10 @@ class Remote:
         content: bytes,
         change: api.TagChange | None = None,
     ) -> None:
-        """Push a manifest there, by its digest, or under the tag that a change is of."""
+        """Push a manifest there, by its digest, or under the tag that a change is of.
+
+        By its digest it counts, if ``change`` says when it was put, unless it was deleted later there.
+        """
         await self._describe()
         stamp, by = (None, "") if change is None else (change.stamp, change.by)
         await self._origin.put_manifest(
@@ -164,6 +168,18 @@ class Remote:
     async def delete_tag(self, repository: str, tag: str, change: api.TagChange) -> None:
         """Delete a tag there, if the deletion is later than what it is."""
         await self._index.delete_tag(repository, tag, stamp=change.stamp, by=change.by)
+
+    async def delete_referrer(self, repository: str, digest: str, change: api.TagChange) -> None:
+        """Delete a manifest that refers to another one there, if that is later than its last put."""
+        try:
+            await self._index.delete_tag(repository, digest, stamp=change.stamp, by=change.by)
+        except ManifestNotFound as error:
+            # One that knows of stamps of referrers keeps those of what it does not have.
+            reason = (
+                f"{self.name} is of a version to which deletions of referrers are not replicated: "
+                "delete it there"
+            )
+            raise PushRefused(reason) from error
 
     async def _describe(self) -> None:
         """Know the origins there, as its indexes have them."""

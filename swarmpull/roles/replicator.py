@@ -22,8 +22,6 @@ import trio
 from swarmpull.digest import Digest
 from swarmpull.errors import (
     BackendUnavailable,
-    ManifestNotFound,
-    RepositoryNotFound,
     RpcFailed,
     RpcUnavailable,
     StoreFull,
@@ -315,12 +313,9 @@ class Replicator:
         """What is to be sent; None when it never was anything here, or is a manifest that is not there."""
         if not is_digest(change.tag):
             return (await self._catalog.tags.log(change.repository, change.tag)).latest
-        try:
-            found = await self._catalog.resolve(change.repository, change.tag)
-        except (ManifestNotFound, RepositoryNotFound):
-            return None
-        # It cannot have become another one.
-        return api.TagChange(api.Stamp(change.time, change.source), found.digest)
+        return await self._catalog.last_change_of_referrer(
+            change.repository, Digest.parse(change.tag), api.Stamp(change.time, change.source)
+        )
 
     async def _copy(self, entry: _Entry, lane: _Lane, latest: api.TagChange) -> None:
         change, started_at = entry.change, trio.current_time()
@@ -579,7 +574,8 @@ class Replicator:
     async def _enter_referrer(
         self, repository: str, digest: Digest, remotes: Iterable[str]
     ) -> None:
-        stamp = api.Stamp(time.time_ns(), self._catalog.tags.source)
+        """Queue it as what it is; that has a stamp of its own, which is not before this one."""
+        stamp = api.Stamp(0, self._catalog.tags.source)
         await self._enter(repository, str(digest), stamp, remotes, 0.0)
 
 

@@ -7,8 +7,8 @@ after a crash goes on where the other one stopped.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
-from typing import Final
+from collections.abc import Iterable
+from typing import Final, Protocol
 
 import attrs
 import structlog
@@ -56,13 +56,20 @@ HOPELESS: Final = (
     TagImmutable,
 )
 
-# The manifests of a repository whose subject is this one.
-ListReferrers = Callable[[str, Digest], Awaitable[tuple[Digest, ...]]]
-
 
 def is_digest(tag: str) -> bool:
     """Whether what a change is of is not a tag but a manifest, by its digest."""
     return ":" in tag
+
+
+class Referrers(Protocol):
+    """What the catalog of a cluster knows of what refers to its manifests."""
+
+    async def referrers_to_send(self, repository: str, digest: Digest) -> tuple[Digest, ...]: ...
+
+    async def referrer_stamp(
+        self, repository: str, subject: Digest, digest: Digest
+    ) -> api.Stamp | None: ...
 
 
 @attrs.define(eq=False)
@@ -126,30 +133,27 @@ class _Copy:
 class TagCopier:
     """Copies tags, and what refers to their manifests, to other clusters.
 
-    ``origins`` are those of our own, and so is what ``list_referrers`` lists.
+    ``origins`` are those of our own, and so is what is known of ``referrers``.
     """
 
-    def __init__(self, origins: OriginClient, list_referrers: ListReferrers) -> None:
+    def __init__(self, origins: OriginClient, referrers: Referrers) -> None:
         self._origins = origins
-        self._list_referrers = list_referrers
+        self._referrers = referrers
 
     async def copy(
         self, remote: Remote, repository: str, tag: str, change: api.TagChange, progress: Progress
     ) -> bool:
         """Let a tag be there what it is here by ``change``; False if nothing was to be done.
 
-        In place of a tag it may be the digest of a manifest, which has to be there then.
+        In place of a tag it may be the digest of a manifest that refers to another one.
 
         Raises:
             SwarmpullError: why it is not; what has arrived there stays.
         """
         job = _Copy(remote, repository, progress)
         progress.step = _ASKING
-        if change.digest is not None and is_digest(tag):
-            if not await remote.missing(repository, (), (change.digest,)):
-                return False
-            await self._bring(job, change.digest, {})
-            return True
+        if is_digest(tag):
+            return await self._copy_referrer(job, tag, change)
         there = await remote.latest(repository, tag)
         if there is not None and _order(there.stamp) >= _order(change.stamp):
             return False
@@ -164,6 +168,16 @@ class TagCopier:
         progress.step = "putting the tag"
         await remote.put_manifest(repository, tag, manifest.media_type, manifest.content, change)
         progress.manifests_done += 1
+        return True
+
+    async def _copy_referrer(self, job: _Copy, digest: str, change: api.TagChange) -> bool:
+        if change.digest is None:
+            job.progress.step = f"deleting manifest {digest}"
+            await job.remote.delete_referrer(job.repository, digest, change)
+            return True
+        if not await job.remote.missing(job.repository, (), (change.digest,)):
+            return False
+        await self._bring(job, change.digest, {})
         return True
 
     async def _bring_what_it_needs(
@@ -199,8 +213,14 @@ class TagCopier:
     ) -> None:
         """Have a manifest there, with all that it refers to."""
         found = await self._bring_what_it_needs(job, digest, below, above)
+        stamp = None
+        if found.subject is not None:
+            stamp = await self._referrers.referrer_stamp(job.repository, found.subject, digest)
+        change = None if stamp is None else api.TagChange(stamp, digest)
         job.progress.step = f"putting manifest {digest}"
-        await job.remote.put_manifest(job.repository, str(digest), found.media_type, found.content)
+        await job.remote.put_manifest(
+            job.repository, str(digest), found.media_type, found.content, change
+        )
         job.progress.manifests_done += 1
 
     async def _read(self, repository: str, digest: Digest) -> Manifest:
@@ -218,7 +238,7 @@ class TagCopier:
         subjects = await self._tree(job.repository, root, below)
         known, room = set(subjects), REFERRERS_MAX
         for depth in range(REFERRER_DEPTH_MAX + 1):
-            found = await self._referrers(job.repository, subjects, known)
+            found = await self._referring(job.repository, subjects, known)
             fitting = found[: room if depth < REFERRER_DEPTH_MAX else 0]
             if len(fitting) < len(found):
                 log.warning(
@@ -248,13 +268,15 @@ class TagCopier:
         except HOPELESS:
             job.progress.refused.append(digest)
 
-    async def _referrers(
+    async def _referring(
         self, repository: str, subjects: Iterable[Digest], known: set[Digest]
     ) -> list[Digest]:
         """What refers to any of these manifests, each once, without what is known."""
         found: dict[Digest, None] = {}
         for subject in subjects:
-            found.update(dict.fromkeys(await self._list_referrers(repository, subject)))
+            found.update(
+                dict.fromkeys(await self._referrers.referrers_to_send(repository, subject))
+            )
         return [each for each in found if each not in known]
 
     async def _tree(

@@ -560,11 +560,11 @@ class TagLogReply:
 
 @attrs.frozen
 class DeleteTagRequest:
-    """Remove a tag.
+    """Remove a tag; with a stamp it may be a manifest that refers to another one.
 
     Attributes:
         repository: where.
-        reference: the tag.
+        reference: the tag, or the digest of that manifest.
         stamp: of a deletion that was made in another cluster; it counts if it is later than what is here.
         by: who asked for it.
         expect: as in `RecordManifestRequest`.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from swarmpull.roles.catalog import Catalog
 from swarmpull.roles.catalog_objects import UNSETTLED, unsettled_key
 from swarmpull.roles.unsettled_tags import UnsettledTags
 from swarmpull.store.backends import Backend, open_backend
-from swarmpull.wire.api import DeleteTagRequest, Descriptor, RecordManifestRequest
+from swarmpull.wire.api import DeleteTagRequest, Descriptor, RecordManifestRequest, Stamp, TagChange
 
 MEDIA_TYPE = "application/vnd.oci.image.manifest.v1+json"
 CONFIG, LAYER = Digest.of(b"config"), Digest.of(b"layer")
@@ -374,6 +375,87 @@ async def test_a_deleted_referrer_is_listed_no_more(catalog):
     await catalog.delete_manifest("team/app", digest(2))
 
     assert await catalog.list_referrers("team/app", digest(1)) == ()
+
+
+def stamped(at: int) -> RecordManifestRequest:
+    """A put in another cluster of what refers to manifest 1."""
+    return request(2, subject=digest(1), stamp=Stamp(at, "west"))
+
+
+async def referring(catalog: Catalog) -> list[Digest]:
+    return [each.digest for each in await catalog.list_referrers("team/app", digest(1))]
+
+
+@pytest.mark.parametrize("order", [(1, 2, 3), (3, 2, 1), (2, 1, 3), (2, 3, 1)])
+async def test_of_puts_and_deletions_of_a_referrer_the_latest_counts(catalog, order):
+    for at in order:
+        if at == 2:
+            await catalog.delete_referrer("team/app", digest(2), Stamp(2, "east"))
+        else:
+            await catalog.record_manifest(stamped(at))
+    assert await referring(catalog) == [digest(2)]
+
+    await catalog.delete_referrer("team/app", digest(2), Stamp(3, "east"))
+    assert await referring(catalog) == [digest(2)]
+    await catalog.delete_referrer("team/app", digest(2), Stamp(4, "east"))
+    await catalog.record_manifest(stamped(4))
+    assert await referring(catalog) == []
+    with pytest.raises(ManifestNotFound):
+        await catalog.resolve("team/app", str(digest(2)))
+
+
+async def test_what_is_done_to_a_referrer_here_is_later_than_what_is_known_of_it(catalog):
+    ahead = time.time_ns() + 10**12
+    await catalog.record_manifest(stamped(ahead))
+    await catalog.delete_manifest("team/app", digest(2))
+    await catalog.record_manifest(stamped(ahead))
+    assert await referring(catalog) == []
+
+    await catalog.record_manifest(request(2, subject=digest(1)))
+    assert await referring(catalog) == [digest(2)]
+
+
+async def test_a_deletion_elsewhere_takes_the_tags_that_are_older_and_no_others(catalog):
+    for name, at in (("old", 10), ("new", 30)):
+        await catalog.record_manifest(attrs.evolve(stamped(at), tag=name, stamp=Stamp(at, "west")))
+        await catalog.delete_referrer("team/app", digest(2), Stamp(20, "east"))
+
+    # What was moved to another manifest after the deletion, which is heard of later, stays so.
+    assert (await catalog.tags.log("team/app", "old")).changes[-1].stamp == Stamp(20, "east")
+    assert (await catalog.resolve("team/app", "new")).digest == digest(2)
+
+
+async def test_another_cluster_deletes_referrers_and_no_images(catalog):
+    await catalog.record_manifest(request(1, tag="v1"))
+    with pytest.raises(PushRefused, match="refers to no other one"):
+        await catalog.delete_referrer("team/app", digest(1), Stamp(time.time_ns(), "east"))
+    with pytest.raises(PushRefused, match="more than a day ahead"):
+        await catalog.delete_referrer("team/app", digest(2), Stamp(1 << 62, "east"))
+    assert await catalog.resolve("team/app", "v1") == describe(1)
+
+
+@pytest.mark.parametrize("changes", range(3))
+async def test_a_deletion_elsewhere_that_was_cut_off_can_be_repeated(backend, changes):
+    await Catalog(backend).record_manifest(stamped(1))
+    with pytest.raises(BackendUnavailable):
+        await Catalog(FaultyBackend(backend, changes)).delete_referrer(
+            "team/app", digest(2), Stamp(2, "east")
+        )
+
+    await Catalog(backend).delete_referrer("team/app", digest(2), Stamp(2, "east"))
+    with pytest.raises(ManifestNotFound):
+        await Catalog(backend).resolve("team/app", str(digest(2)))
+    assert not (await backend.list("repositories/team/app/_referrers/")).keys
+
+
+async def test_a_referrer_that_a_former_version_put_is_older_than_any_deletion(catalog, backend):
+    await catalog.record_manifest(request(2, subject=digest(1)))
+    await backend.put_bytes(catalog_objects.referrer_key("team/app", digest(1), digest(2)), b"{}")
+
+    change = await catalog.last_change_of_referrer("team/app", digest(2), Stamp(7, "here"))
+    assert change == TagChange(Stamp(7, "here"), digest(2))
+    await catalog.delete_referrer("team/app", digest(2), Stamp(8, "east"))
+    assert await referring(catalog) == []
 
 
 async def test_a_subject_has_a_bounded_number_of_referrers(catalog, monkeypatch):

@@ -491,6 +491,27 @@ async def test_what_is_still_to_be_written_is_not_deleted_in_vain(tmp_path, monk
             await client.resolve("app", "v1")
 
 
+async def test_a_referrer_of_another_cluster_keeps_its_stamp_over_an_outage(tmp_path):
+    subject, put_at = Digest.of(b"an image"), time.time_ns() - HOUR
+    signature = put(1, None, subject=subject, stamp=api.Stamp(put_at, "west"))
+    async with indexes_in(tmp_path) as indexes:
+        client = indexes.client(0)
+        await indexes.take_away()
+        await client.record_manifest(signature)
+        indexes.bring_back()
+        await indexes.wait(down=False)
+        for number in range(2):
+            await indexes.written(number)
+        assert [each.digest for each in await client.list_referrers("app", subject)] == [
+            describe(1).digest
+        ]
+
+        # Deleted there right after it was put, which was long before it was acknowledged here.
+        deleted = api.Stamp(put_at + 1, "west")
+        await client.delete_tag("app", str(describe(1).digest), stamp=deleted)
+        assert await client.list_referrers("app", subject) == ()
+
+
 # --- an index that has missed a change --------------------------------------------------------
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
+import trio
 
 from swarmpull.config import (
     Address,
@@ -20,11 +22,14 @@ from swarmpull.config import (
     ReplicationConfig,
 )
 from swarmpull.digest import Digest
+from swarmpull.errors import ManifestNotFound
 from swarmpull.registry.manifests import OCI_INDEX, OCI_MANIFEST
 from swarmpull.roles import catalog, replicator, tag_copy
 from swarmpull.roles.catalog_objects import changes_key, manifest_key
 from swarmpull.roles.index import run_index
 from swarmpull.store.backends.directory import DirectoryBackend
+from swarmpull.wire import api
+from swarmpull.wire.rpc import RpcContext, RpcService, serve_rpc
 from tests.ports import free_ports
 
 from .roles import API, LISTEN, Cluster, cluster_under
@@ -122,11 +127,36 @@ async def start_west(west: Cluster, port: int, name: str = "index") -> None:
 @asynccontextmanager
 async def west_under(root: Path) -> AsyncIterator[Cluster]:
     """A cluster with an index and an origin that know of one another."""
+    async with west_at(root, free_ports(1)[0]) as west:
+        yield west
+
+
+@asynccontextmanager
+async def west_at(root: Path, index_port: int) -> AsyncIterator[Cluster]:
+    """The same, with its index at a port."""
     async with cluster_under(root) as west:
-        index_port, origin_port = free_ports(2)
-        west._learn(origins=(f"127.0.0.1:{origin_port}",))
+        west._learn(origins=(f"127.0.0.1:{free_ports(1)[0]}",))
         await start_west(west, index_port)
         yield west
+
+
+@asynccontextmanager
+async def both_ways(root: Path) -> AsyncIterator[tuple[Cluster, Cluster]]:
+    """Two clusters that replicate everything to one another."""
+    ports = dict(zip(("east", "west"), free_ports(2), strict=True))
+    clusters = []
+    async with AsyncExitStack() as stack:
+        for name, other in (("east", "west"), ("west", "east")):
+            cluster = await stack.enter_async_context(cluster_under(root / name))
+            cluster._learn(origins=(f"127.0.0.1:{free_ports(1)[0]}",))
+            cluster.config = attrs.evolve(
+                cluster.config,
+                remotes=(RemoteConfig(name=other, indexes=(f"127.0.0.1:{ports[other]}",)),),
+                replications=(ReplicationConfig(pattern="**", remote=other),),
+            )
+            await start_west(cluster, ports[name], name)
+            clusters.append(cluster)
+        yield clusters[0], clusters[1]
 
 
 async def test_a_signature_that_is_attached_after_the_image_has_gone_follows_it(
@@ -306,20 +336,7 @@ async def test_a_standby_sees_to_a_signature_that_a_dead_index_has_acknowledged(
 
 
 async def test_signatures_do_not_go_round_between_two_clusters(tmp_path: Path) -> None:
-    ports = dict(zip(("east", "west"), free_ports(2), strict=True))
-    clusters = {}
-    async with AsyncExitStack() as stack:
-        for name, other in (("east", "west"), ("west", "east")):
-            cluster = await stack.enter_async_context(cluster_under(tmp_path / name))
-            cluster._learn(origins=(f"127.0.0.1:{free_ports(1)[0]}",))
-            cluster.config = attrs.evolve(
-                cluster.config,
-                remotes=(RemoteConfig(name=other, indexes=(f"127.0.0.1:{ports[other]}",)),),
-                replications=(ReplicationConfig(pattern="**", remote=other),),
-            )
-            await start_west(cluster, ports[name], name)
-            clusters[name] = cluster
-        east, west = clusters["east"], clusters["west"]
+    async with both_ways(tmp_path) as (east, west):
 
         async def both_are_idle() -> bool:
             return not any([(await replication_of(each))["queued"] for each in (east, west)])
@@ -340,3 +357,105 @@ async def test_signatures_do_not_go_round_between_two_clusters(tmp_path: Path) -
         assert await west.metric("index", to_east) == 1
         (rule,) = (await replication_of(west))["rules"]
         assert rule["matched"] == 3
+
+
+async def delete(cluster: Cluster, manifest: bytes) -> None:
+    path = f"/v2/team/app/manifests/{Digest.of(manifest)}"
+    assert (await cluster.request("DELETE", "origin", path)).status_code == 202
+
+
+async def test_a_referrer_that_is_deleted_here_is_deleted_there_and_stays_so(
+    tmp_path: Path,
+) -> None:
+    async with both_ways(tmp_path) as (east, west):
+
+        async def are_idle() -> bool:
+            return not any([(await replication_of(each))["queued"] for each in (east, west)])
+
+        image = await push(east)
+        signature = await attach(east, image, "signed")
+        await east.counted("index", COPIED, 2)
+        await until(are_idle)
+        assert await names(west, image) == digests(signature)
+
+        # Not where it was made: a deletion counts as any change.
+        await delete(west, signature)
+        await west.counted("index", 'replication_copied_total{remote="east"}', 1)
+        await until(are_idle)
+        assert await names(west, image) == await names(east, image) == set()
+        assert await digest_at(west) == await digest_at(east) == Digest.of(image)
+
+        # A tag that leads to the image, and everything sent anew, do not bring it back.
+        await put(east, "again", image)
+        await east.counted("index", COPIED, 3)
+        address = east.roles["index"].address("admin")
+        reply = await east.client.put(f"http://{address}/replication", json={"sync": "**"})
+        assert reply.status_code == 200
+        await until(are_idle)
+        assert await names(west, image) == await names(east, image) == set()
+
+        # Who attaches it anew does so later.
+        await attach(east, image, "signed")
+        await east.counted("index", COPIED, 4)
+        await until(are_idle)
+        assert await names(west, image) == await names(east, image) == digests(signature)
+
+
+async def test_a_tag_does_not_bring_back_a_referrer_that_was_deleted_there(tmp_path: Path) -> None:
+    async with (
+        west_under(tmp_path / "west") as west,
+        east_under(
+            tmp_path / "east", remote_index=west.roles["index"].address("rpc"), indexes=1
+        ) as east,
+    ):
+        image = await push(east.cluster)
+        signature = await attach(east.cluster, image, "signed")
+        await east.cluster.counted("index-0", COPIED, 2)
+        await delete(west, signature)
+
+        await put(east.cluster, "again", image)
+        await east.cluster.counted("index-0", COPIED, 3)
+        assert await names(west, image) == set()
+        assert await names(east.cluster, image) == digests(signature)
+
+
+async def test_the_deletion_of_a_referrer_waits_for_a_remote_that_is_down(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    async with east_under(tmp_path / "east", remote_index=f"127.0.0.1:{port}", indexes=1) as east:
+        async with west_at(tmp_path / "west", port) as west:
+            image = await push(east.cluster)
+            signature = await attach(east.cluster, image, "signed")
+            await east.cluster.counted("index-0", COPIED, 2)
+        await delete(east.cluster, signature)
+        await east.cluster.roles["index-0"].kill()
+        await east.start_index(0)
+        async with west_at(tmp_path / "west", port) as west:
+            assert await names(west, image) == digests(signature)
+            await until_idle(east)
+            assert await names(west, image) == set()
+
+
+async def test_a_remote_of_a_former_version_is_named_that_deletes_no_referrers(
+    tmp_path: Path,
+) -> None:
+    async def delete_tag(request: api.DeleteTagRequest, _: RpcContext) -> api.Empty:
+        raise ManifestNotFound(request.repository, request.reference)
+
+    service = RpcService()
+    service.register(api.DELETE_TAG, delete_tag)
+    (port,) = free_ports(1)
+    async with (
+        east_under(tmp_path / "east", remote_index=f"127.0.0.1:{port}", indexes=1) as east,
+        trio.open_nursery() as nursery,
+    ):
+        signature = await attach(east.cluster, b"an image", "signed")
+        await delete(east.cluster, signature)
+        await nursery.start(partial(serve_rpc, service, "127.0.0.1", port))
+
+        async def is_set_aside() -> bool:
+            return (await east.replication(0))["set_aside"] == 1
+
+        await until(is_set_aside)
+        (entry,) = (await east.replication(0))["entries"]
+        assert "west is of a version to which deletions of referrers are not" in entry["failure"]
+        nursery.cancel_scope.cancel()

@@ -109,6 +109,7 @@ DELETE = api.DeleteTagRequest("team/app", "v1", STAMP)
         (attrs.evolve(PUT, repository="teams/app"), "may not replicate to teams/app"),
         (DELETE, ""),
         (attrs.evolve(DELETE, stamp=None), "changes a tag without the stamp"),
+        (attrs.evolve(DELETE, reference=str(Digest.of(b"signature"))), ""),
         (attrs.evolve(DELETE, expect="*"), "sets a condition"),
         (attrs.evolve(DELETE, repository="other"), "may not replicate to other"),
         (OFFER, ""),
