@@ -272,14 +272,17 @@ class Catalog:
     async def referrer_stamp(
         self, repository: str, subject: Digest, digest: Digest
     ) -> Stamp | None:
-        """Of the last put of a manifest that refers to another one; None when that is not known."""
+        """Of the last put of a manifest that refers to another one; None when that is not known.
+
+        What a former version put is older than any deletion.
+        """
         try:
             at = await self._put_at(repository, subject, digest)
         except BackendUnavailable:
             if self.pending.manifest(repository, digest) is None:
                 raise
             return None
-        return Stamp(at, self.tags.source) if at else None
+        return None if at is None else Stamp(max(at, 1), self.tags.source)
 
     async def last_change_of_referrer(
         self, repository: str, digest: Digest, known: Stamp

@@ -454,6 +454,10 @@ async def test_a_referrer_that_a_former_version_put_is_older_than_any_deletion(c
 
     change = await catalog.last_change_of_referrer("team/app", digest(2), Stamp(7, "here"))
     assert change == TagChange(Stamp(7, "here"), digest(2))
+    # To a cluster that has deleted it, it does not come back.
+    sent = await catalog.referrer_stamp("team/app", digest(1), digest(2))
+    assert sent is not None
+    assert sent.time == 1
     await catalog.delete_referrer("team/app", digest(2), Stamp(8, "east"))
     assert await referring(catalog) == []
 
