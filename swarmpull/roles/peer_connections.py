@@ -370,6 +370,10 @@ class PeerConnections:
             try:
                 self._host.dispatch(ev.PeerConnected(number, hello, contact, announced))
                 await link.run(shape)
+            except* StoreUnavailable:
+                # What it was to be sent cannot be read: nor will it be for the next peer.
+                self._host.accused(hello.digest)
+                raise
             finally:
                 # At once: what was claimed there is free for others while we say goodbye.
                 self._uplink.end(number)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -90,7 +90,7 @@ class BlobHandle:
         disk: Disk,
         hold: Hold,
         check: PieceCheck,
-        condemn: Callable[[Digest, int], Awaitable[None]],
+        janitor: Janitor,
     ) -> None:
         self.digest = digest
         self.length = length
@@ -98,7 +98,7 @@ class BlobHandle:
         self._disk = disk
         self._hold = hold
         self._check = check
-        self._condemn = condemn
+        self._janitor = janitor
 
     def fileno(self) -> int:
         """The descriptor, valid until `close`.  Raises ValueError when closed."""
@@ -114,23 +114,25 @@ class BlobHandle:
         """``size`` bytes from ``offset``, fewer only where the blob ends; ``early``: all is verified here.
 
         Pieces that are read from beginning to end, by one call after the other, are compared with their
-        hashes (`PieceCheck`).  The blob is removed when one is damaged on the disk, too, so that it is
-        fetched again.
+        hashes (`PieceCheck`).  The blob is removed when one is damaged on the disk, too, or cannot be read
+        from it, so that it is fetched again.
 
         Raises:
             ValueError: ``offset`` is not inside the blob, or the handle is closed.
-            StoreUnavailable: the disk failed, or the file was truncated or damaged.
+            StoreUnavailable: the disk failed, or the file was truncated, is damaged or cannot be read.
         """
         if size <= 0 or not 0 <= offset < self.length:
             raise ValueError(f"{size} bytes at {offset} of {self.digest}, {self.length} bytes long")
         size = min(size, self.length - offset)
         with self._file.use() as descriptor:
-            data, is_right = await self._disk.run(self._read, descriptor, offset, size)
-            if is_right:
-                return data
-            # It may be all that there is of the blob: memory that failed is not to cost it.
-            if await self._disk.run(self._check.is_damaged, descriptor, offset, size):
-                await self._condemn(self.digest, descriptor)
+            async with self._janitor.watching(self.digest, descriptor):
+                data, is_right = await self._disk.run(self._read, descriptor, offset, size)
+                if is_right:
+                    return data
+                # It may be all that there is of the blob: memory that failed is not to cost it.
+                is_damaged = await self._disk.run(self._check.is_damaged, descriptor, offset, size)
+            if is_damaged:
+                await self._janitor.condemn(self.digest, descriptor)
                 what = "was damaged on the disk, and removed"
             else:
                 log.warning("blob_misread", store=self._disk.name, digest=str(self.digest))
@@ -278,7 +280,7 @@ class BlobStore:
         hold = self.hold(digest, Pin.READING)
         check = PieceCheck(partial(self._tree.read_sidecar, digest), length)
         file = OpenFile(descriptor)
-        return BlobHandle(digest, length, file, self._disk, hold, check, self.janitor.condemn)
+        return BlobHandle(digest, length, file, self._disk, hold, check, self.janitor)
 
     def hold(self, digest: Digest, pin: Pin) -> Hold:
         """Keep a blob from being evicted, also one that is still to come; for a ``with``."""
@@ -418,12 +420,14 @@ class BlobStore:
         Raises:
             BlobNotFound: it is not here.
             DigestMismatch: it is damaged, and was removed.
-            StoreUnavailable: the disk failed: nothing is known, and nothing removed.
+            StoreUnavailable: the disk failed: nothing is known, and nothing removed; unless it is this file
+                that cannot be read, which is removed.
         """
         with self._open(digest) as handle:
-            if await self._matches_pieces(handle):
-                return
-            actual = await self._read_digest(handle)
+            async with self.janitor.watching(digest, handle.fileno()):
+                if await self._matches_pieces(handle):
+                    return
+                actual = await self._read_digest(handle)
             if actual != digest:
                 await self.janitor.condemn(digest, handle.fileno())
         if actual != digest:

@@ -17,6 +17,9 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+# A file has bytes that the disk cannot give back: a bad sector, or a checksum of the file system that is
+# wrong (EIO of btrfs, EBADMSG of ext4, EUCLEAN of XFS).
+UNREADABLE: Final = frozenset({errno.EIO, errno.EBADMSG, errno.EUCLEAN})
 
 
 @attrs.frozen
@@ -62,6 +65,11 @@ class Disk:
             if error.errno in FULL:
                 raise StoreFull(self.name, needed) from error
             raise StoreUnavailable(self.name, str(error)) from error
+
+
+def is_unreadable(error: StoreUnavailable) -> bool:
+    """Whether a read failed for the sake of the file: the same read will fail again."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in UNREADABLE
 
 
 class OpenFile:

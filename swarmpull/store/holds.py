@@ -70,6 +70,10 @@ class Holds:
         if not counts:
             del self._counts[digest]
 
+    def has(self, digest: Digest, pin: Pin) -> bool:
+        """Whether somebody holds a blob for this reason."""
+        return pin in self._counts.get(digest, ())
+
     def pins(self) -> Mapping[Digest, Pin]:
         """One reason for each digest that is held."""
         return {digest: next(iter(counts)) for digest, counts in self._counts.items()}

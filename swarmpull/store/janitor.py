@@ -8,8 +8,8 @@ takes long for a large file, follows in a thread.
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -20,7 +20,7 @@ import trio
 from swarmpull.digest import Digest
 from swarmpull.errors import StoreFull, StoreUnavailable
 from swarmpull.store.content import ContentTree
-from swarmpull.store.disk import Disk
+from swarmpull.store.disk import Disk, is_unreadable
 from swarmpull.store.durable import remove
 from swarmpull.store.eviction import UNLIMITED, Entry, Kind, Limits, Reason, Removal, plan
 from swarmpull.store.holds import Holds, Pin
@@ -173,6 +173,19 @@ class Janitor:
         log.error("blob_damaged", store=self._disk.name, digest=str(digest))
         await self._remove(taken)
 
+    @asynccontextmanager
+    async def watching(self, digest: Digest, descriptor: int) -> AsyncIterator[None]:
+        """Remove a blob, as `condemn` does, when the block fails because the disk cannot read its file.
+
+        Not one that waits for the backend: it may be the only copy, and some disks think better of it.
+        """
+        try:
+            yield
+        except StoreUnavailable as error:
+            if is_unreadable(error) and not self._holds.has(digest, Pin.NOT_WRITTEN_BACK):
+                await self.condemn(digest, descriptor)
+            raise
+
     async def save_uses(self) -> None:
         """Write down the times at which blobs were used last.  Raises StoreUnavailable."""
         unsaved = self._ledger.unsaved()
@@ -291,7 +304,8 @@ class _StoreMetrics:
             "store_refused_total", "Requests that were refused for want of room."
         )
         self.damaged = metrics.counter(
-            "store_damaged_total", "Blobs that were removed because their files had changed."
+            "store_damaged_total",
+            "Blobs that were removed because their files had changed or could not be read.",
         )
         for reason in Reason:
             self.evictions.labels(reason.value)

@@ -545,6 +545,20 @@ async def test_a_seeder_whose_blob_is_damaged_hears_so_and_stops_seeding_it(
         assert await leecher.stored(content)
 
 
+async def test_a_seeder_that_cannot_read_what_it_is_to_send_stops_seeding_it(
+    tmp_path: Path, content: Content
+) -> None:
+    async with running_node(tmp_path / "rotten") as rotten, running_node(tmp_path / "x") as leecher:
+        await rotten.seed(content)
+        os.truncate(rotten.store.path(content.digest), 1000)
+        with structlog.testing.capture_logs() as logs:
+            finder = Finder(content.metainfo, (rotten.contact,))
+            await leecher.host.download(content.digest, "", finder.find)
+            await until(lambda: rotten.host.torrents() == [])
+        assert not rotten.store.has(content.digest)
+        assert "blob_damaged" in [entry["event"] for entry in logs]
+
+
 async def test_a_seeder_that_is_accused_without_reason_looks_once_and_seeds_on(
     tmp_path: Path, small: Content
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from pathlib import Path
@@ -16,6 +17,7 @@ from swarmpull.errors import BlobNotFound, DigestMismatch, StoreUnavailable
 from swarmpull.store import blobs, sidecars
 from swarmpull.store.blobs import BlobStore
 from swarmpull.store.durable import read_exactly
+from swarmpull.store.holds import Pin
 from swarmpull.store.piece_check import PieceCheck
 from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN as PIECE
 
@@ -202,6 +204,73 @@ async def test_a_file_that_was_cut_short_does_not_pass_for_the_blob(store: BlobS
     os.truncate(store.path(blob.digest), 2 * PIECE)
     assert await read_in_steps(store, blob) == b""
     assert not store.has(blob.digest)
+
+
+def unreadable(monkeypatch: pytest.MonkeyPatch, at: int, error: int = errno.EIO) -> None:
+    """One sector can no longer be read, by whoever reads a blob."""
+
+    pread, preadv = os.pread, os.preadv
+
+    def read(descriptor: int, size: int, offset: int) -> bytes:
+        if offset <= at < offset + size:
+            raise OSError(error, os.strerror(error))
+        return pread(descriptor, size, offset)
+
+    def read_into(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if offset <= at < offset + sum(map(len, buffers)):
+            raise OSError(error, os.strerror(error))
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "pread", read)
+    monkeypatch.setattr(os, "preadv", read_into)
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.EBADMSG, errno.EUCLEAN])
+async def test_a_blob_of_which_a_sector_cannot_be_read_is_fetched_anew(
+    store: BlobStore, blob, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    await put(store, blob)
+    with monkeypatch.context() as failing, structlog.testing.capture_logs() as logs:
+        unreadable(failing, PIECE + 7, error)
+        assert len(await read_in_steps(store, blob)) == PIECE
+
+    assert not store.has(blob.digest)
+    assert [entry["event"] for entry in logs] == ["blob_damaged"]
+    await put(store, blob)
+    assert await read_in_steps(store, blob) == blob.data
+
+
+async def test_examining_a_blob_that_cannot_be_read_removes_it(
+    store: BlobStore, blob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await put(store, blob)
+    unreadable(monkeypatch, 2 * PIECE)
+    with pytest.raises(StoreUnavailable, match=os.strerror(errno.EIO)):
+        await store.verify(blob.digest)
+    assert not store.has(blob.digest)
+
+
+async def test_what_waits_for_the_backend_stays_though_it_cannot_be_read(
+    store: BlobStore, blob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be the only copy, and the disk may think better of it."""
+    await put(store, blob)
+    with store.hold(blob.digest, Pin.NOT_WRITTEN_BACK), monkeypatch.context() as failing:
+        unreadable(failing, 0)
+        assert await read_in_steps(store, blob) == b""
+        with pytest.raises(StoreUnavailable):
+            await store.verify(blob.digest)
+    assert await read_in_steps(store, blob) == blob.data
+
+
+async def test_a_disk_that_fails_otherwise_costs_no_blob(
+    store: BlobStore, blob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await put(store, blob)
+    with monkeypatch.context() as failing:
+        unreadable(failing, 0, errno.ENXIO)
+        assert await read_in_steps(store, blob) == b""
+    assert await read_in_steps(store, blob) == blob.data
 
 
 @pytest.mark.parametrize(
