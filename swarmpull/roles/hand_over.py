@@ -2,13 +2,14 @@
 
 The other origin says whether it needs the bytes.  If so it is asked to adopt the blob, the call that a push
 to an agent uses, with this origin as the seeder: it fetches by verified piece, and after any interruption
-goes on from what it has.
+goes on from what it has.  A blob that only our backend has is handed over while it is fetched, from the
+moment when all its piece hashes are known: they stand beside it there.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Final
@@ -26,6 +27,7 @@ from swarmpull.errors import (
     SwarmpullError,
 )
 from swarmpull.roles.cluster import ADOPT_TIMEOUT, LOOKUP_TIMEOUT
+from swarmpull.roles.downloads import Download
 from swarmpull.roles.foreign_pools import ForeignPools
 from swarmpull.roles.origin_content import OriginContent
 from swarmpull.roles.rates import Toll
@@ -33,6 +35,7 @@ from swarmpull.roles.shared_work import SharedWork
 from swarmpull.roles.swarm_host import SwarmHost
 from swarmpull.store.holds import Pin
 from swarmpull.store.token_bucket import TokenBucket
+from swarmpull.swarm.metainfo import Metainfo
 from swarmpull.telemetry import Metrics
 from swarmpull.wire import api
 from swarmpull.wire.listen import parse_address
@@ -164,12 +167,11 @@ class HandOvers:
         if not reply.wanted:
             return
         self._check_peer_tls(owner, reply)
-        await self._content.ensure_local(digest, namespace)
-        metainfo = await self._content.store.metainfo(digest)
-        self._host.seed(metainfo, namespace)
+        metainfo, download = await self._seeded(digest, namespace)
         adopt = api.AdoptRequest(metainfo, namespace, self._host.contact)
+        call = partial(pool.call, owner, api.ADOPT_BLOB, adopt, timeout=ADOPT_TIMEOUT)
         with self._host.toll(digest, reply.taker.peer_id, progress.toll):
-            await pool.call(owner, api.ADOPT_BLOB, adopt, timeout=ADOPT_TIMEOUT)
+            await _while_it_comes(call, download)
         log.info(
             "blob_handed_over",
             digest=str(digest),
@@ -177,6 +179,19 @@ class HandOvers:
             owner=owner,
             sent=progress.toll.sent,
         )
+
+    async def _seeded(self, digest: Digest, namespace: str) -> tuple[Metainfo, Download | None]:
+        """Seed a blob; what it is, and how it comes here if it is on its way.
+
+        Raises what `OriginContent.ensure_local` does.
+        """
+        while not self._content.store.has(digest):
+            download = await self._content.cold.begin(digest, namespace, decide=False)
+            if download is not None:
+                return await download.hashes.wait_complete(), download
+        metainfo = await self._content.store.metainfo(digest)
+        self._host.seed(metainfo, namespace)
+        return metainfo, None
 
     def _check_peer_tls(self, owner: str, reply: api.OfferReply) -> None:
         """Say at once what else would only be in the logs: no piece would ever get through."""
@@ -188,6 +203,35 @@ class HandOvers:
 
     def _bucket(self, remote: str) -> TokenBucket:
         return self._buckets.setdefault(remote, TokenBucket())
+
+
+async def _while_it_comes(call: Callable[[], Awaitable[object]], download: Download | None) -> None:
+    """Make a call, but no longer than until a download has failed.
+
+    Raises:
+        SwarmpullError: why the download has failed, or what the call raises.
+    """
+    failure: SwarmpullError | None = None
+    async with trio.open_nursery() as nursery:
+        if download is not None:
+            nursery.start_soon(_cancel_when_failed, download, nursery.cancel_scope)
+        try:
+            await call()
+        except SwarmpullError as error:
+            # Raised below: out of the nursery it would come wrapped in a group.
+            failure = error
+        nursery.cancel_scope.cancel()
+    if download is not None and download.failed:
+        # It tells more than what the other side makes of it.
+        await download.wait()
+    if failure is not None:
+        raise failure
+
+
+async def _cancel_when_failed(download: Download, scope: trio.CancelScope) -> None:
+    await download.wait_ended()
+    if download.failed:
+        scope.cancel()
 
 
 def _check_owners(owners: tuple[str, ...]) -> None:

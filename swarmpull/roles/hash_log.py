@@ -126,6 +126,16 @@ class HashLog:
                 await self._grown.wait()
         return self.metainfo.piece_hash(index) is not None
 
+    async def wait_complete(self) -> Metainfo:
+        """The metainfo once all hashes are known, which may be long before it is settled.
+
+        Raises SwarmpullError: why they will not be.
+        """
+        while (metainfo := self.metainfo.complete()) is None:
+            self._raise_if_failed()
+            await self._grown.wait()
+        return metainfo
+
     async def wait_settled(self) -> Metainfo:
         """The metainfo once the blob has matched its digest.  Raises SwarmpullError: why it does not."""
         while True:
