@@ -47,7 +47,8 @@ class MetainfoLimits:
     Attributes:
         bytes_max: of cached metainfo; the least recently used goes.  A blob of 10 GB has 80 KB.
         content_bytes_max: of cached small blobs, which travel with their metainfo; likewise.
-        ttl: of cached metainfo; it never changes, but the blob may be deleted.
+        ttl: of cached metainfo; it never changes, but the blob may be deleted.  What is older is given out
+            only while no origin can be asked.
         not_found_ttl: how long "no such blob" is repeated without asking: a push may come any moment.
         ask_interval: between two calls for one digest that are made only to learn of an origin.
         fetches_max: digests that origins are being asked for at the same time; more fail at once.
@@ -63,11 +64,15 @@ class MetainfoLimits:
 
 class TtlCache(Generic[K, V]):
     """A dictionary that forgets: what is older than ``ttl``, and the least recently used above
-    ``capacity``, which is in units of the costs given to `put`."""
+    ``capacity``, which is in units of the costs given to `put`.
 
-    def __init__(self, *, ttl: float, capacity: int) -> None:
+    With ``keeps_stale`` what is older stays for `stale`, as far as there is room.
+    """
+
+    def __init__(self, *, ttl: float, capacity: int, keeps_stale: bool = False) -> None:
         self._ttl = ttl
         self._capacity = capacity
+        self._keeps_stale = keeps_stale
         self._entries: dict[K, tuple[V, float, int]] = {}
         self.size = 0
 
@@ -76,11 +81,17 @@ class TtlCache(Generic[K, V]):
         if entry is None:
             return None
         value, expires_at, cost = entry
-        if expires_at <= now:
+        is_fresh = now < expires_at
+        if is_fresh or self._keeps_stale:
+            self._entries[key] = entry
+        else:
             self.size -= cost
-            return None
-        self._entries[key] = entry
-        return value
+        return value if is_fresh else None
+
+    def stale(self, key: K) -> V | None:
+        """What is there, however old."""
+        entry = self._entries.get(key)
+        return None if entry is None else entry[0]
 
     def put(self, key: K, value: V, now: float, *, cost: int = 1) -> None:
         former = self._entries.pop(key, None)
@@ -127,7 +138,7 @@ class MetainfoSource:
         self._on_seeder = on_seeder
         self._limits = limits
         self._cache: TtlCache[Digest, Metainfo] = TtlCache(
-            ttl=limits.ttl, capacity=limits.bytes_max
+            ttl=limits.ttl, capacity=limits.bytes_max, keeps_stale=True
         )
         self._contents: TtlCache[Digest, bytes] = TtlCache(
             ttl=limits.ttl, capacity=limits.content_bytes_max
@@ -142,7 +153,7 @@ class MetainfoSource:
         self._growing: dict[Digest, HashLog] = {}
         self._requests = metrics.counter(
             "tracker_metainfo_requests_total",
-            "Metainfo that was wanted, by where it came from: cache, growing, fetch, absent, failed.",
+            "Metainfo that was wanted, by where it came from: cache, growing, fetch, stale, absent, failed.",
             ["source"],
         )
         self._seconds = metrics.histogram(
@@ -164,7 +175,8 @@ class MetainfoSource:
     async def get(self, digest: Digest, namespace: str, *, use_cache: bool) -> Metainfo | HashLog:
         """Metainfo of a blob, or its log while it grows.
 
-        ``use_cache`` allows an answer from the cache without asking an origin.
+        ``use_cache`` allows an answer from the cache without asking an origin, and an old one when no origin
+        can say whether it still has the blob: somebody else does.
 
         Raises:
             BlobNotFound: no origin can get the blob.
@@ -183,9 +195,12 @@ class MetainfoSource:
         except BlobNotFound:
             self._requests.labels("absent").inc()
             raise
-        except SwarmpullError:
-            self._requests.labels("failed").inc()
-            raise
+        except SwarmpullError as error:
+            stale = self._cache.stale(digest) if use_cache and _is_silence(error) else None
+            self._requests.labels("failed" if stale is None else "stale").inc()
+            if stale is None:
+                raise
+            return stale
         self._requests.labels("fetch").inc()
         return metainfo
 
@@ -287,6 +302,11 @@ class MetainfoSource:
             self._keep(metainfo)
         finally:
             del self._growing[digest]
+
+
+def _is_silence(error: SwarmpullError) -> bool:
+    """Whether nothing was said of the blob: no origin answers, or theirs is a backend that does not."""
+    return isinstance(error, BackendUnavailable)
 
 
 def _copy(error: SwarmpullError | None, digest: Digest) -> SwarmpullError:

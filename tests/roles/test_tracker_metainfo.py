@@ -100,6 +100,28 @@ async def test_metainfo_is_asked_for_anew_when_nobody_has_the_blob(autojump_cloc
     assert len(origins.calls) == 2
 
 
+@pytest.mark.parametrize(
+    "silence",
+    [RpcUnavailable("origin ring", "", "nobody answers"), BackendUnavailable("s3", "", "away")],
+)
+async def test_old_metainfo_serves_while_no_origin_can_say_anything(
+    autojump_clock, source, origins, silence
+):
+    found = await source.get(BLOB, "a", use_cache=True)
+    await trio.sleep(1000.0)
+    origins.outcomes["a"] = silence
+
+    assert await source.get(BLOB, "a", use_cache=True) == found
+    assert await source.get_settled(BLOB, "a", use_cache=True) == found
+    # Nobody is known to have the blob: metainfo alone would be a promise that nobody keeps.
+    with pytest.raises(BackendUnavailable):
+        await source.get(BLOB, "a", use_cache=False)
+    # An origin that answers has the last word.
+    origins.outcomes["a"] = BlobNotFound(str(BLOB), "backend")
+    with pytest.raises(BlobNotFound):
+        await source.get(BLOB, "a", use_cache=True)
+
+
 async def test_an_absent_blob_is_asked_for_once_a_second(autojump_clock, source, origins):
     origins.outcomes["a"] = BlobNotFound(str(BLOB), "backend")
     for _ in range(30):
