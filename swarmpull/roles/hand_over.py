@@ -74,7 +74,7 @@ class HandOvers:
     ) -> None:
         self._content = content
         self._host = host
-        host.handed_over = self.is_for
+        host.handed_over = self
         self._pools = pools
         self._work: SharedWork[api.HandOverReply] = SharedWork(nursery)
         self._places = trio.CapacityLimiter(HAND_OVERS_MAX)
@@ -111,6 +111,13 @@ class HandOvers:
     def is_for(self, digest: Digest, cluster: str) -> bool:
         """Whether a blob is being handed over to a cluster: then its origins may fetch it here."""
         return any(each == digest and remote == cluster for each, _, remote in self._under_way)
+
+    def toll(self, digest: Digest, cluster: str) -> Toll:
+        """Of what is sent of a blob to a cluster: of the hand-over, while it lasts; its rate holds anyway."""
+        for (each, _, remote), now in self._under_way.items():
+            if each == digest and remote == cluster:
+                return now.toll
+        return Toll(self._bucket(cluster))
 
     async def _hand_over(
         self, request: api.HandOverRequest, key: tuple[Digest, str, str]

@@ -7,7 +7,7 @@ back through `PeerConnections.send`, `send_piece`, `close` and `dial`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from itertools import count
@@ -92,6 +92,13 @@ class ConnectionHost(Protocol):
         """Whether another cluster may fetch a blob from here at the moment."""
         ...
 
+    def toll_for(self, digest: Digest, peer_id: str, cluster: str) -> Toll | None:
+        """What limits and counts what a peer is sent of a blob, beyond the rates of the host.
+
+        ``cluster``: the other one that it is of; empty for our own, and without TLS.
+        """
+        ...
+
     def open_for_sending(self, digest: Digest) -> int:
         """A descriptor for the caller to close.  Raises BlobNotFound, StoreUnavailable, OSError."""
         ...
@@ -108,11 +115,7 @@ class ConnectionHost(Protocol):
 
 
 class PeerConnections:
-    """All peer connections of a host.
-
-    Attributes:
-        tolls: what is sent of a torrent to a peer, by its id, beyond what the rates of the host allow.
-    """
+    """All peer connections of a host."""
 
     def __init__(
         self,
@@ -133,7 +136,6 @@ class PeerConnections:
         self._rates = rates
         self._metrics = metrics
         self._uplink = Uplink()
-        self.tolls: dict[tuple[Digest, str], Toll] = {}
         self._links: dict[int, PeerLink] = {}
         self._numbers = count(1)
         buffers.reclaim = self._end_the_most_silent
@@ -237,7 +239,8 @@ class PeerConnections:
             if shape is None:
                 await peer_stream.leave(Bye(ByeReason.UNKNOWN_TORRENT))
                 return
-            await self._carry(peer_stream, hello, contact_of(hello, host), None, shape)
+            cluster = self._foreign_cluster(caller)
+            await self._carry(peer_stream, hello, contact_of(hello, host), None, shape, cluster)
 
     async def _dial(self, digest: Digest, contact: PeerContact) -> None:
         reached = await self._connect(digest, contact)
@@ -250,10 +253,14 @@ class PeerConnections:
 
     def _refuse_torrent(self, caller: Identity, digest: Digest) -> str:
         """Why a peer that came in does not get a blob, whether we have it or not; empty when it may."""
-        own = self._entrance.cluster
-        if caller.cluster == own or self._host.hands_over(digest, caller.cluster):
+        cluster = self._foreign_cluster(caller)
+        if not cluster or self._host.hands_over(digest, cluster):
             return ""
-        return f"{digest} is not being handed over to cluster {caller.cluster}"
+        return f"{digest} is not being handed over to cluster {cluster}"
+
+    def _foreign_cluster(self, other: Identity | None) -> str:
+        """The cluster of a peer; empty for our own, and without TLS."""
+        return "" if other is None or other.cluster == self._entrance.cluster else other.cluster
 
     async def _call(
         self, stream: PeerStream, other: Identity | None, digest: Digest, contact: PeerContact
@@ -283,7 +290,8 @@ class PeerConnections:
                 contact = contact_of(hello, contact.host)
             greeted = True
             announced = bitfield.from_bytes(own.have, own.piece_count)
-            await self._carry(stream, hello, contact, announced, torrent.shape)
+            cluster = self._foreign_cluster(other)
+            await self._carry(stream, hello, contact, announced, torrent.shape, cluster)
         return greeted
 
     async def _connect(
@@ -351,6 +359,7 @@ class PeerConnections:
         contact: PeerContact,
         announced: int | None,
         shape: BlobShape,
+        cluster: str,
     ) -> None:
         number = next(self._numbers)
         owner = _Owner(
@@ -360,9 +369,9 @@ class PeerConnections:
             self._rates,
             self._uplink,
             self._metrics,
-            self.tolls,
             hello.digest,
             contact,
+            cluster,
         )
         link = PeerLink(number, hello.digest, contact, stream, owner)
         self._links[number] = link
@@ -396,9 +405,9 @@ class _Owner:
     rates: Rates
     uplink: Uplink
     metrics: SwarmMetrics
-    tolls: Mapping[tuple[Digest, str], Toll]
     digest: Digest
     contact: PeerContact
+    cluster: str
 
     def message_received(self, connection: int, message: Message) -> None:
         if isinstance(message, Bye):
@@ -447,7 +456,7 @@ class _Owner:
             toll.sent += size
 
     def _toll(self) -> Toll | None:
-        return self.tolls.get((self.digest, self.contact.peer_id))
+        return self.host.toll_for(self.digest, self.contact.peer_id, self.cluster)
 
     def may_receive_now(self) -> bool:
         return self.rates.download.is_unlimited

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
-from typing import Final
+from typing import Final, Protocol
 
 import attrs
 import structlog
@@ -102,6 +102,18 @@ Watch = Callable[[WatchRequest], Awaitable[WatchReply]]
 FindPeers = Callable[[AnnounceRequest], Awaitable[AnnounceReply]]
 
 
+class HandedOver(Protocol):
+    """What is handed over to other clusters."""
+
+    def is_for(self, digest: Digest, cluster: str) -> bool:
+        """Whether a blob is being handed over to a cluster."""
+        ...
+
+    def toll(self, digest: Digest, cluster: str) -> Toll:
+        """Of what is sent of a blob to a cluster, whoever takes it there."""
+        ...
+
+
 class SwarmHost:
     """Downloads and seeds the blobs of one store; see `open_swarm_host`.
 
@@ -112,7 +124,7 @@ class SwarmHost:
         metrics: what it counts.
         recall: begins to bring a blob that a peer asks for into the store, or raises SwarmpullError; None for
             a host that has no other place to get it from.
-        handed_over: whether origins of another cluster may fetch a blob from here; None: no blob.
+        handed_over: what origins of other clusters may fetch from here; None: nothing.
         urge: has pieces that readers wait for, and no peer has, fetched first; None if nobody can.
     """
 
@@ -137,7 +149,7 @@ class SwarmHost:
         self.rates = rates
         self.metrics = metrics
         self.recall: Callable[[Digest, str], Awaitable[object]] | None = None
-        self.handed_over: Callable[[Digest, str], bool] | None = None
+        self.handed_over: HandedOver | None = None
         self.urge: Callable[[Digest, tuple[int, ...]], Awaitable[None]] | None = None
         self._urging = trio.CapacityLimiter(URGES_MAX)
         self._scheduler = scheduler
@@ -153,6 +165,7 @@ class SwarmHost:
         self._unread_timeout = max(unread_timeout, UNREAD_MIN)
         self.speaks_tls = tls is not None
         self._connections = PeerConnections(self, scheduler, nursery, buffers, rates, metrics, tls)
+        self._tolls: dict[tuple[Digest, str], Toll] = {}
         self._starting: SharedWork[Download | SmallBlob] = SharedWork(nursery)
         self._small: dict[Digest, SmallBlob] = {}
         self._small_places = trio.Semaphore(SMALL_BLOBS_MAX)
@@ -279,14 +292,14 @@ class SwarmHost:
 
     @contextmanager
     def toll(self, digest: Digest, peer_id: str, toll: Toll) -> Iterator[None]:
-        """For the block, limit and count what a peer is sent of a blob."""
+        """For the block, limit and count what a peer is sent of a blob whose cluster is not known."""
         key = (digest, peer_id)
-        self._connections.tolls[key] = toll
+        self._tolls[key] = toll
         try:
             yield
         finally:
-            if self._connections.tolls.get(key) is toll:
-                del self._connections.tolls[key]
+            if self._tolls.get(key) is toll:
+                del self._tolls[key]
 
     async def drain(self) -> None:
         """Refuse new work, let what is being sent end, leave the swarms.
@@ -670,7 +683,16 @@ class SwarmHost:
 
     def hands_over(self, digest: Digest, cluster: str) -> bool:
         """Whether origins of another cluster may fetch a blob from here at the moment."""
-        return self.handed_over is not None and self.handed_over(digest, cluster)
+        return self.handed_over is not None and self.handed_over.is_for(digest, cluster)
+
+    def toll_for(self, digest: Digest, peer_id: str, cluster: str) -> Toll | None:
+        """What limits and counts what a peer is sent of a blob, beyond the rates of the host.
+
+        ``cluster``: the other one that it is of, as far as that is known.
+        """
+        if cluster and self.handed_over is not None:
+            return self.handed_over.toll(digest, cluster)
+        return self._tolls.get((digest, peer_id))
 
     async def shape_for(self, hello: Hello) -> BlobShape | None:
         """The shape of a torrent that a peer asks for; a blob of the store becomes a torrent.

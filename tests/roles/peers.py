@@ -28,6 +28,7 @@ from swarmpull.telemetry import Metrics
 from swarmpull.wire.api import AnnounceReply, AnnounceRequest, WatchReply, WatchRequest
 from swarmpull.wire.peer import pack_chunk_header
 from swarmpull.wire.streams import CHUNK_BYTES_MAX, PeerStream
+from swarmpull.wire.tls import Tls
 
 # Seconds for any test that runs a host.
 DEADLINE = 300.0
@@ -131,6 +132,7 @@ async def running_node(
     announce_held: AnnounceHeld | None = None,
     watch: Callable[[WatchRequest], Awaitable[WatchReply]] | None = None,
     unread_timeout: float = math.inf,
+    tls: Tls | None = None,
 ) -> AsyncIterator[Node]:
     with trio.fail_after(DEADLINE):
         async with (
@@ -145,6 +147,7 @@ async def running_node(
                 announce_held=announce_held,
                 watch=watch,
                 unread_timeout=unread_timeout,
+                tls=tls,
             ) as host,
         ):
             yield Node(host, store)

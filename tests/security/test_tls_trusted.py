@@ -15,11 +15,15 @@ from swarmpull.digest import Digest
 from swarmpull.errors import CertificateError, PushRefused, RpcFailed, RpcUnavailable
 from swarmpull.identity import Identity
 from swarmpull.patterns import compile_pattern
+from swarmpull.roles.rates import Toll
+from swarmpull.store.token_bucket import TokenBucket
+from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN
 from swarmpull.swarm.peers import PeerContact, PeerKind
 from swarmpull.watched_files import WatchedFiles
 from swarmpull.wire import access, api
 from swarmpull.wire.rpc import Method, RpcContext, RpcService, open_rpc_pool, serve_rpc
 from swarmpull.wire.tls import Tls, TlsFiles, load_contexts
+from tests.roles.peers import make_content, running_node
 
 from .hosts import Authority, unchecked
 
@@ -92,6 +96,43 @@ async def test_an_origin_of_a_trusted_cluster_offers_only_what_its_entry_names(
         with pytest.raises(PushRefused, match="cluster east may not replicate to team/app: repos"):
             await pool.call(address, api.OFFER_BLOB, OFFER, timeout=20.0)
         assert (await pool.call(address, api.OFFER_BLOB, shared, timeout=20.0)).wanted
+
+
+@attrs.frozen
+class HandedOver:
+    """Everything, to everybody, as one."""
+
+    sent: Toll = attrs.Factory(lambda: Toll(TokenBucket()))
+
+    def is_for(self, digest: Digest, cluster: str) -> bool:
+        return cluster == "west"
+
+    def toll(self, digest: Digest, cluster: str) -> Toll:
+        return self.sent
+
+
+async def test_all_peers_of_another_cluster_share_what_is_sent_to_it(
+    tmp_path: Path, east: Authority, west: Authority
+) -> None:
+    here = trusting(east.issue("taker", "origin"), west=str(west.directory / "ca.crt"))
+    there = trusting(west.issue("taker", "origin"), east=str(east.directory / "ca.crt"))
+    content = make_content(3 * PIECE_LENGTH_MIN)
+    origin = partial(running_node, kind=PeerKind.ORIGIN)
+    async with (
+        origin(tmp_path / "east", tls=here) as source,
+        origin(tmp_path / "one", tls=there) as one,
+        origin(tmp_path / "two", tls=there) as two,
+    ):
+        await source.seed(content)
+        handed_over = source.host.handed_over = HandedOver()
+        # Only the id of one of them is known from what that cluster has said.
+        named = Toll(TokenBucket())
+        with source.host.toll(content.digest, one.contact.peer_id, named):
+            for taker in (one, two):
+                await taker.host.adopt(
+                    content.metainfo, "", attrs.evolve(source.contact, host="127.0.0.1")
+                )
+        assert handed_over.sent.sent == 2 * len(content.data)
 
 
 STAMP = api.Stamp(1, "east-index")
