@@ -1,4 +1,4 @@
-"""How ``swarmpull status``, ``rates`` and ``replication`` show what roles say: tables."""
+"""How ``swarmpull status``, ``rates``, ``replication`` and ``journal`` show what roles say: tables."""
 
 from __future__ import annotations
 
@@ -116,6 +116,41 @@ def rule_table(answers: Sequence[AdminAnswer]) -> Table:
                 str(rule.get("remote", "")),
                 str(rule.get("matched", "")),
             )
+    return table
+
+
+def journal_table(answers: Sequence[AdminAnswer]) -> Table:
+    """One row per index: what waits for its backend, and what can never be written there."""
+    table = _table("INDEX", "WAITING", "OLDEST", "SET ASIDE", "STATE")
+    for answer in answers:
+        document = answer.document or {}
+        waiting = document.get("changes", 0)
+        table.add_row(
+            answer.address,
+            f"{waiting} ({_size(document.get('bytes'))})" if waiting else "0",
+            f"{document.get('age', 0.0):.0f}s" if waiting else "",
+            str(document.get("set_aside", "")),
+            str(document.get("trouble") or "ok"),
+        )
+    return table
+
+
+def set_aside_table(answers: Sequence[AdminAnswer]) -> Table:
+    """One row per change that was set aside; one that several indexes have in one row."""
+    table = _table("CHANGE", "OF", "ACKNOWLEDGED", "SET ASIDE", "WHY")
+    entries = {
+        str(entry.get("id")): entry
+        for answer in answers
+        for entry in (answer.document or {}).get("entries", [])
+    }
+    for entry in entries.values():
+        table.add_row(
+            str(entry.get("change", "")),
+            _reference(str(entry.get("repository", "")), str(entry.get("reference", ""))),
+            f"{entry.get('age_seconds', 0.0):.0f}s ago",
+            f"{entry.get('set_aside_seconds', 0.0):.0f}s ago",
+            str(entry.get("reason", "")),
+        )
     return table
 
 

@@ -15,6 +15,7 @@ from swarmpull import __version__
 from swarmpull.cli.certificates import certs
 from swarmpull.cli.configuration import config
 from swarmpull.cli.host_setup import setup
+from swarmpull.cli.journal import journal
 from swarmpull.cli.options import (
     EXIT_CONFIG,
     EXIT_FAILED,
@@ -93,6 +94,7 @@ for _command in (
     status,
     rates,
     replication,
+    journal,
     store,
     certs,
     setup,

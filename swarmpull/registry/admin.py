@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Final, Protocol
 
 from quart import Response, jsonify, request
@@ -27,8 +28,8 @@ class RateControl(Protocol):
         ...
 
 
-class ReplicationControl(Protocol):
-    """What an index replicates to other clusters, to be shown and hurried."""
+class QueueControl(Protocol):
+    """What an index is yet to bring to other clusters, or to its backend, to be shown and changed."""
 
     def document(self) -> Mapping[str, object]:
         """Plain values; must not block."""
@@ -45,7 +46,7 @@ def create_admin_app(
     metrics: Callable[[], tuple[bytes, str]],
     status: Callable[[], Mapping[str, object]],
     rates: RateControl | None = None,
-    replication: ReplicationControl | None = None,
+    queues: Mapping[str, QueueControl] = MappingProxyType({}),
 ) -> QuartTrio:
     """The admin pages of one role, for `swarmpull.registry.server.serve_http`.
 
@@ -56,20 +57,22 @@ def create_admin_app(
     - ``/rates``: what ``swarmpull rates`` shows, and with PUT changes; only if the role has rates.
     - ``/replication``: what ``swarmpull replication status`` shows, and with PUT what ``retry`` and ``sync``
       ask for; only if the role replicates.
+    - ``/journal``: what ``swarmpull journal status`` shows, and with PUT what ``retry`` and ``drop`` ask for;
+      only of an index.
 
     Args:
         readiness: the reasons why the role is not ready; must not block.
         metrics: body and content type of the metrics (``Metrics.render``).
         status: a document of plain values; must not block.
         rates: of a role that has any.
-        replication: of an index that replicates.
+        queues: of an index, by the names of their pages.
     """
     app = QuartTrio(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = BODY_BYTES_MAX
     if rates is not None:
         _add_rates(app, rates)
-    if replication is not None:
-        _add_replication(app, replication)
+    for name, queue in queues.items():
+        _add_queue(app, name, queue)
 
     @app.get("/health")
     async def health() -> Response:
@@ -108,16 +111,16 @@ def _add_rates(app: QuartTrio, rates: RateControl) -> None:
         return jsonify(rates.document()), 200
 
 
-def _add_replication(app: QuartTrio, replication: ReplicationControl) -> None:
-    @app.get("/replication")
-    async def show_replication() -> Response:
-        return jsonify(replication.document())
+def _add_queue(app: QuartTrio, name: str, queue: QueueControl) -> None:
+    @app.get(f"/{name}", endpoint=f"show_{name}")
+    async def show() -> Response:
+        return jsonify(queue.document())
 
-    @app.put("/replication")
-    async def change_replication() -> tuple[Response, int]:
+    @app.put(f"/{name}", endpoint=f"change_{name}")
+    async def change() -> tuple[Response, int]:
         body = await request.get_data()
         try:
-            done = await replication.change(_decoded(body))
+            done = await queue.change(_decoded(body))
         except ValueError as error:
             return jsonify({"errors": [{"message": str(error)}]}), 400
         return jsonify(done), 200

@@ -501,16 +501,44 @@ async def put_rates(
     return await _ask_all(addresses, partial(_put_rates, json.dumps(change).encode()))
 
 
-async def get_replications(addresses: Sequence[str]) -> list[AdminAnswer]:
-    """What indexes replicate to other clusters, by their admin listeners; in the order of the addresses."""
-    return await _ask_all(addresses, _get_replication)
+@attrs.frozen
+class AdminQueue:
+    """What an index has not brought yet to where it belongs, as its admin listener shows it.
+
+    Attributes:
+        path: of the page.
+        key: what every such page has.
+        whose: whose admin listener has it.
+        lack: what is wrong with another one.
+    """
+
+    path: str
+    key: str
+    whose: str
+    lack: str
 
 
-async def change_replications(
-    addresses: Sequence[str], change: Mapping[str, object]
+REPLICATION: Final = AdminQueue(
+    "/replication",
+    "remotes",
+    "index that replicates",
+    "replicates nothing: name the admin listener of an index that has replications",
+)
+JOURNAL: Final = AdminQueue(
+    "/journal", "set_aside", "index", "has no journal: name the admin listener of an index"
+)
+
+
+async def get_queues(queue: AdminQueue, addresses: Sequence[str]) -> list[AdminAnswer]:
+    """What is in the queues of indexes, by their admin listeners; in the order of the addresses."""
+    return await _ask_all(addresses, partial(_get_queue, queue))
+
+
+async def change_queues(
+    queue: AdminQueue, addresses: Sequence[str], change: Mapping[str, object]
 ) -> list[AdminAnswer]:
-    """Have indexes try again, or send everything anew; returns what each of them did."""
-    return await _ask_all(addresses, partial(_change_replication, json.dumps(change).encode()))
+    """Have indexes do something with their queues; returns what each of them did."""
+    return await _ask_all(addresses, partial(_change_queue, queue, json.dumps(change).encode()))
 
 
 async def _ask_all(
@@ -553,12 +581,8 @@ async def _get_status(client: RegistryClient) -> dict[str, Any]:
 
 
 async def _get_rates(client: RegistryClient) -> dict[str, Any]:
-    try:
-        answer = await _get_json(client, "/rates")
-    except RequestRefused as exc:
-        if exc.status != HTTPStatus.NOT_FOUND:
-            raise
-        raise _NotAdmin("has no rates: name the admin listener of an agent or origin") from exc
+    reason = "has no rates: name the admin listener of an agent or origin"
+    answer = await _get_page(client, "/rates", reason)
     return _admin_document(answer, "upload_rate", "has no rates")
 
 
@@ -567,19 +591,23 @@ async def _put_rates(change: bytes, client: RegistryClient) -> dict[str, Any]:
     return _admin_document(answer, "upload_rate", "has no rates")
 
 
-async def _get_replication(client: RegistryClient) -> dict[str, Any]:
+async def _get_queue(queue: AdminQueue, client: RegistryClient) -> dict[str, Any]:
+    answer = await _get_page(client, queue.path, queue.lack)
+    return _admin_document(answer, queue.key, f"has no {queue.key}")
+
+
+async def _get_page(client: RegistryClient, path: str, lack: str) -> Document:
+    """A page that only some roles have."""
     try:
-        answer = await _get_json(client, "/replication")
+        return await _get_json(client, path)
     except RequestRefused as exc:
         if exc.status != HTTPStatus.NOT_FOUND:
             raise
-        reason = "replicates nothing: name the admin listener of an index that has replications"
-        raise _NotAdmin(reason) from exc
-    return _admin_document(answer, "remotes", "has no remotes")
+        raise _NotAdmin(lack) from exc
 
 
-async def _change_replication(change: bytes, client: RegistryClient) -> dict[str, Any]:
-    answer = await client.put_document("/replication", change, limit=_DOCUMENT_BYTES_MAX)
+async def _change_queue(queue: AdminQueue, change: bytes, client: RegistryClient) -> dict[str, Any]:
+    answer = await client.put_document(queue.path, change, limit=_DOCUMENT_BYTES_MAX)
     document: dict[str, Any] = json.loads(answer.content)
     return document
 

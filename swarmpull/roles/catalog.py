@@ -203,16 +203,25 @@ class Catalog:
         self, repository: str, blobs: Iterable[Digest], manifests: Iterable[Digest]
     ) -> None:
         """Raises ManifestReferencesMissing, with all that are missing; PushRefused for the name."""
+        await self._check_references(repository, blobs, manifests, self.pending)
+
+    async def _check_references(
+        self,
+        repository: str,
+        blobs: Iterable[Digest],
+        manifests: Iterable[Digest],
+        pending: PendingChanges,
+    ) -> None:
         check_writable(repository)
         wanted = [
             (digest, blob_key(repository, digest))
             for digest in dict.fromkeys(blobs)
-            if not self.pending.has_blob(repository, digest)
+            if not pending.has_blob(repository, digest)
         ]
         wanted += [
             (digest, manifest_key(repository, digest))
             for digest in dict.fromkeys(manifests)
-            if self.pending.manifest(repository, digest) is None
+            if pending.manifest(repository, digest) is None
         ]
         found = await _map(self._exists, [key for _, key in wanted])
         missing = [
@@ -313,11 +322,17 @@ class Catalog:
 
     # --- changing -----------------------------------------------------------------------------
 
-    async def record_manifest(self, request: RecordManifestRequest) -> None:
+    async def record_manifest(
+        self, request: RecordManifestRequest, *, from_journal: bool = False
+    ) -> None:
         """Enter a manifest whose content is durable, and move a tag to it.
 
         A change of the tag that comes with a stamp counts if that is later than what is there; without a tag
         the same goes for a manifest that refers to another one.
+
+        Args:
+            request: the manifest, and the tag if there is one.
+            from_journal: it is a pending change itself: what is there is what the backend has.
 
         Raises:
             ManifestReferencesMissing: the repository lacks what the manifest refers to.
@@ -333,9 +348,11 @@ class Catalog:
         if request.tag is not None and not is_tag(request.tag):
             raise ManifestInvalid(f"{shorten(request.tag)!r} is not a tag")
         check_stamp(request.tag or "", request.stamp)
+        pending = PendingChanges() if from_journal else self.pending
         async with self._locks.hold(repository):
-            await self.check_references(repository, request.blobs, request.manifests)
-            levels = check_levels(request, await self._levels(repository, request.manifests))
+            await self._check_references(repository, request.blobs, request.manifests, pending)
+            below = await self._levels(repository, request.manifests, pending)
+            levels = check_levels(request, below)
             entry = pack_entry(ManifestEntry(request.manifest, request.subject, levels))
             if request.subject is None:
                 await self._mark(repository)
@@ -350,6 +367,7 @@ class Catalog:
                     stamp=request.stamp,
                     by=request.by,
                     expect=request.expect,
+                    from_journal=from_journal,
                 )
 
     async def delete_manifest(
@@ -423,8 +441,8 @@ class Catalog:
                 await recorded()
                 await self._delete_manifest(repository, digest, by, subject, stamp)
 
-    async def delete_tag(self, request: DeleteTagRequest) -> None:
-        """Remove a tag; the manifest stays.
+    async def delete_tag(self, request: DeleteTagRequest, *, from_journal: bool = False) -> None:
+        """Remove a tag; the manifest stays; ``from_journal`` as for a manifest.
 
         A deletion that comes with a stamp counts if that is later than what is there; it is remembered also
         when there is no such tag, since an earlier put may be on its way.
@@ -446,7 +464,12 @@ class Catalog:
         async with self._locks.hold(repository):
             try:
                 await self.tags.delete(
-                    repository, tag, stamp=request.stamp, by=request.by, expect=request.expect
+                    repository,
+                    tag,
+                    stamp=request.stamp,
+                    by=request.by,
+                    expect=request.expect,
+                    from_journal=from_journal,
                 )
             except ManifestNotFound:
                 await self._check_exists(repository)
@@ -512,12 +535,14 @@ class Catalog:
         data = await self._backend.get_bytes(key, limit=ENTRY_BYTES_MAX)
         return unpacked(self._backend, key, data, partial(unpack_entry, digest))
 
-    async def _levels(self, repository: str, manifests: tuple[Digest, ...]) -> dict[Digest, int]:
+    async def _levels(
+        self, repository: str, manifests: tuple[Digest, ...], pending: PendingChanges
+    ) -> dict[Digest, int]:
         """How deep the trees below some manifests are.  Raises ManifestReferencesMissing."""
 
         async def levels_of(digest: Digest) -> int:
-            if pending := self.pending.levels(repository, digest):
-                return pending
+            if levels := pending.levels(repository, digest):
+                return levels
             try:
                 return (await self._entry(repository, digest)).levels
             except ObjectNotFound as exc:
@@ -603,7 +628,7 @@ class Catalog:
             log.info("referrer_outdated", repository=repository, digest=str(digest))
             return
         if times.put_at is None:
-            await self._check_room_for_referrer(repository, subject)
+            await self._check_room_for_referrer(repository, subject, digest)
         # A tag is a change of its own, and brings its manifest.
         is_news = request.tag is None and stamp.time > (times.put_at or 0)
         change = TagChange(stamp, digest, request.by) if is_news else None
@@ -668,9 +693,14 @@ class Catalog:
         await self._for_all_tags(repository, look)
         return found
 
-    async def _check_room_for_referrer(self, repository: str, subject: Digest) -> None:
+    async def _check_room_for_referrer(
+        self, repository: str, subject: Digest, digest: Digest
+    ) -> None:
         page = await self._backend.list(referrers_prefix(repository, subject), limit=REFERRERS_MAX)
-        if len(page.keys) >= REFERRERS_MAX:
+        if len(page.keys) < REFERRERS_MAX:
+            return
+        # Another index that enters the same one may have taken the last place for it.
+        if not await self._exists(referrer_key(repository, subject, digest)):
             raise PushRefused(
                 f"manifest {subject} of repository {repository} has {REFERRERS_MAX} "
                 "referrers, the most that is kept: delete some of them first"

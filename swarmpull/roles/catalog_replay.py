@@ -33,7 +33,7 @@ class Replay:
         if change.manifest is not None:
             await self._record(change.manifest, at)
         if change.deletion is not None:
-            await self._catalog.delete_tag(change.deletion)
+            await self._catalog.delete_tag(change.deletion, from_journal=True)
 
     async def _link(self, link: DigestInRepository, at: int) -> None:
         if await self._catalog.deleted_at(link.repository, BLOBS, link.digest) >= at:
@@ -50,12 +50,12 @@ class Replay:
         if request.tag is None:
             request = attrs.evolve(request, stamp=Stamp(at, self._catalog.tags.source))
         try:
-            await self._catalog.record_manifest(request)
+            await self._catalog.record_manifest(request, from_journal=True)
         except ManifestReferencesMissing as error:
             there = await self._without_deleted(request, set(error.missing), at)
             if there == request:
                 raise
-            await self._catalog.record_manifest(there)
+            await self._catalog.record_manifest(there, from_journal=True)
 
     async def _without_deleted(
         self, request: RecordManifestRequest, missing: set[str], at: int

@@ -136,11 +136,13 @@ class CatalogTags:
         stamp: Stamp | None = None,
         by: str = "",
         expect: str | None = None,
+        from_journal: bool = False,
     ) -> None:
         """Make a tag name a manifest; if ``stamp`` is set, only if it is later than what is there.
 
         Without a stamp, a tag that names the manifest already stays as it is, whatever ``expect`` is: the
-        answer to the put that made it so may have been lost.
+        answer to the put that made it so may have been lost.  ``from_journal``: it is a pending change
+        itself, so what is there is what the backend has.
 
         Raises:
             TagChanged: it is not what is expected.
@@ -156,7 +158,7 @@ class CatalogTags:
             await self._list(repository, tag)
             return None
 
-        await self._change(repository, tag, make, manifest)
+        await self._change(repository, tag, make, manifest, from_journal=from_journal)
 
     async def delete(
         self,
@@ -166,6 +168,7 @@ class CatalogTags:
         stamp: Stamp | None = None,
         by: str = "",
         expect: str | None = None,
+        from_journal: bool = False,
     ) -> None:
         """Remove a tag; if ``stamp`` is set, only if it is later, and one that is not there, too.
 
@@ -184,7 +187,7 @@ class CatalogTags:
             await self._unlist(repository, tag)
             raise ManifestNotFound(repository, tag)
 
-        await self._change(repository, tag, make)
+        await self._change(repository, tag, make, from_journal=from_journal)
 
     async def delete_if(
         self, repository: str, tag: str, digest: Digest, *, stamp: Stamp | None = None, by: str
@@ -202,12 +205,19 @@ class CatalogTags:
         return TagChange(stamp, digest, by[:NAME_MAX])
 
     async def _change(
-        self, repository: str, tag: str, make: MakeChange, manifest: Descriptor | None = None
+        self,
+        repository: str,
+        tag: str,
+        make: MakeChange,
+        manifest: Descriptor | None = None,
+        *,
+        from_journal: bool = False,
     ) -> None:
         """Make a change of what is there; again when another process has changed that meanwhile."""
         for _ in range(ATTEMPTS):
             log, version = await self._read(repository, tag)
-            known = _with(log, self._pending.tag_changes(repository, tag))
+            pending = () if from_journal else self._pending.tag_changes(repository, tag)
+            known = _with(log, pending)
             change = await make(known)
             if change is None:
                 return

@@ -22,6 +22,7 @@ import trio
 from swarmpull.config import ClusterConfig, Config, IndexConfig
 from swarmpull.digest import Digest
 from swarmpull.errors import BackendUnavailable, SwarmpullError
+from swarmpull.registry.admin import QueueControl
 from swarmpull.ring.membership import DNS_PREFIX, Membership
 from swarmpull.roles.addresses import RoleAddresses
 from swarmpull.roles.catalog import Catalog
@@ -33,6 +34,7 @@ from swarmpull.roles.index_contact import Contact
 from swarmpull.roles.index_journal import Journal, open_journal
 from swarmpull.roles.index_outage import Outage
 from swarmpull.roles.index_peers import IndexPeers
+from swarmpull.roles.journal_control import JournalControl
 from swarmpull.roles.pending_changes import PendingChanges
 from swarmpull.roles.preheat import start_preheating
 from swarmpull.roles.remotes import Remote, Rules
@@ -113,6 +115,7 @@ class Index:
         self._register(service, api.RESOLVE, self._resolve, at_once=self._resolve_at_once)
         service.register(api.FORGET, self._forget, at_once=self._forget_at_once)
         self._register(service, api.KEEP_PENDING, self._keep_pending, among_indexes=True)
+        self._register(service, api.DROP_PENDING, self._drop_pending, among_indexes=True)
         self._register(service, api.PENDING, self._pending, among_indexes=True)
         self._register(service, api.TAG_LOG, self._tag_log)
         self._register(service, api.CHECK_REFERENCES, self._check_references)
@@ -192,6 +195,11 @@ class Index:
         self, request: api.KeepPendingRequest, _: RpcContext
     ) -> api.PendingKept:
         return await self._journal.keep(request)
+
+    async def _drop_pending(
+        self, request: api.DropPendingRequest, _: RpcContext
+    ) -> api.PendingDropped:
+        return await self._journal.drop_pending(request)
 
     async def _pending(self, request: api.PendingRequest, _: RpcContext) -> api.PendingReply:
         return self._journal.pending(request)
@@ -527,7 +535,7 @@ async def run_index(
                 more={"api": preheating.app()},
                 drain=drain,
                 grace=config.drain_timeout,
-                replication=replicator,
+                queues=_queues(journal, replicator),
                 task_status=task_status,
             )
         background.cancel_scope.cancel()
@@ -547,6 +555,13 @@ async def _close_cache(cache: ResolveCache, drain: trio.Event) -> None:
     """Whoever drains is soon not told any more of what others change."""
     await drain.wait()
     cache.close()
+
+
+def _queues(journal: Journal, replicator: Replicator | None) -> dict[str, QueueControl]:
+    found: dict[str, QueueControl] = {"journal": JournalControl(journal)}
+    if replicator is not None:
+        found["replication"] = replicator
+    return found
 
 
 def _status(watch: BackendWatch, cache: ResolveCache, journal: Journal) -> dict[str, Any]:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,11 +21,11 @@ import attrs
 import structlog
 import trio
 
+from swarmpull.digest import Digest
 from swarmpull.errors import (
     BackendUnavailable,
-    ProtocolError,
+    ManifestReferencesMissing,
     RpcUnavailable,
-    StartupError,
     StoreFull,
     SwarmpullError,
 )
@@ -31,18 +33,24 @@ from swarmpull.roles.catalog import Catalog
 from swarmpull.roles.catalog_replay import Replay
 from swarmpull.roles.index_cache import ResolveCache
 from swarmpull.roles.index_peers import IndexPeers
+from swarmpull.roles.journal_file import Kept, keep, open_journal_file
 from swarmpull.roles.pending_changes import PendingChanges, id_of
-from swarmpull.store.durable import make_directory
-from swarmpull.store.durable_queue import DurableQueue, QueueFile, Row, open_durable_queue
+from swarmpull.roles.set_aside_changes import (
+    REFUSALS,
+    REMEDY,
+    SetAsideChanges,
+    log_set_aside,
+    refusal_of,
+)
+from swarmpull.store.durable_queue import DurableQueue
 from swarmpull.store.retry_schedule import backoff
 from swarmpull.telemetry import Metrics
 from swarmpull.wire import api
 from swarmpull.wire.api import PendingChange
-from swarmpull.wire.codec import decode, encode
+from swarmpull.wire.codec import encode
 
 log = structlog.get_logger()
 
-FILE_NAME: Final = "index-journal.sqlite"
 # All changes are in memory, too.
 CHANGES_MAX: Final = 100_000
 BYTES_MAX: Final = 64 << 20
@@ -62,63 +70,17 @@ DONE_MAX: Final = 10_000
 BACKOFF_MAX: Final = 5.0
 
 
-@attrs.frozen
-class _Kept:
-    """``mine``: it was asked for here, not at another index; ``kept_at`` is in seconds since the epoch.
-
-    ``number`` says in which order they came to this process.
-    """
-
-    change: PendingChange
-    mine: bool
-    kept_at: float
-    size: int
-    number: int = 0
-
-
-def _row(kept: _Kept) -> Row:
-    return id_of(kept.change), kept.mine, kept.kept_at, encode(kept.change)
-
-
-def _kept(row: Row) -> _Kept:
-    _, mine, kept_at, body = row
-    return _Kept(decode(body, PendingChange), bool(mine), kept_at, len(body))
-
-
-_FILE: Final = QueueFile(
-    what="the journal of the index",
-    # "swpj"
-    application_id=0x7377706A,
-    create="""
-        create table changes (
-            id text not null primary key,
-            mine integer not null,
-            kept_at real not null,
-            body blob not null
-        ) strict
-    """,
-    put="insert or replace into changes values (?, ?, ?, ?)",
-    remove="delete from changes where id = ?",
-    all="select * from changes order by kept_at, id",
-    pack=_row,
-    unpack=_kept,
-    when_damaged=(
-        "move it and what is named like it away: the other indexes have what was in it; what only this one "
-        "had has to be pushed again"
-    ),
-)
-
-
 class Journal:
     """Keeps changes until the backend has them.
 
     Attributes:
         trouble: why the last attempt to write a change to the backend failed; empty when it did not.
+        set_aside: changes that can never be written; nobody sees them any more but the operator.
     """
 
     def __init__(
         self,
-        rows: DurableQueue[_Kept],
+        rows: DurableQueue[Kept],
         pending: PendingChanges,
         catalog: Catalog,
         cache: ResolveCache,
@@ -126,6 +88,7 @@ class Journal:
         metrics: Metrics,
     ) -> None:
         self.trouble = ""
+        self.set_aside = SetAsideChanges()
         self._rows = rows
         self._pending = pending
         self._replay = Replay(catalog)
@@ -135,10 +98,11 @@ class Journal:
         self._peers = peers
         self._bytes = 0
         # By id, in the order of their numbers.
-        self._changes: dict[str, _Kept] = {}
+        self._changes: dict[str, Kept] = {}
         self._number = 0
-        # What this process has written, or dropped: others may have it for a while, and are asked for theirs.
-        self._done: dict[str, None] = {}
+        # What this process has written (True), or dropped: others may have it for a while, and are asked for
+        # theirs.
+        self._done: dict[str, bool] = {}
         self._filled = trio.Event()
         self._depth = metrics.gauge(
             "index_journal_changes", "Acknowledged changes that the backend does not have yet."
@@ -146,8 +110,18 @@ class Journal:
         self._age = metrics.gauge(
             "index_journal_age_seconds", "Age of the oldest such change; 0 when there is none."
         )
+        metrics.gauge(
+            "index_journal_set_aside_changes",
+            "Acknowledged changes that can never be written as they are: see swarmpull journal status.",
+        ).set_function(lambda: len(self.set_aside))
         for kept in rows.loaded:
-            self._enter(kept)
+            if kept.refusal:
+                self._bytes += kept.size
+                self.set_aside.add(kept)
+            else:
+                self._enter(kept)
+        if self.set_aside:
+            log.warning("index_journal_has_set_aside", changes=len(self.set_aside), remedy=REMEDY)
 
     @property
     def age(self) -> float:
@@ -163,6 +137,7 @@ class Journal:
             "bytes": self._bytes,
             "age": self.age,
             "trouble": self.trouble if self._changes else "",
+            "set_aside": len(self.set_aside),
         }
 
     # --- keeping ------------------------------------------------------------------------------
@@ -180,6 +155,9 @@ class Journal:
 
     async def keep(self, request: api.KeepPendingRequest) -> api.PendingKept:
         """Changes that another index has acknowledged, or is about to.  Raises what `add` does."""
+        if request.again:
+            known = map(self.set_aside.get, map(id_of, request.changes))
+            await self._readmit([kept for kept in known if kept is not None])
         await self.take(request.changes)
         return api.PendingKept(self._peers.process)
 
@@ -209,38 +187,51 @@ class Journal:
             dropped = [
                 kept
                 for kept in self._changes.values()
-                if kept.change.at <= deleted.at and _makes_part(kept.change, deleted)
+                if kept.acknowledged_at <= deleted.at and _makes_part(kept.change, deleted)
             ]
             if dropped:
                 await self._remove(dropped)
 
     async def _keep(self, changes: Iterable[PendingChange], *, mine: bool) -> None:
         now = time.time()
+        named = {id_of(each): each for each in changes}
         added = [
-            _Kept(change, mine, now, len(encode(change)))
-            for change in {id_of(each): each for each in changes}.values()
-            if id_of(change) not in self._changes and id_of(change) not in self._done
+            keep(change, mine, now)
+            for change_id, change in named.items()
+            if not self._knows(change_id)
         ]
-        size = sum(kept.size for kept in added)
-        if len(self._changes) + len(added) > CHANGES_MAX or self._bytes + size > BYTES_MAX:
-            raise StoreFull(
-                self._rows.name,
-                size,
-                f"the backend is down and the journal of the index holds {len(self._changes)} changes, "
-                "as many as it may: wait until the backend is back",
-            )
+        self._check_room(added)
         if added:
             # A caller that leaves meanwhile must not leave a row behind that comes true at the next start.
             with trio.CancelScope(shield=True):
                 await self._rows.put_all(added)
         for kept in added:
             # Another call may have brought the same.
-            if id_of(kept.change) not in self._changes:
+            if not self._knows(kept.id):
                 self._enter(kept)
 
-    def _enter(self, kept: _Kept) -> None:
+    def _knows(self, change_id: str) -> bool:
+        """Whether it is here, or was."""
+        return change_id in self._changes or change_id in self.set_aside or change_id in self._done
+
+    def _check_room(self, added: Sequence[Kept]) -> None:
+        size = sum(kept.size for kept in added)
+        held = len(self._changes) + len(self.set_aside)
+        if held + len(added) <= CHANGES_MAX and self._bytes + size <= BYTES_MAX:
+            return
+        remedy = "wait until the backend is back"
+        if self.set_aside:
+            remedy += f", and see swarmpull journal status: {len(self.set_aside)} are set aside"
+        raise StoreFull(
+            self._rows.name,
+            size,
+            f"the backend is down and the journal of the index holds {held} changes, as many as it may: "
+            + remedy,
+        )
+
+    def _enter(self, kept: Kept) -> None:
         self._number += 1
-        self._changes[id_of(kept.change)] = attrs.evolve(kept, number=self._number)
+        self._changes[kept.id] = attrs.evolve(kept, number=self._number)
         self._bytes += kept.size
         self._pending.add(kept.change)
         self._forget(kept.change)
@@ -264,9 +255,11 @@ class Journal:
             for address in self._peers.others if changes else ():
                 nursery.start_soon(self._hand_out_to, address, changes)
 
-    async def _hand_out_to(self, address: str, changes: Sequence[PendingChange]) -> None:
+    async def _hand_out_to(
+        self, address: str, changes: Sequence[PendingChange], *, again: bool = False
+    ) -> None:
         for batch in _batches(changes):
-            request = api.KeepPendingRequest(batch)
+            request = api.KeepPendingRequest(batch, again)
             try:
                 await self._peers.call(address, api.KEEP_PENDING, request, timeout=SHARE_TIMEOUT)
             except SwarmpullError as error:
@@ -293,6 +286,86 @@ class Journal:
         if failures:
             raise failures[0]
 
+    # --- changes that can never be written ----------------------------------------------------
+
+    async def retry(self, wanted: Sequence[Kept]) -> int:
+        """Try what was set aside once more, here and at every index that answers; returns how much it is.
+
+        Raises StoreFull, StoreUnavailable: the disk fails.
+        """
+        admitted = await self._readmit(wanted)
+        changes = [kept.change for kept in admitted]
+        async with trio.open_nursery() as nursery:
+            for address in self._peers.others if changes else ():
+                nursery.start_soon(partial(self._hand_out_to, address, changes, again=True))
+        return len(admitted)
+
+    async def _readmit(self, wanted: Sequence[Kept]) -> list[Kept]:
+        async with self._writing:
+            found = [
+                attrs.evolve(kept, refusal="", refused_at=0.0)
+                for kept in wanted
+                if kept.id in self.set_aside
+            ]
+            with trio.CancelScope(shield=True):
+                await self._rows.put_all(found)
+            for kept in found:
+                self.set_aside.pop(kept.id)
+                self._bytes -= kept.size
+                self._enter(kept)
+        return found
+
+    async def forget_set_aside(self, wanted: Sequence[Kept]) -> int:
+        """Drop what was set aside, here and at every index that answers; returns how much it was.
+
+        Raises StoreFull, StoreUnavailable: the disk fails.
+        """
+        dropped = await self._drop(kept.id for kept in wanted)
+        async with trio.open_nursery() as nursery:
+            for address in self._peers.others if dropped else ():
+                nursery.start_soon(self._drop_at, address, dropped)
+        return len(dropped)
+
+    async def _drop_at(self, address: str, ids: Sequence[str]) -> None:
+        for start in range(0, len(ids), BATCH):
+            request = api.DropPendingRequest(tuple(ids[start : start + BATCH]))
+            try:
+                await self._peers.call(address, api.DROP_PENDING, request, timeout=SHARE_TIMEOUT)
+            except SwarmpullError as error:
+                log.info("index_journal_not_dropped", index=address, reason=str(error))
+                return
+
+    async def drop_pending(self, request: api.DropPendingRequest) -> api.PendingDropped:
+        """Another index wants changes to be forgotten.  Raises StoreFull, StoreUnavailable."""
+        return api.PendingDropped(self._peers.process, tuple(await self._drop(request.changes)))
+
+    async def _drop(self, ids: Iterable[str]) -> list[str]:
+        """Those of the ids that this index does not write any more, and has not written."""
+        async with self._writing:
+            mine = [each for each in dict.fromkeys(ids) if not self._done.get(each)]
+            with trio.CancelScope(shield=True):
+                await self._rows.remove_rows([(each,) for each in mine])
+            for each in mine:
+                self._leave(each, written=False)
+            self._trim()
+        return mine
+
+    async def _set_aside(self, kept: Kept, error: SwarmpullError) -> None:
+        """It can never be written.  The caller is writing it, and nobody else is.
+
+        Raises StoreFull, StoreUnavailable: the disk fails, and it is as it was.
+        """
+        refused = attrs.evolve(kept, refusal=refusal_of(error), refused_at=time.time())
+        with trio.CancelScope(shield=True):
+            await self._rows.put(refused)
+        del self._changes[kept.id]
+        self._pending.remove(kept.change)
+        self.set_aside.add(refused)
+        # What is kept of lookups has seen it.
+        self._forget(kept.change)
+        self._tell_metrics()
+        log_set_aside(refused)
+
     # --- writing to the backend ---------------------------------------------------------------
 
     async def run(self, is_down: Callable[[], bool]) -> None:
@@ -317,7 +390,7 @@ class Journal:
 
     async def _write(self, *, mine_only: bool) -> None:
         before = len(self._changes)
-        wanted = [kept for kept in self._changes.values() if kept.mine or not mine_only]
+        wanted = self._with_references() if mine_only else list(self._changes.values())
         wanted.sort(key=lambda each: each.kept_at)
         while wanted:
             batch, wanted = wanted[:WRITE_BATCH], wanted[WRITE_BATCH:]
@@ -331,31 +404,66 @@ class Journal:
                 break
         if before and not self._changes:
             self.trouble = ""
-            log.info("index_journal_written", changes=before)
+            log.info("index_journal_written", changes=before, set_aside=len(self.set_aside))
 
-    async def _write_batch(self, batch: Iterable[_Kept]) -> tuple[list[_Kept], bool]:
+    def _with_references(self) -> list[Kept]:
+        """What was asked for here, and what that refers to, whoever was asked for it."""
+        found = {kept.id: kept for kept in self._changes.values() if kept.mine}
+        makers: defaultdict[tuple[str, Digest], list[Kept]] = defaultdict(list)
+        for kept in self._changes.values():
+            for key in () if kept.mine else _makes(kept.change):
+                makers[key].append(kept)
+        left = list(found.values())
+        while left:
+            for key in _needs(left.pop().change):
+                for kept in makers.pop(key, ()):
+                    found[kept.id] = kept
+                    left.append(kept)
+        return list(found.values())
+
+    async def _write_batch(self, batch: Iterable[Kept]) -> tuple[list[Kept], bool]:
         """Returns what the backend has now, and whether it has failed."""
-        written: list[_Kept] = []
+        written: list[Kept] = []
         for kept in batch:
             try:
                 async with self._writing:
-                    if id_of(kept.change) in self._changes:
-                        await self._replay.write(
-                            kept.change, kept.change.at or int(kept.kept_at * 1e9)
-                        )
+                    if kept.id not in self._changes:
+                        continue
+                    if await self._write_one(kept):
+                        written.append(kept)
             except SwarmpullError as error:
                 self._complain(kept.change, error)
                 if isinstance(error, BackendUnavailable):
                     return written, True
-            else:
-                written.append(kept)
         return written, False
+
+    async def _write_one(self, kept: Kept) -> bool:
+        """Whether the backend has it now; what it never can have is set aside.
+
+        Raises what else is in the way.
+        """
+        try:
+            await self._replay.write(kept.change, kept.acknowledged_at)
+        except REFUSALS as error:
+            if self._may_come(error):
+                raise
+            await self._set_aside(kept, error)
+            return False
+        # From now on it is too late to drop it.
+        self._done[kept.id] = True
+        return True
+
+    def _may_come(self, error: SwarmpullError) -> bool:
+        """Whether what a manifest lacks is on its way into the backend."""
+        return isinstance(error, ManifestReferencesMissing) and any(
+            self._pending.has_part(error.repository, Digest.parse(each)) for each in error.missing
+        )
 
     def _complain(self, change: PendingChange, error: SwarmpullError) -> None:
         self.trouble = f"{id_of(change)}: {error}"
         log.warning("index_journal_not_written", change=id_of(change), reason=str(error))
 
-    async def _spread(self, written: Iterable[_Kept]) -> None:
+    async def _spread(self, written: Iterable[Kept]) -> None:
         """An index that does not know of these may keep what it has read before they were written."""
         tags: dict[str, set[str]] = {}
         for repository, tag in _tags_of(kept.change for kept in written):
@@ -364,14 +472,24 @@ class Journal:
             for repository, names in tags.items():
                 nursery.start_soon(self._peers.spread, repository, tuple(sorted(names)))
 
-    async def _remove(self, written: Sequence[_Kept]) -> None:
+    async def _remove(self, written: Sequence[Kept]) -> None:
         # From the disk first: what is found there after a crash is made once more, which does no harm.
-        await self._rows.remove_rows([(id_of(kept.change),) for kept in written])
+        await self._rows.remove_rows([(kept.id,) for kept in written])
         for kept in written:
-            if self._changes.pop(id_of(kept.change), None) is not None:
-                self._bytes -= kept.size
-                self._pending.remove(kept.change)
-                self._done[id_of(kept.change)] = None
+            self._leave(kept.id, written=True)
+        self._trim()
+
+    def _leave(self, change_id: str, *, written: bool) -> None:
+        """It is not on the disk any more."""
+        if (pending := self._changes.pop(change_id, None)) is not None:
+            self._pending.remove(pending.change)
+            if not written:
+                self._forget(pending.change)
+        kept = pending or self.set_aside.pop(change_id)
+        self._bytes -= 0 if kept is None else kept.size
+        self._done[change_id] = written
+
+    def _trim(self) -> None:
         while len(self._done) > DONE_MAX:
             del self._done[next(iter(self._done))]
         self._tell_metrics()
@@ -390,6 +508,22 @@ def _makes_part(change: PendingChange, deleted: api.ForgetRequest) -> bool:
         record is not None
         and (record.repository, record.manifest.digest) == (deleted.repository, deleted.manifest)
     )
+
+
+def _makes(change: PendingChange) -> Iterator[tuple[str, Digest]]:
+    """What a change puts into a repository."""
+    if change.link is not None:
+        yield change.link.repository, change.link.digest
+    if change.manifest is not None:
+        yield change.manifest.repository, change.manifest.manifest.digest
+
+
+def _needs(change: PendingChange) -> Iterator[tuple[str, Digest]]:
+    """What has to be in the repository before it."""
+    record = change.manifest
+    if record is not None:
+        for digest in (*record.blobs, *record.manifests):
+            yield record.repository, digest
 
 
 def _tags_of(changes: Iterable[PendingChange]) -> Iterator[tuple[str, str]]:
@@ -429,21 +563,5 @@ async def open_journal(
     Raises:
         StartupError: the file is damaged, or of a newer version, or the disk fails.
     """
-    await trio.to_thread.run_sync(_prepare, directory)
-    try:
-        async with open_durable_queue(directory / FILE_NAME, "index", _FILE, tuple) as rows:
-            yield Journal(rows, pending, catalog, cache, peers, metrics)
-    except ProtocolError as error:
-        raise StartupError(
-            f"{directory / FILE_NAME} is damaged ({error})", _FILE.when_damaged
-        ) from error
-
-
-def _prepare(directory: Path) -> None:
-    try:
-        make_directory(directory)
-    except OSError as error:
-        raise StartupError(
-            f"the data directory {directory} cannot be made ({error.strerror or error})",
-            "make its parent one that this user can write to, or set index.data_dir",
-        ) from error
+    async with open_journal_file(directory) as rows:
+        yield Journal(rows, pending, catalog, cache, peers, metrics)

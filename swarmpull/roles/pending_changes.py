@@ -63,6 +63,10 @@ class PendingChanges:
         """Whether a blob was made part of a repository."""
         return (repository, digest) in self._blobs
 
+    def has_part(self, repository: str, digest: Digest) -> bool:
+        """Whether a blob was made part of a repository, or such a manifest was put."""
+        return (repository, digest) in self._blobs or (repository, digest) in self._manifests
+
     def has_blob_since(self, repository: str, digest: Digest, at: int) -> bool:
         """The same, at that time in ns or later."""
         return max(self._blobs.get((repository, digest), ()), default=-1) >= at

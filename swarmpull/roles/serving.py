@@ -13,7 +13,7 @@ import structlog
 import trio
 
 from swarmpull.config import AgentConfig, IndexConfig, OriginConfig, TrackerConfig
-from swarmpull.registry.admin import RateControl, ReplicationControl, create_admin_app
+from swarmpull.registry.admin import QueueControl, RateControl, create_admin_app
 from swarmpull.registry.asgi import AsgiApp
 from swarmpull.registry.server import serve_http
 from swarmpull.roles.addresses import RoleAddresses
@@ -47,7 +47,7 @@ async def serve_role(
     registry: AsgiApp | None = None,
     more: Mapping[str, AsgiApp] | None = None,
     rates: RateControl | None = None,
-    replication: ReplicationControl | None = None,
+    queues: Mapping[str, QueueControl] | None = None,
     bound: Mapping[str, str] | None = None,
     on_drain: Callable[[], Awaitable[None]] | None = None,
     task_status: trio.TaskStatus[RoleAddresses] = trio.TASK_STATUS_IGNORED,
@@ -66,7 +66,7 @@ async def serve_role(
         grace: seconds that requests under way, and then ``on_drain``, have together.
         registry: the registry application, if the role has one.
         more: further applications by the section of ``settings`` with their listener.
-        metrics, rates, replication: for the admin listener, the latter two if the role has any.
+        metrics, rates, queues: for the admin listener, the latter two if the role has any.
         bound: listeners that the role has bound itself, to be reported with the others.
         on_drain: called when the requests under way have ended, which may need what this ends.
         task_status: started when everything is bound.
@@ -85,7 +85,7 @@ async def serve_role(
         if service is not None:
             service.register(api.PING, _answer_ping, at_once=_pong)
             servers["rpc"] = partial(serve_rpc, service, memory=_rpc_memory(metrics), tls=tls)
-        pages = _admin_app(role, metrics, readiness, status, drain, rates, replication)
+        pages = _admin_app(role, metrics, readiness, status, drain, rates, queues)
         admin, listen = await _http(files, role, settings, "admin", pages), settings.admin.listen
         to_the_end = await files.enter_async_context(trio.open_nursery())
         at = await to_the_end.start(
@@ -125,7 +125,7 @@ def _admin_app(
     status: Callable[[], Mapping[str, object]],
     drain: trio.Event,
     rates: RateControl | None,
-    replication: ReplicationControl | None,
+    queues: Mapping[str, QueueControl] | None,
 ) -> AsgiApp:
     def reasons() -> list[str]:
         return [*(["the role is draining"] if drain.is_set() else []), *readiness()]
@@ -139,7 +139,7 @@ def _admin_app(
         metrics=metrics.render,
         status=full_status,
         rates=rates,
-        replication=replication,
+        queues=queues or {},
     )
     return cast("AsgiApp", app)
 

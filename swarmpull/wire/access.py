@@ -63,6 +63,7 @@ CALLERS: Final[dict[str, frozenset[str]]] = {
     # Whoever may change something here, or has done so elsewhere.
     api.FORGET.name: frozenset({"index"}),
     api.KEEP_PENDING.name: frozenset({"index"}),
+    api.DROP_PENDING.name: frozenset({"index"}),
     api.PENDING.name: frozenset({"index"}),
     # An entry in the index says that the bytes are durable, which only an origin knows.
     api.CHECK_REFERENCES.name: _HOSTS,

@@ -631,9 +631,13 @@ class PendingChange:
 
 @attrs.frozen
 class KeepPendingRequest:
-    """Another index acknowledges changes while the backend is down: to be kept on the disk, too."""
+    """Another index acknowledges changes while the backend is down: to be kept on the disk, too.
+
+    ``again``: those that were set aside are to be tried once more.
+    """
 
     changes: tuple[PendingChange, ...]
+    again: bool = False
 
 
 @attrs.frozen
@@ -641,6 +645,22 @@ class PendingKept:
     """They are.  ``process`` as in `ForgetReply`."""
 
     process: str
+
+
+@attrs.frozen
+class DropPendingRequest:
+    """Changes, by their ids, that are not to be written: nobody was told that they are made, or the operator
+    drops them."""
+
+    changes: tuple[str, ...]
+
+
+@attrs.frozen
+class PendingDropped:
+    """Of these the ones that the callee has not written, and never will.  ``process`` as in `ForgetReply`."""
+
+    process: str
+    dropped: tuple[str, ...]
 
 
 @attrs.frozen
@@ -822,8 +842,9 @@ DELETE_MANIFEST: Final = Method("index.delete_manifest", DigestInRepository, Emp
 DELETE_TAG: Final = Method("index.delete_tag", DeleteTagRequest, Empty)
 # Also of a tag that was deleted.  Raises ManifestNotFound, RepositoryNotFound.
 TAG_LOG: Final = Method("index.tag_log", ReferenceRequest, TagLogReply)
-# Both among the indexes of a cluster.  KEEP_PENDING raises StoreFull, StoreUnavailable.
+# All among the indexes of a cluster.  The first two raise StoreFull, StoreUnavailable.
 KEEP_PENDING: Final = Method("index.keep_pending", KeepPendingRequest, PendingKept)
+DROP_PENDING: Final = Method("index.drop_pending", DropPendingRequest, PendingDropped)
 PENDING: Final = Method("index.pending", PendingRequest, PendingReply)
 FORGET: Final = Method("index.forget", ForgetRequest, ForgetReply)
 LINK_BLOB: Final = Method("index.link_blob", DigestInRepository, Empty)

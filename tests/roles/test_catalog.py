@@ -721,3 +721,20 @@ async def test_a_tag_that_cannot_be_settled_does_not_hold_up_the_others(backend)
     assert (await catalog.list_tags("team/app", "", 10)).names == ("v1",)
     left = unsettled_key("team/app", "damaged", "somebody")
     assert (await backend.list(UNSETTLED)).keys == (left,)
+
+
+async def test_a_referrer_that_another_index_enters_meanwhile_has_room(backend, monkeypatch):
+    monkeypatch.setattr(catalog_module, "REFERRERS_MAX", 1)
+    wanted = request(1, subject=LAYER)
+    looking = trio.Event()
+
+    class Slow(Catalog):
+        async def _put_at(self, repository: str, subject: Digest, digest: Digest) -> int | None:
+            found = await super()._put_at(repository, subject, digest)
+            looking.set()
+            await Catalog(backend, "other").record_manifest(wanted)
+            return found
+
+    await Slow(backend, "one").record_manifest(wanted)
+    assert looking.is_set()
+    assert await Catalog(backend).list_referrers("team/app", LAYER) == (describe(1),)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import attrs
 import httpx
@@ -33,9 +38,11 @@ from swarmpull.errors import (
     ManifestReferencesMissing,
     RpcUnavailable,
     StoreFull,
+    StoreUnavailable,
     SwarmpullError,
     TagChanged,
 )
+from swarmpull.roles import catalog as catalog_module
 from swarmpull.roles import index as index_module
 from swarmpull.roles import index_contact, index_journal
 from swarmpull.roles.catalog import Catalog
@@ -46,13 +53,14 @@ from swarmpull.roles.index_cache import ResolveCache
 from swarmpull.roles.index_contact import Contact
 from swarmpull.roles.index_journal import Journal, open_journal
 from swarmpull.roles.index_peers import IndexGone, IndexPeers
-from swarmpull.roles.pending_changes import PendingChanges
+from swarmpull.roles.pending_changes import PendingChanges, id_of
 from swarmpull.roles.ring_client import open_ring
 from swarmpull.store import durable_queue
 from swarmpull.store.backends import open_backend
 from swarmpull.store.durable_queue import DurableQueue
 from swarmpull.telemetry import Metrics
 from swarmpull.wire import api
+from swarmpull.wire.codec import encode
 from swarmpull.wire.rpc import RpcPool, open_rpc_pool
 from tests.ports import free_ports
 
@@ -787,9 +795,9 @@ async def test_what_a_journal_is_writing_is_deleted_after_that(tmp_path, monkeyp
             writing.set()
             await gate.wait()
 
-    async def record_later(self, request):
+    async def record_later(self, request, **kwargs):
         await wait_at_the_second(self)
-        await record_manifest(self, request)
+        await record_manifest(self, request, **kwargs)
 
     async def link_later(self, *args):
         await wait_at_the_second(self)
@@ -836,3 +844,211 @@ async def test_a_manifest_of_a_journal_is_entered_although_its_blob_was_deleted_
         await Replay(catalog).write(change, time.time_ns())
     await Replay(catalog).write(change, before)
     assert await catalog.resolve("app", "v1") == describe(1)
+
+
+# --- what can never be written ----------------------------------------------------------------
+
+SUBJECT = Digest.of(b"subject")
+
+
+async def too_many_referrers(indexes: Indexes) -> None:
+    """Two of one subject in the journals, and the backend back that takes one."""
+    await indexes.client(0).record_manifest(put(9, "old"))
+    await indexes.take_away()
+    for number in (1, 2):
+        await indexes.client(0).record_manifest(put(number, f"v{number}", subject=SUBJECT))
+    indexes.bring_back()
+    for number in range(2):
+        await indexes.written(number)
+
+
+async def ask_journal(address: str, change: dict[str, object] | None = None) -> dict[str, Any]:
+    async with httpx.AsyncClient() as client:
+        url = f"http://{address}/journal"
+        answer = await client.get(url) if change is None else await client.put(url, json=change)
+    document: dict[str, Any] = json.loads(answer.text)
+    return document
+
+
+async def test_what_can_never_be_written_is_set_aside(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalog_module, "REFERRERS_MAX", 1)
+    async with indexes_in(tmp_path) as indexes:
+        await too_many_referrers(indexes)
+        for number in range(2):
+            client = indexes.client(number)
+            assert await client.resolve("app", "v1") == describe(1)
+            with pytest.raises(ManifestNotFound):
+                await client.resolve("app", "v2")
+            (entry,) = (await ask_journal(indexes.admin[number]))["entries"]
+            assert (entry["change"], entry["repository"], entry["reference"]) == (
+                "put",
+                "app",
+                "v2",
+            )
+            assert entry["digest"] == str(describe(2).digest)
+            assert "the most that is kept" in entry["reason"]
+            assert "swarmpull journal retry" in entry["remedy"]
+            assert (await indexes.status(number))["journal"]["set_aside"] == 1
+            async with httpx.AsyncClient() as http:
+                metrics = (await http.get(f"http://{indexes.admin[number]}/metrics")).text
+            assert "swarmpull_index_journal_set_aside_changes 1.0" in metrics
+        # It is not in the way of deletions, of what it names either.
+        await indexes.client(1).record_manifest(put(2, "other"))
+        await indexes.client(1).delete_manifest("app", describe(2).digest)
+        await indexes.client(0).delete_manifest("app", describe(9).digest)
+
+
+async def test_what_was_set_aside_is_tried_again_at_every_index(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalog_module, "REFERRERS_MAX", 1)
+    async with indexes_in(tmp_path) as indexes:
+        await too_many_referrers(indexes)
+        indexes.kill(1)
+        await indexes.start(1)
+        assert (await indexes.status(1))["journal"]["set_aside"] == 1, "it is on the disk"
+
+        await indexes.client(0).delete_manifest("app", describe(1).digest)
+        done = await ask_journal(indexes.admin[1], {"retry": {"repository": "other"}})
+        assert done == {"retried": 0}
+        done = await ask_journal(indexes.admin[1], {"retry": {"reference": "v2"}})
+        assert done == {"retried": 1}
+        for number in range(2):
+            await indexes.written(number)
+            assert (await indexes.status(number))["journal"]["set_aside"] == 0
+            assert await indexes.client(number).resolve("app", "v2") == describe(2)
+
+
+async def test_what_was_set_aside_is_dropped_by_the_operator_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalog_module, "REFERRERS_MAX", 1)
+    async with indexes_in(tmp_path) as indexes:
+        await too_many_referrers(indexes)
+        for wrong in ({"drop": {}}, {"drop": {"tag": "v2"}}, {"retry": []}, {"forget": {}}, {}):
+            assert "errors" in await ask_journal(indexes.admin[0], wrong)
+        reference = {"reference": str(describe(2).digest)}
+        assert await ask_journal(indexes.admin[0], {"drop": reference}) == {"dropped": 1}
+        for number in range(2):
+            assert (await ask_journal(indexes.admin[number]))["entries"] == []
+            assert (await indexes.status(number))["journal"]["bytes"] == 0
+        indexes.kill(0)
+        await indexes.start(0)
+        assert (await indexes.status(0))["journal"]["set_aside"] == 0
+
+
+async def run_command(*arguments: str) -> str:
+    command = [sys.executable, "-m", "swarmpull", "journal", *arguments]
+    done = await trio.run_process(
+        command, capture_stdout=True, env={**os.environ, "COLUMNS": "200"}
+    )
+    return done.stdout.decode()
+
+
+async def test_the_operator_sees_what_was_set_aside_and_settles_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalog_module, "REFERRERS_MAX", 1)
+    async with indexes_in(tmp_path) as indexes:
+        await too_many_referrers(indexes)
+        addresses = list(indexes.admin.values())
+        shown = await run_command("status", *addresses)
+        assert shown.count("app:v2") == 1, "both have it, and it is one"
+        assert "the most that is kept" in shown
+        (entry, *_) = json.loads(await run_command("status", addresses[0], "--json"))[0]["entries"]
+        assert "retried 0" in await run_command("retry", addresses[0], "--repository", "other")
+        assert "dropped 1" in await run_command("drop", addresses[1], "--id", entry["id"])
+        assert "app:v2" not in await run_command("status", *addresses)
+        with pytest.raises(subprocess.CalledProcessError):
+            await run_command("drop", addresses[0])
+
+
+async def test_a_list_of_which_a_manifest_was_set_aside_is_set_aside_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalog_module, "REFERRERS_MAX", 1)
+    async with indexes_in(tmp_path) as indexes:
+        await indexes.client(0).record_manifest(put(3, None, subject=SUBJECT))
+        await indexes.take_away()
+        # Asked for at different indexes: each begins with what it was asked for itself.
+        await indexes.client(1).record_manifest(put(1, None, subject=SUBJECT))
+        await indexes.client(0).record_manifest(put(2, manifests=(describe(1).digest,)))
+        indexes.bring_back()
+        for number in range(2):
+            await indexes.written(number)
+            reasons = [e["reason"] for e in (await ask_journal(indexes.admin[number]))["entries"]]
+            assert len(reasons) == 2
+            assert f"lacks {describe(1).digest}" in reasons[1]
+        with pytest.raises(ManifestNotFound):
+            await (await indexes.catalog()).resolve("app", "v1")
+
+
+async def test_a_tag_of_a_repository_that_is_immutable_by_now_is_set_aside(tmp_path):
+    async with indexes_in(tmp_path) as indexes:
+        await indexes.client(0).record_manifest(put(1))
+        await indexes.client(0).record_manifest(put(3, "v2"))
+        await indexes.take_away()
+        await indexes.client(0).record_manifest(put(2))
+        await indexes.client(0).record_manifest(put(3, "v2"))
+        await indexes.client(0).delete_tag("app", "v2")
+        for number in range(2):
+            indexes.kill(number)
+        indexes.immutable = ("app",)
+        indexes.bring_back()
+        for number in range(2):
+            await indexes.start(number)
+        for number in range(2):
+            await indexes.written(number)
+            assert await indexes.client(number).resolve("app", "v1") == describe(1)
+            assert await indexes.client(number).resolve("app", "v2") == describe(3)
+            entries = (await ask_journal(indexes.admin[number]))["entries"]
+            assert [(e["change"], e["reference"]) for e in entries] == [
+                ("put", "v1"),
+                ("deletion", "v2"),
+            ]
+            assert all("stays that" in e["reason"] for e in entries)
+
+
+async def test_what_fails_for_a_while_is_not_set_aside(tmp_path, monkeypatch):
+    failed = 0
+    record_manifest = Catalog.record_manifest
+
+    async def fail_at_first(self, *args, **kwargs):
+        nonlocal failed
+        if failed < 2:
+            failed += 1
+            raise StoreUnavailable("replication", "no disk")
+        await record_manifest(self, *args, **kwargs)
+
+    async with indexes_in(tmp_path) as indexes:
+        await indexes.take_away()
+        await indexes.client(0).record_manifest(put(1))
+        monkeypatch.setattr(Catalog, "record_manifest", fail_at_first)
+        indexes.bring_back()
+        for number in range(2):
+            await indexes.written(number)
+            assert (await indexes.status(number))["journal"]["set_aside"] == 0
+        assert failed == 2
+        assert await indexes.client(0).resolve("app", "v1") == describe(1)
+
+
+async def test_a_journal_of_a_former_version_is_taken_over(tmp_path):
+    (tmp_path / "data").mkdir()
+    database = sqlite3.connect(tmp_path / "data" / "index-journal.sqlite")
+    database.execute(
+        "create table changes (id text not null primary key, mine integer not null, "
+        "kept_at real not null, body blob not null) strict"
+    )
+    database.execute(
+        "insert into changes values (?, 1, 1.0, ?)", (id_of(link(b"1")), encode(link(b"1")))
+    )
+    database.execute(f"pragma application_id = {0x7377706A}")
+    database.execute("pragma user_version = 1")
+    database.commit()
+    database.close()
+    async with journal_in(tmp_path) as journal:
+        assert journal.status()["changes"] == 1
+        assert journal.status()["set_aside"] == 0
+
+
+async def test_a_journal_is_full_also_of_what_was_set_aside(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalog_module, "REFERRERS_MAX", 1)
+    async with indexes_in(tmp_path) as indexes:
+        await too_many_referrers(indexes)
+        monkeypatch.setattr(index_journal, "CHANGES_MAX", 1)
+        await indexes.take_away()
+        with pytest.raises(StoreFull, match="1 are set aside"):
+            await indexes.client(0).record_manifest(put(3))
+        indexes.bring_back()
