@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from typing import TYPE_CHECKING, Final
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 # The two algorithms that the OCI image specification registers, with the length of their hex form.
 _HEX_LENGTHS: Final = {"sha256": 64, "sha512": 128}
+# Digests that were parsed last, some 400 bytes each.  A process speaks of the same few again and again, and
+# the same object is found in a dictionary without comparing fields: an announce does so six times.
+_PARSED_MAX: Final = 4096
 _GRAMMAR: Final = re.compile(r"(sha256|sha512):([0-9a-f]+)", re.ASCII)
 
 
@@ -36,10 +40,7 @@ class Digest:
         Raises:
             InvalidDigest: when the text is anything else.
         """
-        match = _GRAMMAR.fullmatch(text)
-        if match is None or len(match[2]) != _HEX_LENGTHS[match[1]]:
-            raise InvalidDigest(text)
-        return cls(match[1], match[2])
+        return _parse(text)
 
     @classmethod
     def of(cls, content: bytes | bytearray | memoryview, algorithm: str = "sha256") -> Digest:
@@ -52,3 +53,11 @@ class Digest:
 
     def __str__(self) -> str:
         return f"{self.algorithm}:{self.hex}"
+
+
+@functools.lru_cache(_PARSED_MAX)
+def _parse(text: str) -> Digest:
+    match = _GRAMMAR.fullmatch(text)
+    if match is None or len(match[2]) != _HEX_LENGTHS[match[1]]:
+        raise InvalidDigest(text)
+    return Digest(match[1], match[2])

@@ -417,7 +417,7 @@ class PeerTable:
         return self._choose_for_seeder(torrent, announcer)
 
     def _sample(
-        self, group: list[_Peer], same: tuple[_Peer | None, ...], count: int
+        self, group: list[_Peer], same: tuple[_Peer | None, _Peer | None], count: int
     ) -> list[PeerContact]:
         """Up to ``count`` peers of a group, uniformly at random, without the announcer."""
         # One peer may have the announcer's id and another, from before a restart, its address: two
@@ -425,7 +425,10 @@ class PeerTable:
         if count <= 0:
             return []
         drawn = sample(self._rng, group, min(count + 2, len(group)))
-        return [peer.contact for peer in drawn if peer not in same][:count]
+        by_id, by_address = same
+        others = [p.contact for p in drawn if p is not by_id and p is not by_address]
+        del others[count:]
+        return others
 
     def _interval(self, handed_out: int, *, complete: bool) -> float:
         limits = self._limits

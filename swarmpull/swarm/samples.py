@@ -5,6 +5,7 @@ A tracker draws fifty peers for every announce of a leecher, without a call for 
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ def sample(rng: random.Random, population: Sequence[T], count: int) -> list[T]:
     return [population[index] for index in chosen]
 
 
+@functools.lru_cache(64)
 def _pool_max(count: int) -> int:
     """Up to here a copy of the population costs less than looking up what was drawn already."""
     base = 21

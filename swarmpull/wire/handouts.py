@@ -15,6 +15,8 @@ import msgpack  # type: ignore[import-untyped]
 from swarmpull.swarm.peers import PeerContact
 from swarmpull.wire.codec import encode
 
+# `msgpack.packb` makes a packer for each value, which takes three times as long.
+_pack: Final = msgpack.Packer().pack
 _FLOAT: Final = struct.Struct("!Bd")
 _FLOAT_TYPE: Final = 0xCB
 _PEERS: Final = b"\x88" + msgpack.packb("peers")
@@ -35,9 +37,9 @@ def encode_announce_reply(
             _INTERVAL,
             _FLOAT.pack(_FLOAT_TYPE, interval),
             _POSITION,
-            msgpack.packb(position),
+            _pack(position),
             _PROCESS,
-            msgpack.packb(process),
+            _pack(process),
             _AGE,
             _FLOAT.pack(_FLOAT_TYPE, age),
         )

@@ -204,6 +204,19 @@ def test_claimed_lengths_allocate_nothing():
     assert peak < 1_000_000
 
 
+def test_a_short_body_of_nothing_but_claims_allocates_little():
+    # Arrays in one another, each said to be as long as a body that is not checked for it may be.
+    nested = (b"\xdc" + (codec.UNCHECKED_BYTES_MAX // 3).to_bytes(2, "big")) * 341
+    assert len(nested) <= codec.UNCHECKED_BYTES_MAX
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError):
+            decode(nested, api.Found)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_body_of_too_many_empty_containers_is_refused():
     body = msgpack.packb([{}] * (codec.CONTAINERS_MAX + 1))
     with pytest.raises(ProtocolError, match="more than 65536 maps and arrays"):
