@@ -7,8 +7,13 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final, Protocol
 
+import structlog
 from quart import Response, jsonify, request
 from quart_trio import QuartTrio
+
+from swarmpull.registry.browsers import Asked, refuse_page
+
+log = structlog.get_logger()
 
 # Reasons why the role cannot do its work just now; empty when it can.
 Readiness = Callable[[], Sequence[str]]
@@ -50,6 +55,8 @@ def create_admin_app(
 ) -> QuartTrio:
     """The admin pages of one role, for `swarmpull.registry.server.serve_http`.
 
+    Pages in browsers are kept out, as `swarmpull.registry.browsers` says.
+
     - ``/health``: 200 as long as the process answers.
     - ``/readiness``: 200, or 503 with the reasons.
     - ``/metrics``: Prometheus text.
@@ -69,6 +76,7 @@ def create_admin_app(
     """
     app = QuartTrio(__name__, static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = BODY_BYTES_MAX
+    app.before_request(_refuse_pages)
     if rates is not None:
         _add_rates(app, rates)
     for name, queue in queues.items():
@@ -94,6 +102,16 @@ def create_admin_app(
         return jsonify(status())
 
     return app
+
+
+async def _refuse_pages() -> tuple[Response, int] | None:
+    """Answer requests that a page in a browser sends; None lets others go on."""
+    asked = Asked.of(request.method, request.headers.get, request.scope.get("server"))
+    # Whether the role is up is no secret, and is asked under any name.
+    if request.path == "/health" or not (reason := refuse_page(asked)):
+        return None
+    log.warning("admin_request_refused", remote=request.remote_addr, reason=reason)
+    return jsonify({"errors": [{"message": reason}]}), 403
 
 
 def _add_rates(app: QuartTrio, rates: RateControl) -> None:

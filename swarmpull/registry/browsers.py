@@ -9,6 +9,7 @@ the name of its own site comes to mean our address (DNS rebinding): then that na
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import attrs
@@ -34,6 +35,20 @@ class Asked:
     origin: str | None = None
     site: str | None = None
     content_type: str | None = None
+
+    @classmethod
+    def of(
+        cls, method: str, header: Callable[[str], str | None], server: Sequence[object] | None
+    ) -> Asked:
+        """What a request is, by its method and headers; ``server`` is that of an ASGI scope."""
+        return cls(
+            method=method,
+            address=str((server or ("",))[0]),
+            host=header("Host"),
+            origin=header("Origin"),
+            site=header("Sec-Fetch-Site"),
+            content_type=header("Content-Type"),
+        )
 
 
 def refuse_page(asked: Asked) -> str:

@@ -128,15 +128,7 @@ def create_preheat_app(preheater: Preheater) -> QuartTrio:
 
 async def _refuse_pages() -> tuple[Response, int] | None:
     """Answer requests that a page in a browser sends; None lets others go on."""
-    headers = request.headers
-    asked = Asked(
-        method=request.method,
-        address=str((request.scope.get("server") or ("",))[0]),
-        host=headers.get("Host"),
-        origin=headers.get("Origin"),
-        site=headers.get("Sec-Fetch-Site"),
-        content_type=headers.get("Content-Type"),
-    )
+    asked = Asked.of(request.method, request.headers.get, request.scope.get("server"))
     types = NOTIFICATION_TYPES if request.path == NOTIFICATIONS else BODY_TYPES
     refusal = None
     # Whether the role is up is no secret, and is asked under any name.

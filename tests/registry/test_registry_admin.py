@@ -130,3 +130,25 @@ async def test_a_role_without_rates_has_no_such_page() -> None:
         readiness=list, metrics=lambda: (b"", "text/plain"), status=lambda: {"role": "tracker"}
     )
     assert (await app.test_client().get("/rates")).status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/status", "/metrics", "/readiness", "/rates"])
+async def test_a_page_whose_name_has_come_to_mean_this_host_reads_nothing(
+    admin: Admin, path: str
+) -> None:
+    reply = await admin.client.get(path, headers={"Host": "evil.example:7500"})
+    assert reply.status_code == 403
+    assert "no name of an address on loopback" in reply.json()["errors"][0]["message"]
+    port = admin.client.base_url.port
+    assert (await admin.client.get(path, headers={"Host": f"localhost:{port}"})).status_code == 200
+
+
+async def test_a_page_changes_no_rates(admin: Admin) -> None:
+    for headers in ({"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
+        reply = await admin.client.put("/rates", json={"upload_rate": 1}, headers=headers)
+        assert reply.status_code == 403
+    assert admin.rates.values == {"upload_rate": None}
+
+
+async def test_whether_the_role_is_up_is_asked_under_any_name(admin: Admin) -> None:
+    assert (await admin.client.get("/health", headers={"Host": "node-7"})).status_code == 200
