@@ -9,8 +9,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from swarmpull.cli import options
-from swarmpull.cli.options import EXIT_FAILED, EXIT_UNAVAILABLE, fail, read_admin_addresses
+from swarmpull.cli.options import (
+    EXIT_FAILED,
+    EXIT_UNAVAILABLE,
+    admin_outcome,
+    fail,
+    local_admins,
+    read_admin_addresses,
+)
 
 if TYPE_CHECKING:
     from swarmpull.registry.client import AdminAnswer, AdminQueue
@@ -31,13 +37,13 @@ def show_queues(
     from swarmpull.registry.client import get_queues
     from swarmpull.runtime import run_command
 
-    answers = run_command(partial(get_queues, queue, addresses or _local()))
+    answers = run_command(partial(get_queues, queue, addresses or local_admins()))
     found = [answer for answer in answers if answer.document is not None]
     if as_json:
         _print_json(found)
     elif found:
         show(found)
-    return _outcome(queue, answers, addresses)
+    return admin_outcome(answers, addresses, queue.whose)
 
 
 def change_queues_of(
@@ -53,7 +59,7 @@ def change_queues_of(
     from swarmpull.runtime import run_command
 
     # Who has no such queue is not to be asked to change anything.
-    answers = run_command(partial(get_queues, queue, addresses or _local()))
+    answers = run_command(partial(get_queues, queue, addresses or local_admins()))
     asked = [answer.address for answer in answers if answer.document is not None]
     done = run_command(partial(change_queues, queue, asked, change))
     found = [answer for answer in done if answer.document is not None]
@@ -67,25 +73,9 @@ def change_queues_of(
         is_unheard = any(each.is_unheard for each in refused)
         lines = (f"{each.address}: {each.failure}" for each in refused)
         return fail(EXIT_UNAVAILABLE if is_unheard else EXIT_FAILED, *lines)
-    return _outcome(queue, answers, addresses)
+    return admin_outcome(answers, addresses, queue.whose)
 
 
 def _print_json(found: Sequence[AdminAnswer]) -> None:
     documents = [{"address": each.address, **(each.document or {})} for each in found]
     click.echo(json.dumps(documents, indent=2))
-
-
-def _local() -> tuple[str, ...]:
-    return tuple(f"127.0.0.1:{port}" for port in options.ADMIN_PORTS)
-
-
-def _outcome(queue: AdminQueue, answers: Sequence[AdminAnswer], addresses: Sequence[str]) -> int:
-    """The exit status, with a line for each that should have answered and did not."""
-    failed = [each for each in answers if each.document is None and (addresses or each.is_unheard)]
-    if failed:
-        return fail(EXIT_UNAVAILABLE, *(f"{each.address}: {each.failure}" for each in failed))
-    if any(each.document is not None for each in answers):
-        return 0
-    ports = f"{options.ADMIN_PORTS[0]} to {options.ADMIN_PORTS[-1]}"
-    nobody = f"no {queue.whose} answers on 127.0.0.1, ports {ports}: name its admin listener"
-    return fail(EXIT_UNAVAILABLE, nobody)

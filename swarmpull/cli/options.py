@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from swarmpull.digest import Digest
     from swarmpull.layers import Loaded
-    from swarmpull.registry.client import Progress
+    from swarmpull.registry.client import AdminAnswer, Progress
     from swarmpull.registry.http import Login
     from swarmpull.registry.layouts import ImageName, ProgressOf
 
@@ -205,6 +205,34 @@ def read_rate(_context: click.Context, _option: click.Parameter, text: str | Non
 
     with bad_parameter():
         return None if text is None else parse_rate(text)
+
+
+def local_admins() -> tuple[str, ...]:
+    """Where roles are looked for when nobody says where they are."""
+    return tuple(f"127.0.0.1:{port}" for port in ADMIN_PORTS)
+
+
+def admin_outcome(answers: Sequence[AdminAnswer], addresses: Sequence[str], who: str) -> int:
+    """The exit status, with a line for each listener that should have answered and did not.
+
+    Those are all that were named, else those where somebody is; of these, one that takes HTTPS only was found
+    and is named, and the command has succeeded with the others.
+
+    Args:
+        answers: of the listeners that were asked.
+        addresses: those that were named.
+        who: is looked for.
+    """
+    failed = [each for each in answers if each.document is None and (addresses or each.is_unheard)]
+    lines = [f"{each.address}: {each.failure}" for each in failed]
+    is_found = any(each.document is not None for each in answers)
+    if not (lines or is_found):
+        lines = [
+            f"no {who} answers on 127.0.0.1, ports {ADMIN_PORTS[0]} to {ADMIN_PORTS[-1]}: "
+            "name its admin listener"
+        ]
+    is_well = is_found and all(each.is_https and not addresses for each in failed)
+    return fail(0 if is_well else EXIT_UNAVAILABLE, *lines)
 
 
 registry_option = click.option(

@@ -10,8 +10,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from swarmpull.cli import options
-from swarmpull.cli.options import EXIT_UNAVAILABLE, fail, read_admin_addresses, read_rate
+from swarmpull.cli.options import (
+    EXIT_UNAVAILABLE,
+    admin_outcome,
+    fail,
+    local_admins,
+    read_admin_addresses,
+    read_rate,
+)
 
 if TYPE_CHECKING:
     from swarmpull.registry.client import AdminAnswer
@@ -28,29 +34,14 @@ def status(addresses: tuple[str, ...], as_json: bool) -> int:
     from swarmpull.registry.client import get_statuses
     from swarmpull.runtime import run_command
 
-    asked = addresses or tuple(f"127.0.0.1:{port}" for port in options.ADMIN_PORTS)
-    answers = run_command(partial(get_statuses, asked))
+    answers = run_command(partial(get_statuses, addresses or local_admins()))
     found = [answer for answer in answers if answer.document is not None]
     if as_json:
         documents = [{"address": answer.address, **(answer.document or {})} for answer in found]
         click.echo(json.dumps(documents, indent=2))
     elif found:
         _print_statuses(found)
-    failed = _failed(answers, addresses)
-    if failed:
-        return fail(EXIT_UNAVAILABLE, *(f"{each.address}: {each.failure}" for each in failed))
-    return 0 if found else _nobody_answers("role")
-
-
-def _failed(answers: Sequence[AdminAnswer], addresses: Sequence[str]) -> list[AdminAnswer]:
-    """Those that should have answered: all that were named, else those where somebody is."""
-    return [each for each in answers if each.document is None and (addresses or each.is_unheard)]
-
-
-def _nobody_answers(who: str) -> int:
-    ports = f"{options.ADMIN_PORTS[0]} to {options.ADMIN_PORTS[-1]}"
-    nobody = f"no {who} answers on 127.0.0.1, ports {ports}: name its admin listener"
-    return fail(EXIT_UNAVAILABLE, nobody)
+    return admin_outcome(answers, addresses, "role")
 
 
 def _print_statuses(answers: Sequence[AdminAnswer]) -> None:
@@ -90,22 +81,22 @@ def rates(
     from swarmpull.registry.client import get_rates, put_rates
     from swarmpull.runtime import run_command
 
-    asked = addresses or tuple(f"127.0.0.1:{port}" for port in options.ADMIN_PORTS)
-    answers = run_command(partial(get_rates, asked))
+    answers = run_command(partial(get_rates, addresses or local_admins()))
     found = [answer for answer in answers if answer.document is not None]
-    failed = _failed(answers, addresses)
+    refused: list[AdminAnswer] = []
     given = {"upload_rate": upload, "download_rate": download}
     change = {
         key: None if rate == math.inf else rate for key, rate in given.items() if rate is not None
     }
     if change and found:
-        answers = run_command(partial(put_rates, [answer.address for answer in found], change))
-        found = [answer for answer in answers if answer.document is not None]
-        failed += [answer for answer in answers if answer.document is None]
+        done = run_command(partial(put_rates, [answer.address for answer in found], change))
+        found = [answer for answer in done if answer.document is not None]
+        refused = [answer for answer in done if answer.document is None]
     _print_rates(found, as_json=as_json)
-    if failed:
-        return fail(EXIT_UNAVAILABLE, *(f"{each.address}: {each.failure}" for each in failed))
-    return 0 if found else _nobody_answers("agent or origin")
+    status = admin_outcome(answers, addresses, "agent or origin")
+    if refused:
+        return fail(EXIT_UNAVAILABLE, *(f"{each.address}: {each.failure}" for each in refused))
+    return status
 
 
 def _print_rates(answers: Sequence[AdminAnswer], *, as_json: bool) -> None:

@@ -475,13 +475,16 @@ async def _file_chunks(file: Path, length: int, progress: Progress) -> AsyncIter
 class AdminAnswer:
     """What one admin listener said: the document that was asked for, or why there is none.
 
-    ``is_unheard``: a role may be there, which did not answer in time, or takes HTTPS only.
+    Attributes:
+        is_unheard: a role may be there, which did not answer in time, or takes HTTPS only.
+        is_https: it takes HTTPS only.
     """
 
     address: str
     document: dict[str, Any] | None = None
     failure: str = ""
     is_unheard: bool = False
+    is_https: bool = False
 
 
 async def get_statuses(addresses: Sequence[str]) -> list[AdminAnswer]:
@@ -570,7 +573,7 @@ async def _ask(
     except RequestRefused as exc:
         if HTTPS_ONLY in exc.reason:
             failure = f"{HTTPS_ONLY}: name it as https://{address.rpartition('/')[2]}"
-            return AdminAnswer(address, failure=failure, is_unheard=True)
+            return AdminAnswer(address, failure=failure, is_unheard=True, is_https=True)
         return AdminAnswer(address, failure=str(exc))
     except SwarmpullError as exc:
         return AdminAnswer(address, failure=str(exc))

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -147,15 +148,30 @@ class Server(ThreadingHTTPServer):
 @pytest.fixture
 def registry():
     """A running `FakeRegistry`."""
+    with running_registry() as state:
+        yield state
+
+
+@pytest.fixture
+def another_registry():
+    """A second one."""
+    with running_registry() as state:
+        yield state
+
+
+@contextmanager
+def running_registry():
     state = FakeRegistry()
     server = Server(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"registry": state}))
     state.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    yield state
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield state
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 @pytest.fixture

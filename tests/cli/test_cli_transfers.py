@@ -29,6 +29,7 @@ from swarmpull.registry.client import (
     open_client,
     registry_url,
 )
+from swarmpull.registry.http import HTTPS_ONLY
 from swarmpull.registry.layouts import ImageName, InvalidImageName
 
 QUICK = Retries(attempts=3, backoff=0.001)
@@ -691,3 +692,41 @@ def test_without_addresses_the_usual_ports_are_asked(registry, capsys, monkeypat
     registry.documents["/rates"] = json.dumps(RATES).encode()
     assert main(["rates", "--upload", "1MB/s"]) == 0
     assert capsys.readouterr().out.split()[-2:] == ["1MB/s", "unlimited"]
+
+
+@pytest.fixture
+def https(registry, another_registry, monkeypatch) -> str:
+    """Beside the registry, at the usual ports, somebody who takes HTTPS only; what is said of it."""
+    refusal = json.dumps({"errors": [{"message": HTTPS_ONLY}]}).encode()
+    another_registry.refusals += [(400, refusal)]
+    ports = [int(each.url.rpartition(":")[2]) for each in (registry, another_registry)]
+    monkeypatch.setattr(options, "ADMIN_PORTS", ports)
+    address = f"127.0.0.1:{ports[1]}"
+    return f"swarmpull: {address}: {HTTPS_ONLY}: name it as https://{address}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "path", "document"),
+    [
+        ("status", "/status", STATUS),
+        ("rates", "/rates", RATES),
+        ("rates --upload 1MB/s", "/rates", RATES),
+        ("replication status", "/replication", {"remotes": []}),
+        ("replication retry", "/replication", {"remotes": []}),
+    ],
+)
+def test_a_listener_for_https_is_named_and_the_others_are_gone_on_with(
+    registry, https, capsys, command, path, document
+) -> None:
+    registry.documents[path] = json.dumps(document).encode()
+    assert main([*command.split(), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert len(json.loads(captured.out)) == 1
+    assert captured.err == https
+    asked = {method for method, _, _ in registry.requests}
+    assert ("PUT" in asked) == (len(command.split()) > 2 or "retry" in command)
+
+
+def test_a_listener_for_https_alone_is_not_enough(registry, https, capsys) -> None:
+    assert main(["rates"]) == 69
+    assert capsys.readouterr().err == https
