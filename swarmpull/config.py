@@ -215,6 +215,15 @@ def _upstream_url(_: object, attribute: attrs.Attribute[Any], value: str) -> Non
             raise ValueError(f"'{attribute.name}' must name a host, {example}: {value!r}") from exc
 
 
+def _proxy_url(_: object, attribute: attrs.Attribute[Any], value: str) -> None:
+    # Not the value: what stands before an "@" is a secret.
+    if value not in ("", "environment") and not re.fullmatch(r"https?://[^/?#@]+:[0-9]+/?", value):
+        raise ValueError(
+            f"'{attribute.name}' must be http://host:port, environment, or empty; a proxy that wants a "
+            "password is named in the environment"
+        )
+
+
 _REMOTE_NAME: Final = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,61}[a-z0-9])?", re.ASCII)
 
 
@@ -464,7 +473,16 @@ class UpstreamConfig:
     docker_config: str = attrs.field(
         default="",
         metadata=_meaning(
-            "File as docker login writes it (config.json), whose auths are used; read again for each login."
+            "File as docker login writes it (config.json); its users, identity tokens and credential helpers "
+            "are used, looked for again at each login."
+        ),
+    )
+    proxy: str = attrs.field(
+        default="",
+        validator=_proxy_url,
+        metadata=_meaning(
+            "HTTP proxy that it is reached through, such as http://proxy:3128; environment: as HTTPS_PROXY, "
+            "HTTP_PROXY and NO_PROXY of the origin say; empty: none."
         ),
     )
 

@@ -26,6 +26,8 @@ from swarmpull.errors import SwarmpullError
 # What listeners for HTTPS answer to plain HTTP.
 HTTPS_ONLY: Final = "this port takes HTTPS only"
 CHUNK_BYTES: Final = 1 << 20
+# In place of a proxy's URL.
+FROM_ENVIRONMENT: Final = "environment"
 
 # At their lower levels they write down URLs and headers, which may be signed or hold a token.
 for _library in ("httpx", "httpcore"):
@@ -243,13 +245,16 @@ async def open_http(
     login: Login | None = None,
     *,
     socket: str | None = None,
+    proxy: str = "",
 ) -> AsyncIterator[HttpClient]:
     """A client of the server at ``base``, for the length of the block.
 
-    ``socket`` is the path of a Unix socket where that server listens.
+    ``socket`` is the path of a Unix socket where that server listens.  ``proxy`` is the URL of one that is
+    asked for everything, or `FROM_ENVIRONMENT` for what HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY say.
     """
     limits = limits or ClientLimits()
-    # The system's certificates rather than a bundle of our own.  No proxy from the environment: it
+    by_environment = proxy == FROM_ENVIRONMENT
+    # The system's certificates rather than a bundle of our own.  No proxy from the environment unasked: it
     # would be asked for registries on loopback.
     async with httpx.AsyncClient(
         base_url=base,
@@ -257,7 +262,8 @@ async def open_http(
         limits=httpx.Limits(max_connections=limits.connections),
         transport=None if socket is None else httpx.AsyncHTTPTransport(uds=socket),
         verify=_system_certificates(),
-        trust_env=False,
+        proxy=None if by_environment else proxy or None,
+        trust_env=by_environment,
         headers={"Accept-Encoding": "identity", "User-Agent": f"swarmpull/{__version__}"},
     ) as http:
         yield HttpClient(http, base, login)

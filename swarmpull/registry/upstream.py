@@ -52,7 +52,8 @@ from swarmpull.registry.manifests import (
     parse_manifest,
     under_digest,
 )
-from swarmpull.registry.upstream_auth import Authorizer, Credentials, LoginFailed
+from swarmpull.registry.upstream_auth import Authorizer
+from swarmpull.registry.upstream_credentials import Credentials, LoginFailed
 from swarmpull.store.backends.base import (
     SMALL_OBJECT_BYTES,
     ObjectPage,
@@ -604,11 +605,14 @@ async def open_upstream(
     *,
     limits: ClientLimits = LIMITS,
     patience: Patience | None = None,
+    proxy: str = "",
 ) -> AsyncIterator[Upstream]:
     """The registry at ``registry+https://host`` or ``registry+http://host``, for the length of the block.
 
-    Nothing is asked of it yet: an upstream that is down keeps no role from starting.
+    Nothing is asked of it yet: an upstream that is down keeps no role from starting.  ``proxy`` is as for
+    `open_http`.
     """
-    async with open_http(url.removeprefix("registry+").rstrip("/"), limits) as http:
+    base = url.removeprefix("registry+").rstrip("/")
+    async with open_http(base, limits, proxy=proxy) as http:
         authorizer = Authorizer(http, credentials)
         yield Upstream(url.rstrip("/"), http, authorizer, patience or Patience())

@@ -1,24 +1,24 @@
 """How an upstream registry is told who we are: Basic, or a Bearer token of its token service.
 
 RFC 9110 section 11 for challenges, RFC 6750 for Bearer, the distribution project's "Token Authentication
-Specification" for the token service.  Secrets appear in no error and no log.
+Specification" for the token service, and its "OAuth2 Token Authentication" for identity tokens.  Secrets
+appear in no error and no log.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Final
 from urllib.parse import urlencode, urlsplit
 
 import attrs
 import trio
 
-from swarmpull.errors import SwarmpullError
-from swarmpull.registry.http import AnswerTooLong, HttpClient, HttpFailure, error_message
+from swarmpull.registry.http import Answer, AnswerTooLong, HttpClient, HttpFailure, error_message
+from swarmpull.registry.upstream_credentials import Credentials, LoginFailed, LoginSecret
 
 # "Token Authentication Specification": without expires_in a token lasts 60 seconds.
 TOKEN_SECONDS: Final = 60.0
@@ -26,29 +26,13 @@ TOKEN_SECONDS: Final = 60.0
 _TOKEN_SHARE: Final = 0.9
 _TOKEN_BYTES_MAX: Final = 1 << 20
 _CHALLENGE_CHARACTERS_MAX: Final = 8192
-_CREDENTIALS_BYTES_MAX: Final = 1 << 20
 # One for each repository that is asked for; the oldest go.
 TOKENS_MAX: Final = 10_000
-# Under what name `docker login` keeps the credentials of Docker Hub.
-_DOCKER_HUB: Final = "https://index.docker.io/v1/"
-_DOCKER_HUB_NAMES: Final = ("docker.io", "registry-1.docker.io", "index.docker.io")
-
 # A scheme stands alone or before its parameters, and a parameter before an equals sign.
 _SCHEME: Final = re.compile(r"[\s,]*([A-Za-z][A-Za-z0-9-]*)(?=\s*(?:,|$)|\s+[^\s=])", re.ASCII)
 _PARAMETER: Final = re.compile(
     r'[\s,]*([A-Za-z][A-Za-z0-9_-]*)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))', re.ASCII
 )
-
-
-@attrs.define(slots=False)
-class LoginFailed(SwarmpullError):
-    """We cannot say who we are; ``transient`` when the next attempt may."""
-
-    reason: str
-    transient: bool = False
-
-    def __str__(self) -> str:
-        return self.reason
 
 
 @attrs.frozen
@@ -72,86 +56,6 @@ def parse_challenges(header: str) -> Iterator[Challenge]:
             parameters.setdefault(parameter[1].lower(), value)
             position = parameter.end()
         yield Challenge(scheme, parameters)
-
-
-@attrs.frozen
-class Credentials:
-    """Where user and password of an upstream come from; read again for each login.
-
-    Attributes:
-        registry: its name, under which a file of ``docker login`` has it.
-        username: empty for none, or for what `docker_config` says.
-        password: of that user.
-        password_file: holds it instead.
-        docker_config: a file as ``docker login`` writes it.
-    """
-
-    registry: str
-    username: str = ""
-    password: str = attrs.field(default="", repr=False)
-    password_file: str = ""
-    docker_config: str = ""
-
-    async def basic(self) -> str | None:
-        """The value of an ``Authorization`` header; None for anonymous.  Raises LoginFailed."""
-        if self.docker_config:
-            text = await _read_file(self.docker_config)
-            return _docker_auth(text, self.docker_config, self.registry)
-        if not self.username:
-            return None
-        password = self.password
-        if self.password_file:
-            password = (await _read_file(self.password_file)).strip("\r\n")
-        return _basic(self.username, password)
-
-
-def _basic(username: str, password: str) -> str:
-    return "Basic " + base64.b64encode(f"{username}:{password}".encode()).decode()
-
-
-async def _read_file(name: str) -> str:
-    try:
-        content = await trio.to_thread.run_sync(_read_start, name)
-        return content.decode("utf-8")
-    except (OSError, RuntimeError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "is not UTF-8 text, or names no known user"
-        raise LoginFailed(f"credentials cannot be read from {name}: {reason}") from error
-
-
-def _read_start(name: str) -> bytes:
-    with Path(name).expanduser().open("rb") as file:
-        return file.read(_CREDENTIALS_BYTES_MAX)
-
-
-def _docker_auth(text: str, file: str, registry: str) -> str | None:
-    """The entry of a registry in ``auths``; None without one."""
-    try:
-        document = json.loads(text)
-        auths = document.get("auths", {})
-        names = [
-            registry,
-            f"https://{registry}",
-            f"https://{registry}/v1/",
-            f"https://{registry}/v2/",
-        ]
-        if registry in _DOCKER_HUB_NAMES:
-            names = [_DOCKER_HUB, *names]
-        entry = next((auths[name] for name in names if name in auths), None)
-        if entry is None:
-            return None
-        if entry.get("auth"):
-            username, _, password = base64.b64decode(entry["auth"]).decode("utf-8").partition(":")
-        else:
-            username, password = entry.get("username", ""), entry.get("password", "")
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        raise LoginFailed(f"{file} is not a file of docker login") from None
-    if not username or not password:
-        # Helpers are programs of the user's session, identity tokens another protocol.
-        raise LoginFailed(
-            f"{file} has no user and password for {registry}: credential helpers and identity tokens "
-            "are not supported"
-        )
-    return _basic(username, password)
 
 
 @attrs.frozen
@@ -203,38 +107,58 @@ class Authorizer:
             if "bearer" in challenges:
                 await self._fetch_token(challenges["bearer"].parameters, repository)
             elif "basic" in challenges:
-                basic = await self._credentials.basic()
-                if basic is None or basic == sent:
-                    raise LoginFailed(
-                        "it wants a user and a password, and there are none"
-                        if basic is None
-                        else "it does not take this user and password"
-                    )
-                self._basic = basic
+                self._basic = await self._find_basic(sent)
             else:
                 raise LoginFailed("it says 401 and not how to log in")
+
+    async def _find_basic(self, sent: str | None) -> str:
+        identity = await self._credentials.find()
+        if identity is None:
+            raise LoginFailed("it wants a user and a password, and there are none")
+        if not identity.basic:
+            raise LoginFailed("it wants a user and a password, and there is an identity token only")
+        if identity.basic == sent:
+            raise LoginFailed("it does not take this user and password")
+        return identity.basic
 
     async def _fetch_token(self, parameters: dict[str, str], repository: str) -> None:
         realm = parameters.get("realm", "")
         self._check_realm(realm)
-        basic = await self._credentials.basic()
+        identity = await self._credentials.find()
         query = {"scope": parameters.get("scope") or f"repository:{repository}:pull"}
         if "service" in parameters:
             query["service"] = parameters["service"]
-        url = f"{realm}{'&' if urlsplit(realm).query else '?'}{urlencode(query)}"
-        headers = {} if basic is None else {"Authorization": basic}
         try:
-            async with self._http.request("GET", url, headers=headers) as answer:
+            async with self._ask_for_token(realm, query, identity or LoginSecret()) as answer:
                 body = await answer.read(_TOKEN_BYTES_MAX)
         except (HttpFailure, AnswerTooLong) as error:
             raise LoginFailed(f"its token service fails: {error}", transient=True) from error
         if answer.status in (401, 403):
-            who = "this user and password" if basic else "anonymous users"
+            who = "anonymous users" if identity is None else "this user and password"
+            if identity is not None and identity.token:
+                who = "this identity token: log in anew"
             raise LoginFailed(f"its token service does not take {who}")
         if answer.status != 200:
             reason = f"its token service answers {answer.status} {error_message(body)}".rstrip()
             raise LoginFailed(reason, transient=answer.status == 429 or answer.status >= 500)
         self._keep(repository, _parse_token(body))
+
+    def _ask_for_token(
+        self, realm: str, query: dict[str, str], identity: LoginSecret
+    ) -> AbstractAsyncContextManager[Answer]:
+        if identity.token:
+            form = query | {
+                "grant_type": "refresh_token",
+                "client_id": "swarmpull",
+                "refresh_token": identity.token,
+            }
+            headers = {"Content-Type": "application/x-www-form-urlencoded"}
+            return self._http.request(
+                "POST", realm, headers=headers, content=urlencode(form).encode()
+            )
+        url = f"{realm}{'&' if urlsplit(realm).query else '?'}{urlencode(query)}"
+        headers = {"Authorization": identity.basic} if identity.basic else {}
+        return self._http.request("GET", url, headers=headers)
 
     def _check_realm(self, realm: str) -> None:
         try:

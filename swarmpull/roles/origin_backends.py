@@ -12,7 +12,7 @@ import attrs
 from swarmpull.config import OriginConfig, UpstreamConfig
 from swarmpull.registry.names import registry_component
 from swarmpull.registry.upstream import Upstream, open_upstream
-from swarmpull.registry.upstream_auth import Credentials
+from swarmpull.registry.upstream_credentials import Credentials
 from swarmpull.store.backends import open_backend
 from swarmpull.store.backends.base import Backend
 from swarmpull.store.backends.namespaces import Namespace, Namespaces
@@ -68,7 +68,7 @@ def _open_upstream(config: UpstreamConfig) -> AbstractAsyncContextManager[Upstre
         config.password_file,
         config.docker_config,
     )
-    return open_upstream(config.url, credentials)
+    return open_upstream(config.url, credentials, proxy=config.proxy)
 
 
 def _read(upstream: Upstream, bucket: TokenBucket, repository: str) -> Backend:

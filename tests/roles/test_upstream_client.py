@@ -29,7 +29,8 @@ from swarmpull.errors import (
 )
 from swarmpull.registry.http import ClientLimits
 from swarmpull.registry.upstream import Patience, Upstream, open_upstream
-from swarmpull.registry.upstream_auth import Challenge, Credentials, parse_challenges
+from swarmpull.registry.upstream_auth import Challenge, parse_challenges
+from swarmpull.registry.upstream_credentials import Credentials
 from swarmpull.store.backends.base import CHUNK_BYTES_MAX, blob_key
 
 from .roles import MANIFEST_TYPE, manifest_of
@@ -382,7 +383,8 @@ def test_docker_hub_has_its_own_name_in_the_file_of_docker_login(tmp_path: Path)
     file.write_text(json.dumps({"auths": {"https://index.docker.io/v1/": {"auth": auth}}}))
 
     async def basic(registry: str) -> str | None:
-        return await Credentials(registry, docker_config=str(file)).basic()
+        found = await Credentials(registry, docker_config=str(file)).find()
+        return None if found is None else found.basic
 
     assert trio.run(basic, "docker.io") == f"Basic {auth}"
     assert trio.run(basic, "quay.io") is None

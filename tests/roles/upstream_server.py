@@ -20,6 +20,7 @@ from swarmpull.registry.server import serve_http
 from .roles import MANIFEST_TYPE, manifest_of
 
 USER, PASSWORD = "bob", "hunter2"
+IDENTITY = "identity-token"
 BASIC = "Basic " + base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
 
 
@@ -31,6 +32,7 @@ class Seen:
     path: str
     query: dict[str, list[str]]
     headers: dict[str, str]
+    body: bytes = b""
 
     @property
     def line(self) -> str:
@@ -121,7 +123,11 @@ class FakeUpstream:
             return
         headers = {name.decode().lower(): value.decode() for name, value in scope["headers"]}
         query = parse_qs(scope["query_string"].decode())
-        seen = Seen(scope["method"], scope["path"], query, headers)
+        body, more = b"", scope["method"] == "POST"
+        while more:
+            part = await receive()
+            body, more = body + part.get("body", b""), part.get("more_body", False)
+        seen = Seen(scope["method"], scope["path"], query, headers, body)
         self.seen.append(seen)
         if self.hanging:
             await trio.sleep_forever()
@@ -140,7 +146,12 @@ class FakeUpstream:
     def _give_token(self, seen: Seen) -> Reply:
         if seen.headers.get("authorization") not in {None, BASIC}:
             return Reply(401)
-        token = f"token-{len(self.tokens)}-{seen.query['scope'][0]}"
+        form = seen.query
+        if seen.method == "POST":
+            form = parse_qs(seen.body.decode())
+            if (form["grant_type"], form["refresh_token"]) != (["refresh_token"], [IDENTITY]):
+                return Reply(401)
+        token = f"token-{len(self.tokens)}-{form['scope'][0]}"
         self.tokens.add(token)
         return Reply(
             body=json.dumps({"token": token, "expires_in": self.expires_in}).encode(),
@@ -204,12 +215,12 @@ class FakeUpstream:
 
 
 @asynccontextmanager
-async def fake_upstream() -> AsyncIterator[FakeUpstream]:
-    """A running one, on a port of its own."""
+async def fake_upstream(**options: Any) -> AsyncIterator[FakeUpstream]:
+    """A running one, on a port of its own; ``options`` are those of `serve_http`."""
     upstream = FakeUpstream()
     drain = trio.Event()
     async with trio.open_nursery() as nursery:
-        serve = partial(serve_http, upstream, "127.0.0.1", 0, drain=drain, grace=1.0)
+        serve = partial(serve_http, upstream, "127.0.0.1", 0, drain=drain, grace=1.0, **options)
         _, upstream.port = await nursery.start(serve)
         try:
             yield upstream
