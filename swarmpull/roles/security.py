@@ -233,7 +233,15 @@ def problems_with_files(
 def _problems_of_remotes(
     config: Config, contexts: Contexts, provenance: Mapping[str, str]
 ) -> Iterator[Problem]:
-    """Remotes whose certificates will not be believed."""
+    """Remotes whose certificates will not be believed, and what is trusted in any case."""
+    for number, trusted in enumerate(config.tls.trusted):
+        if trusted.cluster == contexts.identity.cluster:
+            key = f"tls.trusted.{number}.cluster"
+            reason = (
+                f"{trusted.cluster} is the cluster of tls.cert itself: its roles trust one another, and "
+                "nothing of this entry holds for them"
+            )
+            yield Problem(key, provenance.get(key, ""), reason)
     known = {contexts.identity.cluster, *(each.cluster for each in config.tls.trusted)}
     for number, remote in enumerate(config.remotes):
         if remote.name not in known:

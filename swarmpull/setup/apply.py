@@ -23,26 +23,52 @@ import attrs
 from swarmpull.setup.plan import Files, Plan, Runtime, SetupRefused, Wanted
 
 RECORDS: Final = "/etc/swarmpull/setup"
+# In the directory run of the host; where there is none, as in a system that is being built, beside it.
+LOCK: Final = ".swarmpull-setup.lock"
 # Of directories that we make, whatever the umask is: runtimes need not run as root.
 FOLDER_MODE: Final = 0o755
 
 
 @contextlib.contextmanager
 def only_one(root: Path) -> Iterator[None]:
-    """For the block nobody else changes the files below ``root``; nothing is written for that.
+    """For the block nobody else changes the files below ``root``.
 
-    Raises SetupRefused when somebody does.
+    A lock file says so, which nobody else can open, and which is gone afterwards.  One that a crash has left
+    is locked by nobody.
+
+    Raises SetupRefused when somebody does, or the lock file cannot be made.
     """
-    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    run = root / "run"
+    place = (run if run.is_dir() and not run.is_symlink() else root) / LOCK
+    descriptor = _locked(root, place)
     try:
+        yield
+    finally:
+        # Before the lock is given up: whoever gets it then sees that it is of a file that is gone.
+        place.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _locked(root: Path, place: Path) -> int:
+    """A lock file of this name; its lock is held until the descriptor is closed."""
+    while True:
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(place, flags, 0o600)
+        except OSError as error:
+            reason = f"the lock of swarmpull setup cannot be taken: {error.strerror}"
+            raise SetupRefused(str(place), reason) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), place.stat(follow_symlinks=False)):
+                    return descriptor
         except BlockingIOError as error:
+            os.close(descriptor)
             raise SetupRefused(
                 str(root), "another swarmpull setup is at work there: try again when it has ended"
             ) from error
-        yield
-    finally:
+        # Somebody who has ended since has taken it away.
         os.close(descriptor)
 
 

@@ -87,6 +87,13 @@ def test_a_remote_that_will_not_be_believed_is_named(authority: Authority, capsy
     assert line.endswith("(-o)")
 
 
+def test_an_entry_for_the_own_cluster_is_named(authority: Authority, capsys) -> None:
+    entries = ("tls.trusted.0.cluster=west", "tls.trusted.1.cluster=prod")
+    assert check(authority, *HEAD, *entries, role="index") == 78
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "tls.trusted.1.cluster: prod is the cluster of tls.cert itself" in line
+
+
 def test_a_role_without_its_certificate_does_not_start(
     authority: Authority, capsys, tmp_path: Path
 ) -> None:

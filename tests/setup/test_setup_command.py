@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import signal
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ import pytest
 from swarmpull.cli import main
 from swarmpull.errors import SwarmpullError
 from swarmpull.setup import apply, docker
-from swarmpull.setup.plan import Agent, Wanted
+from swarmpull.setup.plan import Agent, SetupRefused, Wanted
 
 RECORD = "/etc/swarmpull/setup"
 HOSTS = "etc/containerd/certs.d/docker.io/hosts.toml"
@@ -298,13 +302,64 @@ def folders_of(root: Path) -> dict[str, Path]:
     return {str(path.relative_to(root)): path for path in root.rglob("*") if path.is_dir()}
 
 
-def test_two_runs_at_once_are_one_too_many(tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize("folder", ["", "run"])
+def test_two_runs_at_once_are_one_too_many(tmp_path: Path, capsys, folder: str) -> None:
     write(tmp_path, "etc/hostname", "h\n")
+    (tmp_path / folder).mkdir(exist_ok=True)
     before = tree(tmp_path)
     with apply.only_one(tmp_path):
         assert setup(tmp_path, "docker") != 0
         assert "another swarmpull setup is at work there" in capsys.readouterr().err
         assert setup(tmp_path, "docker", "--undo") != 0
         assert setup(tmp_path, "docker", "--dry-run") == 0
-        assert tree(tmp_path) == before
+        lock = tmp_path / folder / apply.LOCK
+        # Whoever could open it could keep everybody out.
+        assert stat.S_IMODE(lock.stat().st_mode) == 0o600
+        lock_out = os.open(tmp_path, os.O_RDONLY)
+    assert tree(tmp_path) == before
+    # What any user can do.
+    fcntl.flock(lock_out, fcntl.LOCK_EX)
     assert setup(tmp_path, "docker") == 0
+    os.close(lock_out)
+    assert not lock.exists()
+
+
+def test_a_run_that_was_killed_locks_nobody_out(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    code = (
+        "import os, pathlib, signal, sys\n"
+        "from swarmpull.setup import apply\n"
+        "with apply.only_one(pathlib.Path(sys.argv[1])):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert (tmp_path / "run" / apply.LOCK).exists()
+
+    assert setup(tmp_path, "docker") == 0
+    assert not (tmp_path / "run" / apply.LOCK).exists()
+
+
+def test_a_lock_that_is_taken_away_is_taken_anew(tmp_path: Path, monkeypatch) -> None:
+    place = tmp_path / apply.LOCK
+    flock, taken = fcntl.flock, 0
+
+    def after_another_has_ended(descriptor: int, how: int) -> None:
+        nonlocal taken
+        taken += 1
+        if taken == 1:
+            place.unlink()
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", after_another_has_ended)
+    with apply.only_one(tmp_path):
+        assert taken == 2
+        with pytest.raises(SetupRefused, match="another swarmpull setup"), apply.only_one(tmp_path):
+            raise AssertionError("two at once")
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path, capsys) -> None:
+    (tmp_path / apply.LOCK).symlink_to(tmp_path / "elsewhere")
+    assert setup(tmp_path, "docker") != 0
+    assert "the lock of swarmpull setup cannot be taken" in capsys.readouterr().err
+    assert not (tmp_path / "elsewhere").exists()
