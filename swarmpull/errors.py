@@ -401,11 +401,15 @@ class TlsError(ProtocolError):
 
 @attrs.define(slots=False)
 class RpcUnavailable(SwarmpullError):
-    """A role did not answer: not reachable, connection lost, or no reply within the deadline."""
+    """A role did not answer: not reachable, connection lost, or no reply within the deadline.
+
+    ``asked``: it may have got the request, and done what was asked.
+    """
 
     address: str
     method: str
     reason: str
+    asked: bool = True
 
     def __str__(self) -> str:
         return f"{self.method} at {self.address}: {self.reason}"

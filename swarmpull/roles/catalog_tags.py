@@ -26,6 +26,7 @@ from swarmpull.errors import (
     TagImmutable,
 )
 from swarmpull.roles.catalog_objects import changes_key, tag_key, unpacked, unsettled_key
+from swarmpull.roles.direct_changes import DirectChanges
 from swarmpull.roles.pending_changes import PendingChanges
 from swarmpull.roles.tag_log import (
     LOG_BYTES_MAX,
@@ -71,6 +72,7 @@ class CatalogTags:
 
     Attributes:
         watchers: are told of changes, in this order.
+        direct: what this process has changed in the backend, but for what came from a journal.
         source: names this process in the stamps of its changes.
         is_immutable: whether the tags of a repository are neither moved nor deleted.
     """
@@ -91,6 +93,7 @@ class CatalogTags:
             pending: changes that the backend is yet to have.
         """
         self.watchers: list[TagWatcher] = []
+        self.direct = DirectChanges()
         self._backend = backend
         self.source = source
         self.is_immutable = is_immutable
@@ -214,10 +217,23 @@ class CatalogTags:
         from_journal: bool = False,
     ) -> None:
         """Make a change of what is there; again when another process has changed that meanwhile."""
+        if from_journal:
+            await self._attempt(repository, tag, make, manifest, PendingChanges())
+            return
+        with self.direct.under_way(repository):
+            await self._attempt(repository, tag, make, manifest, self._pending)
+
+    async def _attempt(
+        self,
+        repository: str,
+        tag: str,
+        make: MakeChange,
+        manifest: Descriptor | None,
+        pending: PendingChanges,
+    ) -> None:
         for _ in range(ATTEMPTS):
             log, version = await self._read(repository, tag)
-            pending = () if from_journal else self._pending.tag_changes(repository, tag)
-            known = _with(log, pending)
+            known = _with(log, pending.tag_changes(repository, tag))
             change = await make(known)
             if change is None:
                 return
@@ -226,6 +242,9 @@ class CatalogTags:
                 await self._write(repository, tag, log, version, known, change, manifest)
             except ObjectReplaced:
                 continue
+            finally:
+                if pending is self._pending:
+                    self.direct.ended(repository, tag)
             return
         raise self._restless(repository, tag)
 

@@ -27,6 +27,7 @@ from swarmpull.errors import (
     ManifestReferencesMissing,
     RpcUnavailable,
     StoreFull,
+    StoreUnavailable,
     SwarmpullError,
 )
 from swarmpull.roles.catalog import Catalog
@@ -70,6 +71,29 @@ DONE_MAX: Final = 10_000
 BACKOFF_MAX: Final = 5.0
 
 
+@attrs.define(slots=False)
+class NotSure(SwarmpullError):
+    """Whether a tag still is what the journal says cannot be told."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+@attrs.define(eq=False)
+class _Shared:
+    """What became of a change at the other indexes.
+
+    Attributes:
+        failures: why it must not be acknowledged.
+        clear: those that surely do not have it.
+    """
+
+    failures: list[SwarmpullError] = attrs.Factory(list)
+    clear: set[str] = attrs.Factory(set)
+
+
 class Journal:
     """Keeps changes until the backend has them.
 
@@ -89,6 +113,7 @@ class Journal:
     ) -> None:
         self.trouble = ""
         self.set_aside = SetAsideChanges()
+        self._direct = catalog.tags.direct
         self._rows = rows
         self._pending = pending
         self._replay = Replay(catalog)
@@ -142,24 +167,56 @@ class Journal:
 
     # --- keeping ------------------------------------------------------------------------------
 
-    async def add(self, *changes: PendingChange) -> None:
+    async def add(self, *changes: PendingChange, judged_by: str = "") -> None:
         """Return when changes are on the disk of every index that answers.
+
+        Args:
+            changes: what is to be acknowledged.
+            judged_by: the change, by its id, that is taken for the last one of the tag: then every other
+                index has to answer, and to know of nothing later.
 
         Raises:
             StoreFull: one of them has no room for it, or holds as many as it may.
-            StoreUnavailable: the disk of one of them fails.
+            NotSure: the tag may have been changed since it was as ``judged_by`` says.
+            StoreUnavailable: the disk of one of them fails; or one of these, and the change could not be
+                withdrawn from all.
         """
         await self._keep(changes, mine=True)
-        for batch in _batches(changes):
-            await self._share(batch)
+        shared = _Shared()
+        if judged_by and not self.is_sure(judged_by, changes):
+            shared.failures.append(NotSure("this index has changed it meanwhile"))
+        for batch in () if shared.failures else _batches(changes):
+            await self._share(batch, judged_by, shared)
+        if shared.failures:
+            await self._withdraw(changes, shared)
+
+    def is_sure(self, judged_by: str, made: Iterable[PendingChange] = ()) -> bool:
+        """Whether that is the last change of its tag: this index has made none since, and knows of no other.
+
+        Args:
+            judged_by: a pending change of a tag, by its id.
+            made: what is being made.
+        """
+        kept = self._changes.get(judged_by)
+        if kept is None:
+            return False
+        ((repository, tag),) = _tags_of([kept.change])
+        last = self._pending.last_of(repository, tag, set(map(id_of, made)))
+        known_at = min(kept.acknowledged_at, kept.kept_at * 1e9)
+        return last == judged_by and self._direct.last(repository, tag) < known_at
 
     async def keep(self, request: api.KeepPendingRequest) -> api.PendingKept:
         """Changes that another index has acknowledged, or is about to.  Raises what `add` does."""
         if request.again:
             known = map(self.set_aside.get, map(id_of, request.changes))
             await self._readmit([kept for kept in known if kept is not None])
+        judged_by = request.judged_by
+        if judged_by and not self.is_sure(judged_by, request.changes):
+            return api.PendingKept(self._peers.process)
         await self.take(request.changes)
-        return api.PendingKept(self._peers.process)
+        # While it went to the disk, the tag may have been changed.
+        is_sure = not judged_by or self.is_sure(judged_by, request.changes)
+        return api.PendingKept(self._peers.process, is_sure)
 
     async def take(self, changes: Iterable[PendingChange]) -> None:
         """The same, of changes that were asked for.  Raises what `add` does."""
@@ -266,25 +323,63 @@ class Journal:
                 log.info("index_journal_not_shared", index=address, reason=str(error))
                 return
 
-    async def _share(self, changes: Sequence[PendingChange]) -> None:
-        failures: list[SwarmpullError] = []
-        request = api.KeepPendingRequest(tuple(changes))
+    async def _share(
+        self, changes: Sequence[PendingChange], judged_by: str, shared: _Shared
+    ) -> None:
+        request = api.KeepPendingRequest(tuple(changes), judged_by=judged_by)
         deadline = trio.current_time() + SHARE_TIMEOUT
 
         async def give(address: str) -> None:
             try:
-                await self._peers.insist(address, api.KEEP_PENDING, request, deadline)
+                reply = await self._peers.insist(address, api.KEEP_PENDING, request, deadline)
             except RpcUnavailable as error:
                 # It asks before it answers anybody again; until then it does not count as healthy.
                 log.info("index_journal_not_shared", index=address, reason=error.reason)
+                if judged_by:
+                    shared.failures.append(NotSure(f"index {address} does not answer"))
+                if not error.asked:
+                    shared.clear.add(address)
             except SwarmpullError as error:
-                failures.append(error)
+                shared.failures.append(error)
+            else:
+                if judged_by and not reply.sure and reply.process != self._peers.process:
+                    reason = f"index {address} has changed it meanwhile, or does not know"
+                    shared.failures.append(NotSure(reason))
 
         async with trio.open_nursery() as nursery:
             for address in self._peers.others:
                 nursery.start_soon(give, address)
-        if failures:
-            raise failures[0]
+
+    async def _withdraw(self, changes: Sequence[PendingChange], shared: _Shared) -> None:
+        """Have what must not be acknowledged not come true later, and raise why.
+
+        Returns when the backend has it after all.  Raises StoreUnavailable when it may come true.
+        """
+        ids = [id_of(change) for change in changes]
+        others = [each for each in self._peers.others if each not in shared.clear]
+        silent: list[str] = []
+
+        async def drop_at(address: str) -> None:
+            if not await self._drop_at(address, ids):
+                silent.append(address)
+
+        # Whoever asked may leave meanwhile; the calls end by themselves.
+        with trio.CancelScope(shield=True):
+            async with trio.open_nursery() as nursery:
+                for address in others:
+                    nursery.start_soon(drop_at, address)
+            dropped = await self._drop(ids)
+        if not dropped:
+            return
+        failure = shared.failures[0]
+        if silent or len(dropped) < len(ids):
+            who = ", ".join(silent) or "this index, which is writing it,"
+            raise StoreUnavailable(
+                self._rows.name,
+                f"{failure}; and {who} could not be told to forget it: whether it comes true is known when "
+                "the backend is back",
+            ) from failure
+        raise failure
 
     # --- changes that can never be written ----------------------------------------------------
 
@@ -326,14 +421,19 @@ class Journal:
                 nursery.start_soon(self._drop_at, address, dropped)
         return len(dropped)
 
-    async def _drop_at(self, address: str, ids: Sequence[str]) -> None:
+    async def _drop_at(self, address: str, ids: Sequence[str]) -> bool:
+        """Whether that index will not write any of them, and has not."""
+        is_clear = True
         for start in range(0, len(ids), BATCH):
             request = api.DropPendingRequest(tuple(ids[start : start + BATCH]))
+            deadline = trio.current_time() + SHARE_TIMEOUT
             try:
-                await self._peers.call(address, api.DROP_PENDING, request, timeout=SHARE_TIMEOUT)
+                reply = await self._peers.insist(address, api.DROP_PENDING, request, deadline)
             except SwarmpullError as error:
-                log.info("index_journal_not_dropped", index=address, reason=str(error))
-                return
+                log.warning("index_journal_not_dropped", index=address, reason=str(error))
+                return False
+            is_clear = is_clear and set(request.changes) <= set(reply.dropped)
+        return is_clear
 
     async def drop_pending(self, request: api.DropPendingRequest) -> api.PendingDropped:
         """Another index wants changes to be forgotten.  Raises StoreFull, StoreUnavailable."""

@@ -20,7 +20,7 @@ from swarmpull.roles.catalog_objects import (
     tag_key,
 )
 from swarmpull.roles.catalog_tags import CatalogTags, check_expected
-from swarmpull.roles.index_journal import Journal
+from swarmpull.roles.index_journal import Journal, NotSure
 from swarmpull.roles.keyed_locks import KeyedLocks
 from swarmpull.roles.pending_changes import PendingChanges
 from swarmpull.roles.tag_log import TagLog
@@ -99,10 +99,10 @@ class Outage:
             await self._journal.add(PendingChange(manifest=request, at=at))
             return
         async with self._locks.hold((request.repository, request.tag)):
-            change = self._change(request, request.tag, request.manifest.digest)
+            change, judged_by = self._change(request, request.tag, request.manifest.digest)
             request = attrs.evolve(request, stamp=change.stamp, expect=None)
             pending = PendingChange(manifest=request, at=time.time_ns())
-            await self._make(request.repository, request.tag or "", change, pending)
+            await self._make(request.repository, request.tag or "", change, pending, judged_by)
 
     async def delete_tag(self, request: DeleteTagRequest) -> None:
         """Remove a tag that is pending, or one of which another cluster says so."""
@@ -119,10 +119,10 @@ class Outage:
             if log.changes:
                 raise ManifestNotFound(request.repository, request.reference)
             raise self._unknown(tag_key(request.repository, request.reference))
-        change = self._change(request, request.reference, None)
+        change, judged_by = self._change(request, request.reference, None)
         request = attrs.evolve(request, stamp=change.stamp, expect=None)
         pending = PendingChange(deletion=request, at=time.time_ns())
-        await self._make(request.repository, request.reference, change, pending)
+        await self._make(request.repository, request.reference, change, pending, judged_by)
 
     def check_written(self, repository: str, digest: Digest) -> None:
         """Raise BackendUnavailable while it is still to be written: what is deleted now would come back."""
@@ -135,13 +135,21 @@ class Outage:
             )
 
     async def _make(
-        self, repository: str, tag: str, change: TagChange, pending: PendingChange
+        self,
+        repository: str,
+        tag: str,
+        change: TagChange,
+        pending: PendingChange,
+        judged_by: str,
     ) -> None:
         counts = self._log(repository, tag).with_change(change).latest == change
         if counts:
             for watcher in self._tags.watchers:
                 await watcher.changing(repository, tag, change)
-        await self._journal.add(pending)
+        try:
+            await self._journal.add(pending, judged_by=judged_by)
+        except NotSure as error:
+            raise self._not_sure(repository, tag, error.reason) from error
         if counts:
             for watcher in self._tags.watchers:
                 await watcher.changed(repository, tag, change)
@@ -154,18 +162,25 @@ class Outage:
 
     def _change(
         self, request: RecordManifestRequest | DeleteTagRequest, tag: str, digest: Digest | None
-    ) -> TagChange:
-        """Raises TagChanged, or BackendUnavailable when only the backend knows whether it may be made."""
+    ) -> tuple[TagChange, str]:
+        """The change, and the id of the one by which it was judged, if it depends on what the tag is.
+
+        Raises TagChanged, or BackendUnavailable when only the backend knows whether it may be made.
+        """
         repository = request.repository
         log = self._log(repository, tag)
-        depends = request.expect is not None or self._tags.is_immutable(repository)
-        if depends and not log.changes:
-            raise self._unknown(tag_key(repository, tag))
+        judged_by = ""
+        if request.expect is not None or self._tags.is_immutable(repository):
+            judged_by = self._pending.last_of(repository, tag)
+            if not judged_by:
+                raise self._unknown(tag_key(repository, tag))
+            if not self._journal.is_sure(judged_by):
+                raise self._not_sure(repository, tag, "this index may have changed it meanwhile")
         if log.digest != digest or digest is None:
             check_expected(repository, tag, log, request.expect)
             self._tags.check_mutable(repository, tag, log, digest)
         stamp: Stamp = request.stamp or log.next_stamp(time.time_ns(), self._tags.source)
-        return TagChange(stamp, digest, request.by)
+        return TagChange(stamp, digest, request.by), judged_by
 
     def _check_references(self, request: RecordManifestRequest) -> None:
         repository = request.repository
@@ -180,6 +195,14 @@ class Outage:
                 f"{self._reason()}; whether the repository has {', '.join(map(str, unknown))} cannot be "
                 "told: push that again, or wait",
             )
+
+    def _not_sure(self, repository: str, tag: str, why: str) -> BackendUnavailable:
+        return BackendUnavailable(
+            self._backend,
+            tag_key(repository, tag),
+            f"{self._reason()}; whether the tag still is what the journal says cannot be told, because "
+            f"{why}: ask again when the backend is back",
+        )
 
     def _unknown(self, key: str) -> BackendUnavailable:
         return BackendUnavailable(self._backend, key, self._reason())

@@ -135,22 +135,26 @@ class IndexPeers:
         """Call one of the others until it answers.
 
         Raises:
-            RpcUnavailable: it has not by ``deadline``.
+            RpcUnavailable: it has not by ``deadline``; ``asked`` if one of the attempts may have reached it.
             IndexGone: nobody listens there: a process that ended, and what it had in memory with it.
             SwarmpullError: the errors of the method.
         """
         failure = RpcUnavailable(address, method.name, "no answer")
+        asked = False
         with trio.move_on_at(deadline):
             while True:
+                # Whoever is cancelled in the call cannot tell.
+                was_asked, asked = asked, True
                 try:
                     left = deadline - trio.current_time()
                     return await self.call(address, method, request, timeout=left)
                 except RpcUnavailable as error:
                     failure = error
+                    asked = was_asked or error.asked
                 if await _is_refused(address):
-                    raise IndexGone(address, method.name, failure.reason) from failure
+                    raise IndexGone(address, method.name, failure.reason, asked) from failure
                 await trio.sleep(PAUSE)
-        raise failure
+        raise RpcUnavailable(address, method.name, failure.reason, asked) from failure
 
     async def _tell(self, address: str, request: api.ForgetRequest, patience: float) -> None:
         try:

@@ -6,9 +6,10 @@ Lookups see them beside what the backend has.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from swarmpull.digest import Digest
+from swarmpull.roles.tag_log import order_of
 from swarmpull.wire.api import Descriptor, PendingChange, TagChange
 
 
@@ -50,6 +51,12 @@ class PendingChanges:
     def tag_changes(self, repository: str, tag: str) -> tuple[TagChange, ...]:
         """Those of a tag, in no order."""
         return tuple(self._tags.get((repository, tag), {}).values())
+
+    def last_of(self, repository: str, tag: str, but: Container[str] = ()) -> str:
+        """The id of the last change of a tag, leaving some out; empty when there is none."""
+        changes = self._tags.get((repository, tag), {})
+        found = (each for each in changes if each not in but)
+        return max(found, key=lambda each: order_of(changes[each]), default="")
 
     def manifest(self, repository: str, digest: Digest) -> Descriptor | None:
         """A manifest that was put."""

@@ -49,7 +49,7 @@ class TagLog:
 
     def with_change(self, change: TagChange) -> TagLog:
         """The log with one more change, at its place; the same log when it is too old to be kept."""
-        merged = sorted({*self.changes, change}, key=_order)
+        merged = sorted({*self.changes, change}, key=order_of)
         return TagLog(tuple(merged[-CHANGES_MAX:])).described(self.descriptor)
 
     def described(self, descriptor: Descriptor | None) -> TagLog:
@@ -68,7 +68,8 @@ class TagLog:
         return Stamp(time, source[:NAME_MAX])
 
 
-def _order(change: TagChange) -> tuple[int, str, str]:
+def order_of(change: TagChange) -> tuple[int, str, str]:
+    """Changes of a tag sort by it."""
     # No two changes have the same stamp, unless two sources have the same name.
     return change.stamp.time, change.stamp.source, str(change.digest or "")
 

@@ -633,18 +633,28 @@ class PendingChange:
 class KeepPendingRequest:
     """Another index acknowledges changes while the backend is down: to be kept on the disk, too.
 
-    ``again``: those that were set aside are to be tried once more.
+    Attributes:
+        changes: in the order in which they were made.
+        again: those that were set aside are to be tried once more.
+        judged_by: the change of the same tag, by its id, that was taken for the last one when the only change
+            was found to be allowed.
     """
 
     changes: tuple[PendingChange, ...]
     again: bool = False
+    judged_by: str = ""
 
 
 @attrs.frozen
 class PendingKept:
-    """They are.  ``process`` as in `ForgetReply`."""
+    """They are.  ``process`` as in `ForgetReply`.
+
+    ``sure``: the callee has not changed the tag in the backend since the change that they were judged by, and
+    knows of no later one; without that nothing need be kept.
+    """
 
     process: str
+    sure: bool = False
 
 
 @attrs.frozen

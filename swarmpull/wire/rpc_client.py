@@ -97,8 +97,8 @@ class RpcPool:
         is cancelled there.
 
         Raises:
-            RpcUnavailable: not reachable, connection lost, or no reply in time. The role may or may
-                not have done what was asked.
+            RpcUnavailable: not reachable, connection lost, or no reply in time. The role may or may not
+                have done what was asked; if it was not ``asked``, it has not.
             RpcFailed: the role failed in a way that has no type here, or the reply is malformed.
             SwarmpullError: those of ``errors.REMOTE_ERRORS`` that the handler raised.
             ValueError: ``address`` is not one.
@@ -116,8 +116,11 @@ class RpcPool:
             call = await connection.call(method, body, scope.deadline)
             return _result(address, method, call, connection.reason)
         dialling = self._connections.get(address)
-        what = "reply" if dialling is None or dialling.settled.is_set() else "connection"
-        raise RpcUnavailable(address, method.name, f"no {what} within {timeout:g} s")
+        if dialling is None or dialling.settled.is_set():
+            raise RpcUnavailable(address, method.name, f"no reply within {timeout:g} s")
+        raise RpcUnavailable(
+            address, method.name, f"no connection within {timeout:g} s", asked=False
+        )
 
     async def _connected(self, address: str, host: str, port: int, method: str) -> _Connection:
         connection = self._connections.get(address)
@@ -128,10 +131,10 @@ class RpcPool:
             self._nursery.start_soon(connection.run)
         await connection.settled.wait()
         if not connection.usable:
-            raise RpcUnavailable(address, method, connection.reason)
+            raise RpcUnavailable(address, method, connection.reason, asked=False)
         if connection.server is not None and (refusal := refuse_server(connection.server, method)):
             self.complaints.warn(host, refusal, address=address)
-            raise RpcUnavailable(address, method, refusal)
+            raise RpcUnavailable(address, method, refusal, asked=False)
         return connection
 
     def _make_room(self, address: str, method: str) -> None:
@@ -145,6 +148,7 @@ class RpcPool:
             address,
             method,
             f"all {self._limits.connections_max} connections of this process are in use",
+            asked=False,
         )
 
     def forget(self, connection: _Connection) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -43,16 +43,18 @@ from swarmpull.errors import (
     TagChanged,
 )
 from swarmpull.roles import catalog as catalog_module
+from swarmpull.roles import direct_changes, index_contact, index_journal
 from swarmpull.roles import index as index_module
-from swarmpull.roles import index_contact, index_journal
 from swarmpull.roles.catalog import Catalog
 from swarmpull.roles.catalog_replay import Replay
 from swarmpull.roles.cluster import Cluster, IndexClient
+from swarmpull.roles.direct_changes import DirectChanges
 from swarmpull.roles.index import run_index
 from swarmpull.roles.index_cache import ResolveCache
 from swarmpull.roles.index_contact import Contact
 from swarmpull.roles.index_journal import Journal, open_journal
 from swarmpull.roles.index_peers import IndexGone, IndexPeers
+from swarmpull.roles.journal_file import Kept
 from swarmpull.roles.pending_changes import PendingChanges, id_of
 from swarmpull.roles.ring_client import open_ring
 from swarmpull.store import durable_queue
@@ -1052,3 +1054,149 @@ async def test_a_journal_is_full_also_of_what_was_set_aside(tmp_path, monkeypatc
         with pytest.raises(StoreFull, match="1 are set aside"):
             await indexes.client(0).record_manifest(put(3))
         indexes.bring_back()
+
+
+# --- changes that are refused -----------------------------------------------------------------
+
+
+async def full_at_the_second(indexes: Indexes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An outage in which the second index takes no more changes."""
+    await indexes.client(0).record_manifest(put(1))
+    await indexes.take_away()
+    check_room = Journal._check_room
+
+    def check(self: Journal, added: Sequence[Kept]) -> None:
+        if not any(kept.mine for kept in added):
+            raise StoreFull("index", 1, "the journal holds as many as it may")
+        check_room(self, added)
+
+    monkeypatch.setattr(Journal, "_check_room", check)
+
+
+async def test_a_change_that_is_refused_does_not_come_true_later(tmp_path, monkeypatch):
+    async with indexes_in(tmp_path) as indexes:
+        await full_at_the_second(indexes, monkeypatch)
+        with pytest.raises(StoreFull):
+            await indexes.client(0).record_manifest(put(2))
+        assert (await indexes.status(0))["journal"]["changes"] == 0
+        indexes.kill(0)
+        indexes.bring_back()
+        await indexes.start(0)
+        history = await (await indexes.catalog()).tag_log("app", "v1")
+        assert [change.digest for change in history.changes] == [describe(1).digest]
+        assert await indexes.client(0).resolve("app", "v1") == describe(1)
+
+
+async def test_a_change_that_cannot_be_withdrawn_is_said_to_be_unknown(tmp_path, monkeypatch):
+    # It has the change, its answer is lost, and so is that to the withdrawal.
+    async with indexes_in(tmp_path) as indexes:
+        await full_at_the_second(indexes, monkeypatch)
+        monkeypatch.setattr(index_journal, "SHARE_TIMEOUT", 0.5)
+
+        async def never(*_: object) -> api.PendingDropped:
+            await trio.sleep_forever()
+            raise AssertionError
+
+        monkeypatch.setattr(Journal, "drop_pending", never)
+        with pytest.raises(StoreUnavailable, match="whether it comes true is known when"):
+            await indexes.client(0).record_manifest(put(2))
+        indexes.bring_back()
+
+
+async def test_a_change_that_got_into_the_backend_meanwhile_is_made(tmp_path):
+    async with journal_in(tmp_path) as journal:
+        shared = index_journal._Shared([StoreFull("index", 0, "full")])
+        change = link(b"1")
+        await journal.take([change])
+        await journal._write(mine_only=False)
+        await journal._withdraw([change], shared)
+        await journal.take([link(b"2")])
+        with pytest.raises(StoreFull):
+            await journal._withdraw([link(b"2")], shared)
+        assert journal.status()["changes"] == 0
+
+
+# --- conditions -------------------------------------------------------------------------------
+
+
+async def test_a_condition_is_not_judged_by_what_may_have_changed_since(tmp_path, monkeypatch):
+    async with indexes_in(tmp_path, immutable=("fixed",)) as indexes:
+        first, second = indexes.client(0), indexes.client(1)
+        await indexes.take_away()
+        await first.record_manifest(put(1))
+        await first.record_manifest(put(1, "other"))
+        # The backend is back for a moment, and nobody writes the journals in it.
+        gate = trio.Event()
+        write = Journal._write
+
+        async def write_later(self: Journal, *, mine_only: bool) -> None:
+            await gate.wait()
+            await write(self, mine_only=mine_only)
+
+        monkeypatch.setattr(Journal, "_write", write_later)
+        indexes.bring_back()
+        await indexes.wait(down=False)
+        await second.record_manifest(put(2))
+        await indexes.take_away()
+
+        for client in (first, second):
+            with pytest.raises(BackendUnavailable, match=r"cannot be told, because .* changed it"):
+                await client.record_manifest(put(3, expect=str(describe(1).digest)))
+            with pytest.raises(BackendUnavailable, match="cannot be told"):
+                await client.delete_tag("app", "v1", expect=str(describe(1).digest))
+        for number in range(2):
+            assert (await indexes.status(number))["journal"]["changes"] == 2, (
+                "nothing is left of it"
+            )
+        # What was put since is what it is; and another tag was left alone.
+        await second.record_manifest(put(4))
+        await first.record_manifest(put(5, expect=str(describe(4).digest)))
+        await second.record_manifest(put(6, "other", expect=str(describe(1).digest)))
+        indexes.bring_back()
+        gate.set()
+        for number in range(2):
+            await indexes.written(number)
+        history = (await (await indexes.catalog()).tag_log("app", "v1")).changes
+        digests = [change.digest for change in history]
+        assert digests == [describe(number).digest for number in (1, 2, 4, 5)]
+
+
+async def test_a_condition_needs_the_answer_of_every_index(tmp_path):
+    async with indexes_in(tmp_path) as indexes:
+        await indexes.take_away()
+        await indexes.client(0).record_manifest(put(1))
+        indexes.kill(1)
+        with pytest.raises(BackendUnavailable, match="does not answer"):
+            await indexes.client(0).record_manifest(put(2, expect=str(describe(1).digest)))
+        assert await indexes.client(0).resolve("app", "v1") == describe(1)
+        assert (await indexes.status(0))["journal"]["changes"] == 1
+        indexes.bring_back()
+
+
+async def test_a_condition_is_not_judged_while_a_change_goes_to_the_backend(tmp_path):
+    now = time.time_ns()
+    change = api.PendingChange(manifest=put(1, stamp=api.Stamp(now, "test")), at=now + HOUR)
+    async with journal_in(tmp_path) as journal:
+        await journal.add(change)
+        assert journal.is_sure(id_of(change))
+        with journal._direct.under_way("app"):
+            assert not journal.is_sure(id_of(change))
+        assert journal.is_sure(id_of(change)), "it came to nothing"
+        journal._direct.ended("app", "v2")
+        assert journal.is_sure(id_of(change))
+        journal._direct.ended("app", "v1")
+        assert not journal.is_sure(id_of(change)), "whatever clocks say"
+    async with journal_in(tmp_path) as journal:
+        assert not journal.is_sure(id_of(change)), "a former process may have changed it"
+
+
+def test_what_was_changed_long_ago_is_forgotten_on_the_safe_side(monkeypatch):
+    monkeypatch.setattr(direct_changes, "TAGS_MAX", 2)
+    now = 1000
+    monkeypatch.setattr(time, "time_ns", lambda: now)
+    direct = DirectChanges()
+    assert direct.last("app", "v1") == 1000
+    for now in (2000, 3000, 4000):
+        direct.ended("app", f"v{now}")
+    assert direct.last("app", "v4000") == 4000
+    assert direct.last("app", "never") == direct.last("app", "v2000") == 2000

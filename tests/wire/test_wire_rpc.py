@@ -403,8 +403,9 @@ def test_limits_are_positive():
 async def test_a_call_without_a_reply_in_time_is_unavailable_and_the_handler_is_cancelled(handlers):
     async with serving(handlers) as address, open_rpc_pool() as pool:
         await call(pool, address)
-        with pytest.raises(RpcUnavailable, match=r"no reply within 0\.1 s"):
+        with pytest.raises(RpcUnavailable, match=r"no reply within 0\.1 s") as caught:
             await call(pool, address, WAIT, "x", timeout=0.1)
+        assert caught.value.asked
         await handlers.until(lambda: handlers.cancelled == ["x"])
         assert await call(pool, address) == "hello"
 
@@ -493,6 +494,7 @@ async def test_an_unreachable_role_is_unavailable_with_the_reason():
             with pytest.raises(RpcUnavailable, match="refused") as caught:
                 await call(pool, address)
     assert (caught.value.address, caught.value.method) == (address, "test.echo")
+    assert not caught.value.asked
 
 
 async def test_a_text_that_is_no_address_is_a_value_error():
