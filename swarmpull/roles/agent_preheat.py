@@ -61,8 +61,11 @@ class Content(Protocol):
 class RuntimePull(Protocol):
     """Has the container runtime of this host pull an image."""
 
-    async def __call__(self, repository: str, reference: str) -> None:
-        """Raises SwarmpullError."""
+    async def __call__(self, repository: str, reference: str, tag: str) -> None:
+        """By the tag or digest ``reference``, and called ``tag`` then, if there is one.
+
+        Raises SwarmpullError.
+        """
         ...
 
 
@@ -201,7 +204,7 @@ class AgentPreheating:
             work.reason = await self._fetch_all(task)
             if not work.reason and self._runtime is not None:
                 try:
-                    await self._runtime(task.repository, task.reference)
+                    await self._runtime(task.repository, task.reference, task.tag)
                 except SwarmpullError as error:
                     work.reason = f"all of it is here, but the runtime did not pull it: {error}"
             work.state = "failed" if work.reason else "done"

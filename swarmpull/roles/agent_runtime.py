@@ -10,7 +10,7 @@ import json
 import subprocess
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 import attrs
 import structlog
@@ -31,7 +31,7 @@ OUTPUT_SHOWN: Final = 500
 # Docker says something whenever a layer moves on; unpacking a large one takes its time.
 SILENCE_MAX: Final = 300.0
 
-_Pull = Callable[[str, str, str], Awaitable[None]]
+_Pull = Callable[["_Image"], Awaitable[None]]
 
 
 @attrs.define(slots=False)
@@ -75,6 +75,24 @@ class RuntimeNames:
         return f"{self.own or self.agent}/{repository}"
 
 
+@attrs.frozen
+class _Image:
+    """What a runtime pulls.
+
+    Attributes:
+        name: of the repository, as the runtime calls it.
+        reference: the tag or digest by which it is pulled.
+        tag: that it gets then; empty for none.
+    """
+
+    name: str
+    reference: str
+    tag: str
+
+    def __str__(self) -> str:
+        return f"{self.name}{'@' if ':' in self.reference else ':'}{self.reference}"
+
+
 class AgentRuntime:
     """The runtimes of this host that are to pull; implements `swarmpull.roles.agent_preheat.RuntimePull`."""
 
@@ -83,58 +101,67 @@ class AgentRuntime:
         self._names = names
         self._pulls = trio.CapacityLimiter(PULLS_MAX)
 
-    async def __call__(self, repository: str, reference: str) -> None:
-        """Return when each of them has the image.  Raises RuntimeFailed."""
+    async def __call__(self, repository: str, reference: str, tag: str) -> None:
+        """Return when each of them has the image, and calls it so.  Raises RuntimeFailed."""
         if self._settings.docker:
             name = self._names.for_docker(repository)
-            await self._pull("docker", name, reference, self._docker)
+            await self._pull("docker", _Image(name, reference, tag), self._docker)
         if self._settings.containerd:
             name = self._names.for_containerd(repository)
-            await self._pull("containerd", name, reference, self._containerd)
+            await self._pull("containerd", _Image(name, reference, tag), self._containerd)
 
-    async def _pull(self, runtime: str, name: str, reference: str, pull: _Pull) -> None:
-        image = f"{name}@{reference}" if ":" in reference else f"{name}:{reference}"
+    async def _pull(self, runtime: str, image: _Image, pull: _Pull) -> None:
         try:
             async with self._pulls:
                 with trio.fail_after(float(self._settings.timeout)):
-                    await pull(name, reference, image)
+                    await pull(image)
         except trio.TooSlowError as error:
             reason = (
                 f"it has taken more than {self._settings.timeout:.0f} s (agent.runtime.timeout)"
             )
-            raise RuntimeFailed(runtime, image, reason) from error
-        log.info("runtime_pulled", runtime=runtime, image=image)
+            raise RuntimeFailed(runtime, str(image), reason) from error
+        log.info("runtime_pulled", runtime=runtime, image=str(image), tag=image.tag)
 
-    async def _docker(self, name: str, reference: str, image: str) -> None:
-        query = urlencode({"fromImage": name, "tag": reference})
-        limits = ClientLimits(silence=SILENCE_MAX)
+    async def _docker(self, image: _Image) -> None:
+        query = urlencode({"fromImage": image.name, "tag": image.reference})
+        requests = [f"/images/create?{query}"]
+        if image.tag:
+            query = urlencode({"repo": image.name, "tag": image.tag})
+            requests.append(f"/images/{quote(str(image), safe='/:@')}/tag?{query}")
+        limits, reason = ClientLimits(silence=SILENCE_MAX), ""
         try:
-            async with (
-                open_http("http://docker", limits, socket=self._settings.docker) as http,
-                http.request("POST", f"/images/create?{query}") as answer,
-            ):
-                reason = await _docker_failure(answer)
+            async with open_http("http://docker", limits, socket=self._settings.docker) as http:
+                for path in requests:
+                    async with http.request("POST", path) as answer:
+                        if reason := await _docker_failure(answer):
+                            break
         except HttpFailure as error:
             reason = f"{self._settings.docker}: {error}"
         if reason:
-            raise RuntimeFailed("docker", image, reason)
+            raise RuntimeFailed("docker", str(image), reason)
 
-    async def _containerd(self, _name: str, _reference: str, image: str) -> None:
+    async def _containerd(self, image: _Image) -> None:
+        hosts = self._settings.containerd_hosts
+        await self._ctr(image, "pull", "--hosts-dir", hosts, str(image))
+        if image.tag:
+            await self._ctr(image, "tag", "--force", str(image), f"{image.name}:{image.tag}")
+
+    async def _ctr(self, image: _Image, *command: str) -> None:
         settings = self._settings
         address = ["--address", settings.containerd, "--namespace", settings.containerd_namespace]
-        pull = ["images", "pull", "--hosts-dir", settings.containerd_hosts, image]
         try:
             # Cancelled, it is ended.
             done = await trio.run_process(
-                ["ctr", *address, *pull],
+                ["ctr", *address, "images", *command],
                 capture_stdout=True,
                 capture_stderr=True,
                 check=False,
             )
         except OSError as error:
-            raise RuntimeFailed("containerd", image, f"ctr: {error.strerror or error}") from error
+            reason = f"ctr: {error.strerror or error}"
+            raise RuntimeFailed("containerd", str(image), reason) from error
         if done.returncode:
-            raise RuntimeFailed("containerd", image, _said_by(done))
+            raise RuntimeFailed("containerd", str(image), _said_by(done))
 
 
 async def _docker_failure(answer: Answer) -> str:

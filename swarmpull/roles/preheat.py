@@ -15,6 +15,7 @@ from functools import partial
 from typing import Final, cast
 from urllib.parse import urlsplit
 
+import attrs
 import structlog
 import trio
 
@@ -138,9 +139,9 @@ class Preheating:
         share = _share(wish.agents)
         if _PLATFORM.fullmatch(wish.platform) is None:
             raise _refused(400, f"platform has to be os/architecture: {wish.platform[:80]!r}")
-        repository, reference = parse_image(wish.image, self._names, self._config.cluster.names)
-        found = await self._origins.get_manifest(repository, reference)
-        return self._begin(wish, share, repository, reference, found).document()
+        image = parse_image(wish.image, self._names, self._config.cluster.names)
+        found = await self._origins.get_manifest(image.repository, image.reference)
+        return self._begin(wish, share, image, found).document()
 
     def jobs(self) -> Sequence[Mapping[str, object]]:
         return [job.document() for job in self._jobs]
@@ -190,15 +191,16 @@ class Preheating:
         self,
         wish: Wish,
         share: Share | None,
-        repository: str,
-        reference: str,
+        image: NamedImage,
         found: UpstreamManifestReply,
     ) -> Job:
         digest = found.descriptor.digest
         target = "origins" if share is None else f"agents {share.text}"
         if wish.platform:
             target = f"{target}, {wish.platform}"
-        number = job_number(repository, digest, target)
+        # A tag is for runtimes; on the way onto disks it makes no difference.
+        tag = "" if share is None else image.tag
+        number = job_number(image.repository, digest, f"{target} as {tag}" if tag else target)
         former = self._jobs.get(number)
         if former is not None and not former.has_ended:
             return former
@@ -210,8 +212,8 @@ class Preheating:
         job = Job(
             number,
             wish.image,
-            repository,
-            reference,
+            image.repository,
+            image.reference,
             digest,
             target,
             seed,
@@ -219,6 +221,7 @@ class Preheating:
             hosts,
             unknown,
             share.number if share else None,
+            tag=tag,
         )
         self._jobs.add(job)
         log.info(
@@ -437,7 +440,8 @@ class Preheating:
                     remedy="name it in upstreams or cluster.names",
                 )
                 continue
-            wish = Wish(f"{repository}@{pushed.digest}", self._notified_agents())
+            tag = f":{pushed.tag}" if pushed.tag else ""
+            wish = Wish(f"{repository}{tag}@{pushed.digest}", self._notified_agents())
             try:
                 await self._start_in_turn(wish)
             except SwarmpullError as error:
@@ -481,10 +485,23 @@ class Preheating:
             wake.set()
 
 
-def parse_image(text: str, names: UpstreamNames, own: Sequence[str] = ()) -> tuple[str, str]:
-    """The repository, by the cluster's name of it, and the tag or digest of an image as people write it.
+@attrs.frozen
+class NamedImage:
+    """An image of a repository.
 
-    That is ``[registry/]repository[:tag][@digest]``.
+    Attributes:
+        repository: by the cluster's name of it.
+        reference: the tag or digest by which it is got.
+        tag: the tag, if it is got by its digest and there was one as well; else empty.
+    """
+
+    repository: str
+    reference: str
+    tag: str = ""
+
+
+def parse_image(text: str, names: UpstreamNames, own: Sequence[str] = ()) -> NamedImage:
+    """An image as people write it: ``[registry/]repository[:tag][@digest]``.
 
     Raises:
         RegistryError: it is none.
@@ -509,7 +526,8 @@ def parse_image(text: str, names: UpstreamNames, own: Sequence[str] = ()) -> tup
         repository = rest
     if not is_repository(repository):
         raise name_invalid(repository)
-    return names.select(repository, named) or repository, digest or tag or "latest"
+    repository = names.select(repository, named) or repository
+    return NamedImage(repository, digest or tag or "latest", tag if digest else "")
 
 
 def _share(text: str) -> Share | None:

@@ -69,6 +69,7 @@ class Job:
         number: its id, the same for the same image and target.
         image: as it was asked for.
         repository, reference, digest: what that is.
+        tag: the tag, where ``reference`` is the digest and there was a tag as well.
         target: origins, or agents and which.
         seed: of the choice of agents.
         started_at: Unix time.
@@ -98,6 +99,7 @@ class Job:
     reason: str = ""
     ended_at: float = 0.0
     is_noted: bool = False
+    tag: str = ""
 
     @property
     def has_ended(self) -> bool:
@@ -145,6 +147,7 @@ class Job:
             self.digest,
             self.tree.manifests,
             self.tree.blobs,
+            self.tag,
         )
 
     def document(self, *, hosts: bool = False) -> dict[str, object]:

@@ -31,6 +31,7 @@ class PreheatTask:
         digest: of its manifest.
         manifests: all of the image, the children before their parents.
         blobs: configs and layers.
+        tag: that a runtime which pulls it by its digest gives it; empty for none.
     """
 
     job: str
@@ -39,6 +40,7 @@ class PreheatTask:
     digest: Digest
     manifests: tuple[Part, ...]
     blobs: tuple[Part, ...]
+    tag: str = ""
 
 
 @attrs.frozen

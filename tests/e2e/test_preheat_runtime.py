@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.ports import PortAllocator
@@ -53,6 +54,7 @@ def cluster(
     docker, containerd = runtimes
     settings = {
         **listeners.settings(),
+        "index.api.notified": "all",
         "agent.runtime.docker": str(docker.socket),
         "agent.runtime.containerd": str(containerd.socket),
         "agent.runtime.containerd_hosts": str(directory / "certs.d"),
@@ -89,6 +91,32 @@ def test_runtimes_have_pulled_what_was_preheated(
     assert docker.inspect(name)["Id"] == image.parts[0].digest
     rows = containerd("--namespace", "k8s.io", "images", "list", "--quiet").split()
     assert name in rows
+
+
+def test_what_a_webhook_told_of_is_called_by_its_tag(
+    cluster: Cluster, runtimes: tuple[Docker, Containerd], images: ImageFactory, host: Host
+) -> None:
+    docker, containerd = runtimes
+    image = images.small("preheat-webhook")
+    host.push(image, cluster.first.registry, "team/hook:v7")
+    manifest = web.get_manifest(cluster.first.registry, "team/hook", "v7")
+    target = {
+        "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "repository": "team/hook",
+        "digest": web.digest_of(manifest.body),
+        "tag": "v7",
+    }
+    event = {"action": "push", "target": target}
+    url = f"http://127.0.0.1:{cluster.ports.index_api}/registry/notifications"
+    reply = httpx.post(url, json={"events": [event]})
+    assert reply.json()["pushed"] == 1
+    name = f"127.0.0.1:{cluster.first.registry}/team/hook:v7"
+
+    def rows() -> list[str]:
+        return containerd("--namespace", "k8s.io", "images", "list", "--quiet").split()
+
+    wait_until(lambda: name in rows(), "containerd, which comes last, calls it so")
+    assert docker.inspect(name)["Id"] == image.parts[0].digest
 
 
 def test_a_runtime_that_cannot_pull_says_why_in_the_job(cluster: Cluster) -> None:

@@ -17,7 +17,7 @@ from swarmpull.registry.errors import RegistryError
 from swarmpull.registry.names import UpstreamNames
 from swarmpull.registry.notifications import EVENTS_MAX, parse_notifications
 from swarmpull.registry.preheat_app import Wish
-from swarmpull.roles.preheat import Preheating, parse_image
+from swarmpull.roles.preheat import NamedImage, Preheating, parse_image
 from swarmpull.roles.preheat_jobs import (
     DONE,
     ENDED_MAX,
@@ -82,23 +82,24 @@ def test_what_is_no_share_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "repository", "reference"),
+    ("text", "image"),
     [
-        ("team/app:v1", "team/app", "v1"),
-        ("app", "app", "latest"),
-        (f"app:v1@{DIGEST}", "app", str(DIGEST)),
-        ("docker.io/alpine:3", "docker.io/library/alpine", "3"),
-        ("r.example:5000/team/app:v1", "r.example_5000/team/app", "v1"),
-        ("swarm.example/team/app:v1", "team/app", "v1"),
-        ("swarm.example:5000/app", "app", "latest"),
+        ("team/app:v1", ("team/app", "v1")),
+        ("app", ("app", "latest")),
+        (f"app:v1@{DIGEST}", ("app", str(DIGEST), "v1")),
+        (f"app@{DIGEST}", ("app", str(DIGEST))),
+        ("docker.io/alpine:3", ("docker.io/library/alpine", "3")),
+        ("r.example:5000/team/app:v1", ("r.example_5000/team/app", "v1")),
+        ("swarm.example/team/app:v1", ("team/app", "v1")),
+        ("swarm.example:5000/app", ("app", "latest")),
     ],
 )
-def test_an_image_is_read_as_people_write_it(text: str, repository: str, reference: str) -> None:
+def test_an_image_is_read_as_people_write_it(text: str, image: tuple[str, ...]) -> None:
     names = UpstreamNames(["docker.io", "r.example:5000"], ["swarm.example", "swarm.example:5000"])
 
     found = parse_image(text, names, ("swarm.example", "swarm.example:5000"))
 
-    assert found == (repository, reference)
+    assert found == NamedImage(*image)
 
 
 @pytest.mark.parametrize(
