@@ -317,6 +317,7 @@ async def run_agent(
             trio.open_nursery() as nursery,
         ):
             cluster.tracker.on_lost = host.tracker_lost
+            cluster.tracker.give_metainfo(store.metainfo)
             await nursery.start(cluster.run)
             nursery.start_soon(store.janitor.run)
             nursery.start_soon(seed_cache, store, host)

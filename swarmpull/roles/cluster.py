@@ -6,7 +6,7 @@ Every call goes to the members in ring order until one answers; `swarmpull.roles
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
 import attrs
@@ -108,6 +108,10 @@ class TrackerClient:
     def _restarted(self, address: str, digests: tuple[Digest, ...]) -> None:
         self._announce_anew("tracker_restarted", address, digests)
 
+    def give_metainfo(self, metainfo_of: Callable[[Digest], Awaitable[Metainfo]]) -> None:
+        """Give trackers the metainfo of blobs that this host has, when no origin can."""
+        self._held.metainfo_of = metainfo_of
+
     async def announce_held(
         self, contact: PeerContact, digests: Sequence[Digest], told: Told
     ) -> None:
@@ -145,6 +149,8 @@ class TrackerClient:
         )
         if request.state is AnnounceState.STOPPED:
             return reply
+        if reply.wanted:
+            await self._held.give_metainfo(address, request.digest)
         anew = self._announced.answered_by(request.digest, address, reply.process)
         self._restarted(address, anew)
         return self._taken(request, address, reply, elsewhere=elsewhere)

@@ -17,6 +17,7 @@ from swarmpull.digest import Digest
 from swarmpull.errors import RpcFailed, RpcUnavailable, SwarmpullError
 from swarmpull.ring.announced import Announced
 from swarmpull.roles.ring_client import RingClient
+from swarmpull.swarm.metainfo import Metainfo
 from swarmpull.swarm.peers import AnnounceState, PeerContact
 from swarmpull.wire import api
 from swarmpull.wire.api import AnnounceReply, AnnounceRequest
@@ -40,6 +41,10 @@ class HeldAnnounces:
         timeout: for each tracker, in seconds.
         on_anew: is called with a tracker and the other blobs that have to be announced there anew, when it
             turns out to have been restarted.
+
+    Attributes:
+        metainfo_of: gives the metainfo of a blob that this host has, for trackers that no origin gives it to;
+            None to give nothing.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class HeldAnnounces:
         timeout: float,
         on_anew: Callable[[str, tuple[Digest, ...]], None],
     ) -> None:
+        self.metainfo_of: Callable[[Digest], Awaitable[Metainfo]] | None = None
         self._ring = ring
         self._announced = announced
         self._announce = announce
@@ -115,6 +121,8 @@ class HeldAnnounces:
             await self._tell_singly(contact, digests, told)
         else:
             self._taken(address, digests, reply, told)
+            for digest in {*reply.wanted} & {*digests}:
+                await self.give_metainfo(address, digest)
 
     def _taken(
         self,
@@ -132,6 +140,18 @@ class HeldAnnounces:
             told(digest, AnnounceReply(peers, reply.interval, process=reply.process))
         if others := tuple(each for each in anew if each not in set(digests)):
             self._on_anew(address, others)
+
+    async def give_metainfo(self, address: str, digest: Digest) -> None:
+        """Give a tracker the metainfo of a blob that it wants, if this host has it."""
+        if self.metainfo_of is None:
+            return
+        try:
+            request = api.GiveMetainfoRequest(await self.metainfo_of(digest))
+            await self._ring.call_member(
+                str(digest), api.GIVE_METAINFO, request, timeout=self._timeout, order=[address]
+            )
+        except SwarmpullError as error:
+            log.info("metainfo_not_given", digest=str(digest), tracker=address, reason=str(error))
 
     async def _tell_singly(
         self, contact: PeerContact, digests: tuple[Digest, ...], told: Told

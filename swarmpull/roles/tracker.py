@@ -114,8 +114,8 @@ class Tracker:
         )
 
     def announce_at_once(self, request: api.AnnounceRequest, context: RpcContext) -> bytes | None:
-        """The encoded answer to an announce without metainfo; None for others."""
-        if _must_find(request):
+        """The encoded answer to an announce without metainfo; None for others, and when that is wanted."""
+        if _must_find(request) or self._wants_metainfo(request):
             return None
         handout = self._enter(request, self._contact(request, context))
         return encode_announce_reply(
@@ -128,7 +128,8 @@ class Tracker:
         """Answer one announce.  Raises what `MetainfoSource.get` does when metainfo is wanted."""
         contact = self._contact(request, context)
         if not _must_find(request):
-            return self._reply(self._enter(request, contact))
+            wanted = self._wants_metainfo(request)
+            return attrs.evolve(self._reply(self._enter(request, contact)), wanted=wanted)
         digest = request.digest
         # What is cached may be answered while somebody has the blob; else an origin must get it.
         use_cache = self._table.seeders(digest) > 0
@@ -138,6 +139,11 @@ class Tracker:
         if isinstance(found, HashLog):
             return attrs.evolve(reply, growth=found.since("", 0))
         return attrs.evolve(reply, metainfo=found, content=self._metainfo.content(digest))
+
+    def _wants_metainfo(self, request: api.AnnounceRequest) -> bool:
+        """Whether the announcer, which has the blob, is to give its metainfo."""
+        is_complete = request.state is AnnounceState.COMPLETE
+        return is_complete and bool(self._metainfo.wanted((request.digest,)))
 
     def _contact(self, request: api.AnnounceRequest, context: RpcContext) -> PeerContact:
         """The announcer's contact; one and the same object for all blobs that it announces."""
@@ -194,12 +200,24 @@ class Tracker:
         self._messages.inc()
         handout = self._table.announce_held(request.digests, contact, trio.current_time())
         leechers = itertools.starmap(api.BlobLeechers, handout.leechers.items())
-        return api.AnnounceHeldReply(handout.interval, tuple(leechers), self._process, self._age())
+        wanted = self._metainfo.wanted(request.digests)
+        return api.AnnounceHeldReply(
+            handout.interval, tuple(leechers), self._process, self._age(), wanted
+        )
 
     async def announce_held(
         self, request: api.AnnounceHeldRequest, context: RpcContext
     ) -> api.AnnounceHeldReply:
         return self.announce_held_at_once(request, context)
+
+    async def give_metainfo(
+        self, request: api.GiveMetainfoRequest, context: RpcContext
+    ) -> api.Empty:
+        """Take metainfo that an agent was asked for."""
+        if self._metainfo.hear(request.metainfo):
+            digest, giver = str(request.metainfo.digest), str(context.caller or context.remote_host)
+            log.info("metainfo_of_an_agent", digest=digest, giver=giver)
+        return api.Empty()
 
     async def hashes(self, request: api.HashesRequest, _: RpcContext) -> api.Growth:
         """Answer when more piece hashes are known than the caller has.
@@ -305,6 +323,7 @@ async def run_tracker(
         service.register(
             api.ANNOUNCE_HELD, tracker.announce_held, at_once=tracker.announce_held_at_once
         )
+        service.register(api.GIVE_METAINFO, tracker.give_metainfo)
         service.register(api.WATCH, tracker.watch)
         service.register(api.HASHES, tracker.hashes)
         await serve_role(

@@ -7,7 +7,8 @@ time, and keeps a log of its own for all agents that want to hear of it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable
+import itertools
+from collections.abc import Callable, Hashable, Iterable
 from typing import Final, Generic, TypeVar
 
 import attrs
@@ -34,6 +35,8 @@ log = structlog.get_logger()
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
+# Blobs whose metainfo one agent is asked for at a time.
+WANTED_MAX: Final = 8
 # What an entry of the cache takes besides its piece hashes, about.
 ENTRY_BYTES: Final = 1024
 # From an answer out of another host's memory to a cold blob that an origin must read whole.
@@ -52,6 +55,10 @@ class MetainfoLimits:
         not_found_ttl: how long "no such blob" is repeated without asking: a push may come any moment.
         ask_interval: between two calls for one digest that are made only to learn of an origin.
         fetches_max: digests that origins are being asked for at the same time; more fail at once.
+        hearsay_bytes_max: of metainfo that agents gave while no origin could.
+        hearsay_ttl: of that; it is as good as whoever gave it.
+        missed_ttl: how long agents are asked for metainfo that somebody did not get.
+        hearsay_patience: how long a request waits for an agent to give it.
     """
 
     bytes_max: int = attrs.field(default=128 << 20, validator=attrs.validators.gt(0))
@@ -60,6 +67,10 @@ class MetainfoLimits:
     not_found_ttl: float = attrs.field(default=1.0, validator=attrs.validators.ge(0))
     ask_interval: float = attrs.field(default=5.0, validator=attrs.validators.gt(0))
     fetches_max: int = attrs.field(default=1024, validator=attrs.validators.gt(0))
+    hearsay_bytes_max: int = attrs.field(default=32 << 20, validator=attrs.validators.gt(0))
+    hearsay_ttl: float = attrs.field(default=300.0, validator=attrs.validators.gt(0))
+    missed_ttl: float = attrs.field(default=120.0, validator=attrs.validators.gt(0))
+    hearsay_patience: float = attrs.field(default=5.0, validator=attrs.validators.ge(0))
 
 
 class TtlCache(Generic[K, V]):
@@ -92,6 +103,14 @@ class TtlCache(Generic[K, V]):
         """What is there, however old."""
         entry = self._entries.get(key)
         return None if entry is None else entry[0]
+
+    def pop(self, key: K) -> V | None:
+        """Take out what is there, however old."""
+        entry = self._entries.pop(key, None)
+        if entry is None:
+            return None
+        self.size -= entry[2]
+        return entry[0]
 
     def put(self, key: K, value: V, now: float, *, cost: int = 1) -> None:
         former = self._entries.pop(key, None)
@@ -149,11 +168,18 @@ class MetainfoSource:
         self._asked: TtlCache[Digest, bool] = TtlCache(
             ttl=limits.ask_interval, capacity=16 * limits.fetches_max
         )
+        self._hearsay: TtlCache[Digest, Metainfo] = TtlCache(
+            ttl=limits.hearsay_ttl, capacity=limits.hearsay_bytes_max
+        )
+        self._missed: TtlCache[Digest, trio.Event] = TtlCache(
+            ttl=limits.missed_ttl, capacity=limits.fetches_max
+        )
         self._fetches: dict[Digest, _Fetch] = {}
         self._growing: dict[Digest, HashLog] = {}
         self._requests = metrics.counter(
             "tracker_metainfo_requests_total",
-            "Metainfo that was wanted, by where it came from: cache, growing, fetch, stale, absent, failed.",
+            "Metainfo that was wanted, by where it came from: cache, growing, fetch, stale, hearsay, absent, "
+            "failed.",
             ["source"],
         )
         self._seconds = metrics.histogram(
@@ -175,8 +201,8 @@ class MetainfoSource:
     async def get(self, digest: Digest, namespace: str, *, use_cache: bool) -> Metainfo | HashLog:
         """Metainfo of a blob, or its log while it grows.
 
-        ``use_cache`` allows an answer from the cache without asking an origin, and an old one when no origin
-        can say whether it still has the blob: somebody else does.
+        ``use_cache``, when somebody is known to have the blob, allows an answer from the cache without asking
+        an origin, and when no origin can say anything an old one, or what an agent gives.
 
         Raises:
             BlobNotFound: no origin can get the blob.
@@ -196,13 +222,55 @@ class MetainfoSource:
             self._requests.labels("absent").inc()
             raise
         except SwarmpullError as error:
-            stale = self._cache.stale(digest) if use_cache and _is_silence(error) else None
-            self._requests.labels("failed" if stale is None else "stale").inc()
-            if stale is None:
+            found = await self._without_origins(digest, use_cache) if _is_silence(error) else None
+            if found is None:
+                self._requests.labels("failed").inc()
                 raise
-            return stale
+            return found
         self._requests.labels("fetch").inc()
         return metainfo
+
+    async def _without_origins(self, digest: Digest, is_seeded: bool) -> Metainfo | None:
+        """What is remembered of a blob that somebody has, or what such a one gives before long."""
+        stale = self._cache.stale(digest) if is_seeded else None
+        if stale is not None:
+            self._requests.labels("stale").inc()
+            return stale
+        if is_seeded and (heard := self._hearsay.get(digest, trio.current_time())):
+            self._requests.labels("hearsay").inc()
+            return heard
+        # Whoever announces the blob within the next minutes is asked for it.
+        given = self._missed.stale(digest)
+        if given is None:
+            given = trio.Event()
+        self._missed.put(digest, given, trio.current_time())
+        if not is_seeded:
+            return None
+        with trio.move_on_after(self._limits.hearsay_patience):
+            await given.wait()
+            self._requests.labels("hearsay").inc()
+        return self._hearsay.get(digest, trio.current_time())
+
+    def wanted(self, digests: Iterable[Digest]) -> tuple[Digest, ...]:
+        """Those of which metainfo was asked for lately in vain, `WANTED_MAX` at most."""
+        if not self._missed:
+            return ()
+        now = trio.current_time()
+        missed = (each for each in digests if self._missed.get(each, now) is not None)
+        return tuple(itertools.islice(missed, WANTED_MAX))
+
+    def hear(self, metainfo: Metainfo) -> bool:
+        """Keep what an agent gives, if it is wanted; only for as long as no origin can be asked.
+
+        Nobody can say whether it is right before the whole blob is there, which is compared with its digest.
+        """
+        given = self._missed.pop(metainfo.digest)
+        if given is None:
+            return False
+        cost = len(metainfo.piece_hashes) + ENTRY_BYTES
+        self._hearsay.put(metainfo.digest, metainfo, trio.current_time(), cost=cost)
+        given.set()
+        return True
 
     def content(self, digest: Digest) -> bytes | None:
         """The blob itself if it is small and was got with its metainfo; whoever takes it verifies it."""

@@ -29,6 +29,7 @@ CALLERS: Final[dict[str, frozenset[str]]] = {
     # Who takes part in a swarm.
     api.ANNOUNCE.name: _HOSTS,
     api.ANNOUNCE_HELD.name: _HOSTS,
+    api.GIVE_METAINFO.name: _HOSTS,
     api.WATCH.name: _HOSTS,
     api.HASHES.name: _HOSTS,
     # Trackers ask origins for metainfo, agents do when no tracker answers, origins ask one another.

@@ -120,6 +120,8 @@ class AnnounceReply:
         process: names the tracker's process: another one has lost what was announced to the former; empty
             from a tracker that does not say.
         age: seconds since it began; None from a tracker that does not say.
+        wanted: metainfo of the blob is asked for, and no origin can give it: the caller, who has the blob,
+            may (`GIVE_METAINFO`).
     """
 
     peers: tuple[PeerContact, ...]
@@ -130,6 +132,7 @@ class AnnounceReply:
     growth: Growth | None = None
     process: str = ""
     age: float | None = None
+    wanted: bool = False
 
 
 @attrs.frozen
@@ -161,12 +164,22 @@ class AnnounceHeldReply:
         interval: seconds until the next announce of all of them is due.
         leechers: of those blobs that have any, and not more than a few.
         process, age: as in `AnnounceReply`.
+        wanted: of those blobs, some whose metainfo is asked for, and that no origin can give: the caller may
+            (`GIVE_METAINFO`).
     """
 
     interval: float
     leechers: tuple[BlobLeechers, ...] = ()
     process: str = ""
     age: float | None = None
+    wanted: tuple[Digest, ...] = ()
+
+
+@attrs.frozen
+class GiveMetainfoRequest:
+    """Metainfo of a blob that the caller has, to a tracker that has said that it wants it."""
+
+    metainfo: Metainfo
 
 
 @attrs.frozen
@@ -201,6 +214,7 @@ class WatchReply:
 # Raises BlobNotFound when metainfo is wanted and no origin can get the blob.
 ANNOUNCE: Final = Method("tracker.announce", AnnounceRequest, AnnounceReply)
 ANNOUNCE_HELD: Final = Method("tracker.announce_held", AnnounceHeldRequest, AnnounceHeldReply)
+GIVE_METAINFO: Final = Method("tracker.give_metainfo", GiveMetainfoRequest, Empty)
 WATCH: Final = Method("tracker.watch", WatchRequest, WatchReply)
 # Raises what HASHES_OF_ORIGIN does.
 HASHES: Final = Method("tracker.hashes", HashesRequest, Growth)

@@ -19,17 +19,18 @@ from swarmpull.wire.codec import encode
 _pack: Final = msgpack.Packer().pack
 _FLOAT: Final = struct.Struct("!Bd")
 _FLOAT_TYPE: Final = 0xCB
-_PEERS: Final = b"\x88" + msgpack.packb("peers")
+_PEERS: Final = b"\x89" + msgpack.packb("peers")
 _INTERVAL: Final = msgpack.packb("interval")
 _POSITION: Final = b"".join(map(msgpack.packb, ("metainfo", None, "position")))
 _PROCESS: Final = b"".join(map(msgpack.packb, ("content", None, "growth", None, "process")))
 _AGE: Final = msgpack.packb("age")
+_NOT_WANTED: Final = msgpack.packb("wanted") + msgpack.packb(False)
 
 
 def encode_announce_reply(
     peers: Sequence[PeerContact], interval: float, position: int, process: str, age: float
 ) -> bytes:
-    """The body of an `AnnounceReply` without metainfo."""
+    """The body of an `AnnounceReply` without metainfo, which nobody wants either."""
     return b"".join(
         (
             _PEERS,
@@ -42,6 +43,7 @@ def encode_announce_reply(
             _pack(process),
             _AGE,
             _FLOAT.pack(_FLOAT_TYPE, age),
+            _NOT_WANTED,
         )
     )
 

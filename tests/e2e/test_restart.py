@@ -100,6 +100,31 @@ def test_agents_serve_one_another_while_the_origin_is_down(separate_cluster: Clu
         separate_cluster.restart("origin")
 
 
+def test_agents_serve_one_another_while_the_origin_is_down_and_the_tracker_knows_nothing(
+    separate_cluster: Cluster,
+) -> None:
+    content = layer("all-but-lost")
+    push(separate_cluster, "team/all-but-lost", content)
+    digest = web.digest_of(content)
+    assert web.stream(separate_cluster.registries[0], f"/blobs/{digest}").digest == digest
+
+    separate_cluster.kill("origin", signal.SIGKILL)
+    try:
+        separate_cluster.kill("tracker", signal.SIGKILL)
+        separate_cluster.restart("tracker")
+
+        def is_pulled() -> bool:
+            with web.connection(separate_cluster.registries[1]) as opened:
+                opened.request("GET", f"/blobs/{digest}")
+                response = opened.getresponse()
+                return response.status == 200 and response.read() == content
+
+        # Until whoever has it has announced it again, and was asked for its piece hashes.
+        wait_until(is_pulled, "it is pulled from the other agent", timeout=120.0)
+    finally:
+        separate_cluster.restart("origin")
+
+
 def test_an_agent_that_dies_in_a_download_finishes_it_when_it_is_back(
     separate_cluster: Cluster,
 ) -> None:

@@ -12,11 +12,12 @@ import pytest
 import trio
 
 from swarmpull.digest import Digest
-from swarmpull.errors import BackendUnavailable, RpcFailed, RpcUnavailable
+from swarmpull.errors import BackendUnavailable, BlobNotFound, RpcFailed, RpcUnavailable
 from swarmpull.roles import cluster
 from swarmpull.roles.cluster import ORIGIN_RING, TrackerClient
 from swarmpull.roles.ring_client import RingClient, open_ring
 from swarmpull.swarm.handout import HandoutLimits, PeerTable
+from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN, Metainfo
 from swarmpull.swarm.peers import AnnounceState, PeerContact, PeerKind
 from swarmpull.wire import api
 
@@ -42,6 +43,8 @@ class Trackers:
         hanging, dead: those that answer nothing, refuse.
         without_origins: those that reach no origin.
         old: those that know no announces of many blobs.
+        wanted: blobs whose metainfo they want.
+        given: what they got of that.
         batches: such announces that were answered.
     """
 
@@ -52,6 +55,8 @@ class Trackers:
     old: set[str] = attrs.Factory(set)
     batches: list[tuple[str, tuple[Digest, ...]]] = attrs.Factory(list)
     announces: Counter[str] = attrs.Factory(Counter)
+    wanted: tuple[Digest, ...] = ()
+    given: list[Metainfo] = attrs.Factory(list)
     watched: list[tuple[str, int]] = attrs.Factory(list)
     lives: int = 0
 
@@ -78,6 +83,9 @@ class Trackers:
             return api.WatchReply(())
         if method is api.ANNOUNCE_HELD:
             return self._held(address, request)
+        if method is api.GIVE_METAINFO:
+            self.given.append(request.metainfo)
+            return api.Empty()
         return self._announced(address, request)
 
     def _announced(self, address: str, request: api.AnnounceRequest) -> api.AnnounceReply:
@@ -92,6 +100,7 @@ class Trackers:
             position=handout.position,
             process=process.name,
             age=now - process.begun_at,
+            wanted=request.state is AnnounceState.COMPLETE and request.digest in self.wanted,
         )
 
     def _held(self, address: str, request: api.AnnounceHeldRequest) -> api.AnnounceHeldReply:
@@ -102,7 +111,7 @@ class Trackers:
         process, now = self.processes[address], trio.current_time()
         handout = process.table.announce_held(request.digests, request.peer, now)
         leechers = tuple(api.BlobLeechers(*each) for each in handout.leechers.items())
-        return api.AnnounceHeldReply(handout.interval, leechers, process.name)
+        return api.AnnounceHeldReply(handout.interval, leechers, process.name, wanted=self.wanted)
 
     def when_lost(self, tell: Callable[[str], None]) -> None:
         pass
@@ -170,6 +179,27 @@ async def play(*addresses: str) -> AsyncIterator[Play]:
     async with trio.open_nursery() as nursery:
         yield Play(trackers, nursery, addresses or ADDRESSES)
         nursery.cancel_scope.cancel()
+
+
+async def test_a_tracker_is_given_the_metainfo_that_it_wants(autojump_clock) -> None:
+    async def metainfo_of(digest: Digest) -> Metainfo:
+        if digest != BLOB:
+            raise BlobNotFound(str(digest), "store")
+        return Metainfo(digest, 5, PIECE_LENGTH_MIN, bytes(32))
+
+    async with play() as scene:
+        host = await scene.host()
+        scene.trackers.wanted = (BLOB, OTHER, Digest.of(b"never announced"))
+        await host.announce_held([BLOB, OTHER])
+        assert scene.trackers.given == []
+
+        host.client.give_metainfo(metainfo_of)
+        # What this host does not have any more is passed over.
+        await host.announce_held([OTHER, BLOB])
+        assert [each.digest for each in scene.trackers.given] == [BLOB]
+        await host.announce(AnnounceState.COMPLETE)
+        await host.announce(AnnounceState.LEECHING, OTHER)
+        assert [each.digest for each in scene.trackers.given] == [BLOB, BLOB]
 
 
 async def test_a_blob_lives_on_its_first_tracker_only(autojump_clock) -> None:

@@ -122,6 +122,69 @@ async def test_old_metainfo_serves_while_no_origin_can_say_anything(
         await source.get(BLOB, "a", use_cache=True)
 
 
+SILENCE = RpcUnavailable("origin ring", "", "nobody answers")
+
+
+async def test_metainfo_that_an_agent_gives_serves_until_an_origin_answers(
+    autojump_clock, source, origins
+):
+    origins.outcomes["a"] = SILENCE
+    given = Metainfo(BLOB, 7, PIECE_LENGTH_MIN, bytes(32))
+    assert not source.hear(given), "nobody has asked"
+    # Nobody is known to have it, but whoever says so soon is asked.
+    with pytest.raises(BackendUnavailable):
+        await source.get(BLOB, "a", use_cache=False)
+    other = Digest.of(b"other")
+    assert source.wanted([other, BLOB]) == (BLOB,)
+
+    assert source.hear(given)
+
+    assert source.wanted([BLOB]) == ()
+    assert await source.get(BLOB, "a", use_cache=True) == given
+    with pytest.raises(BackendUnavailable):
+        await source.get(BLOB, "a", use_cache=False)
+    del origins.outcomes["a"]
+    assert (await source.get(BLOB, "a", use_cache=True)).length == 5
+    origins.outcomes["a"] = SILENCE
+    assert (await source.get(BLOB, "a", use_cache=True)).length == 5
+
+
+async def test_a_request_waits_a_little_for_an_agent_that_gives_it(
+    autojump_clock, source, origins, nursery
+):
+    origins.outcomes["a"] = SILENCE
+    given = Metainfo(BLOB, 7, PIECE_LENGTH_MIN, bytes(32))
+    found = []
+
+    async def get() -> None:
+        found.append(await source.get(BLOB, "a", use_cache=True))
+
+    for _ in range(3):
+        nursery.start_soon(get)
+    await trio.sleep(2.0)
+    assert source.hear(given)
+    await trio.testing.wait_all_tasks_blocked()
+    assert found == [given] * 3
+    # Whoever gave it may have been wrong: it is asked for anew some time later.
+    await trio.sleep(301.0)
+    begun = trio.current_time()
+    with pytest.raises(BackendUnavailable):
+        await source.get(BLOB, "a", use_cache=True)
+    assert trio.current_time() - begun == pytest.approx(5.1)
+    await trio.sleep(121.0)
+    assert source.wanted([BLOB]) == ()
+
+
+async def test_one_agent_is_asked_for_a_few_blobs_only(autojump_clock, source, origins):
+    origins.outcomes["a"] = SILENCE
+    digests = [Digest.of(bytes([number])) for number in range(20)]
+    for digest in digests:
+        with pytest.raises(BackendUnavailable):
+            await source.get(digest, "a", use_cache=False)
+
+    assert source.wanted(digests) == tuple(digests[:8])
+
+
 async def test_an_absent_blob_is_asked_for_once_a_second(autojump_clock, source, origins):
     origins.outcomes["a"] = BlobNotFound(str(BLOB), "backend")
     for _ in range(30):
