@@ -14,7 +14,6 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Final, TypeVar
 
 import structlog
@@ -38,7 +37,6 @@ from swarmpull.registry.errors import shorten
 from swarmpull.registry.names import is_tag
 from swarmpull.roles.catalog_objects import (
     BLOBS,
-    ENTRY_BYTES_MAX,
     MANIFESTS,
     MARKERS,
     ManifestEntry,
@@ -51,24 +49,21 @@ from swarmpull.roles.catalog_objects import (
     check_levels,
     check_stamp,
     check_writable,
-    deletion_key,
     digest_at_end,
     manifest_key,
     marked,
     marker_key,
     marker_name,
-    pack_deletion,
     pack_entry,
     pack_put,
     referrer_key,
     referrers_prefix,
     tags_prefix,
-    unpack_deletion,
-    unpack_entry,
     unpack_put,
     unpacked,
     without_annotations,
 )
+from swarmpull.roles.catalog_parts import CatalogParts
 from swarmpull.roles.catalog_tags import CatalogTags
 from swarmpull.roles.keyed_locks import KeyedLocks
 from swarmpull.roles.pending_changes import PendingChanges
@@ -134,12 +129,14 @@ class Catalog:
             records_deletions: whether anybody else may have older changes that he is yet to write.
         """
         self.pending = pending or PendingChanges()
+        self._parts = CatalogParts(backend, self.pending)
         patterns = [compile_pattern(pattern) for pattern in immutable]
         self.tags = CatalogTags(
             backend,
             source,
             lambda name: any(each.fullmatch(name) for each in patterns),
             self.pending,
+            self._parts.counting,
         )
         self._backend = backend
         self._records_deletions = records_deletions
@@ -171,8 +168,8 @@ class Catalog:
             digest, described = await self._named_by(repository, reference)
             if described is not None:
                 return described
-            pending = self.pending.manifest(repository, digest)
-            return pending or (await self._entry(repository, digest)).descriptor
+            pending = await self._parts.pending_manifest(repository, digest)
+            return pending or (await self._parts.entry(repository, digest)).descriptor
         except ObjectNotFound as exc:
             await self._check_exists(repository)
             raise ManifestNotFound(repository, reference) from exc
@@ -195,38 +192,41 @@ class Catalog:
         """Whether the blob is part of the repository."""
         if not can_be_kept(repository):
             return False
-        return self.pending.has_blob(repository, digest) or await self._exists(
-            blob_key(repository, digest)
+        return await self._parts.is_blob_pending(repository, digest) or await self._parts.has_blob(
+            repository, digest
         )
 
     async def check_references(
         self, repository: str, blobs: Iterable[Digest], manifests: Iterable[Digest]
     ) -> None:
         """Raises ManifestReferencesMissing, with all that are missing; PushRefused for the name."""
-        await self._check_references(repository, blobs, manifests, self.pending)
+        await self._check_references(repository, blobs, manifests, self._parts)
 
     async def _check_references(
         self,
         repository: str,
         blobs: Iterable[Digest],
         manifests: Iterable[Digest],
-        pending: PendingChanges,
+        parts: CatalogParts,
     ) -> None:
         check_writable(repository)
-        wanted = [
-            (digest, blob_key(repository, digest))
-            for digest in dict.fromkeys(blobs)
-            if not pending.has_blob(repository, digest)
-        ]
-        wanted += [
-            (digest, manifest_key(repository, digest))
-            for digest in dict.fromkeys(manifests)
-            if pending.manifest(repository, digest) is None
-        ]
-        found = await _map(self._exists, [key for _, key in wanted])
-        missing = [
-            str(digest) for (digest, _), exists in zip(wanted, found, strict=True) if not exists
-        ]
+
+        async def has_blob(digest: Digest) -> bool:
+            return await parts.is_blob_pending(repository, digest) or await parts.has_blob(
+                repository, digest
+            )
+
+        async def has_manifest(digest: Digest) -> bool:
+            pending = await parts.pending_manifest(repository, digest)
+            return pending is not None or await parts.has_manifest(repository, digest)
+
+        missing: list[str] = []
+        for has, digests in ((has_blob, blobs), (has_manifest, manifests)):
+            wanted = tuple(dict.fromkeys(digests))
+            found = await _map(has, wanted)
+            missing += [
+                str(each) for each, is_there in zip(wanted, found, strict=True) if not is_there
+            ]
         if missing:
             raise ManifestReferencesMissing(repository, tuple(missing))
 
@@ -304,7 +304,7 @@ class Catalog:
         if self.pending.manifest(repository, digest) is not None:
             return TagChange(known, digest)
         try:
-            entry = await self._entry(repository, digest)
+            entry = await self._parts.entry(repository, digest)
         except ObjectNotFound:
             at = await self.deleted_at(repository, MANIFESTS, digest)
             return TagChange(Stamp(at, known.source), None) if at else None
@@ -323,7 +323,7 @@ class Catalog:
     # --- changing -----------------------------------------------------------------------------
 
     async def record_manifest(
-        self, request: RecordManifestRequest, *, from_journal: bool = False
+        self, request: RecordManifestRequest, *, at: int | None = None
     ) -> None:
         """Enter a manifest whose content is durable, and move a tag to it.
 
@@ -332,7 +332,8 @@ class Catalog:
 
         Args:
             request: the manifest, and the tag if there is one.
-            from_journal: it is a pending change itself: what is there is what the backend has.
+            at: when it was acknowledged, in ns, if a journal brings it: then what is there is what the
+                backend has.
 
         Raises:
             ManifestReferencesMissing: the repository lacks what the manifest refers to.
@@ -343,20 +344,23 @@ class Catalog:
             TagChanged: the tag is not what is expected.
             TagImmutable: the tag is there, and of an immutable repository.
         """
-        repository, digest = request.repository, request.manifest.digest
+        repository = request.repository
         check_writable(repository)
         if request.tag is not None and not is_tag(request.tag):
             raise ManifestInvalid(f"{shorten(request.tag)!r} is not a tag")
         check_stamp(request.tag or "", request.stamp)
-        pending = PendingChanges() if from_journal else self.pending
+        pending = self.pending if at is None else PendingChanges()
+        parts = self._parts if at is None else CatalogParts(self._backend, pending)
         async with self._locks.hold(repository):
-            await self._check_references(repository, request.blobs, request.manifests, pending)
+            await self._check_references(repository, request.blobs, request.manifests, parts)
             below = await self._levels(repository, request.manifests, pending)
             levels = check_levels(request, below)
-            entry = pack_entry(ManifestEntry(request.manifest, request.subject, levels))
+            entry = ManifestEntry(request.manifest, request.subject, levels, at)
+            # Before anything is changed.
+            pack_entry(entry)
             if request.subject is None:
                 await self._mark(repository)
-                await self._backend.put_bytes(manifest_key(repository, digest), entry)
+                await self._parts.put_entry(repository, entry)
             else:
                 await self._record_referrer(request, request.subject, entry)
             if request.tag is not None:
@@ -367,7 +371,7 @@ class Catalog:
                     stamp=request.stamp,
                     by=request.by,
                     expect=request.expect,
-                    from_journal=from_journal,
+                    from_journal=at is not None,
                 )
 
     async def delete_manifest(
@@ -385,7 +389,7 @@ class Catalog:
         check_known(repository)
         async with self._locks.hold(repository):
             try:
-                entry = await self._entry(repository, digest)
+                entry = await self._parts.stored_entry(repository, digest)
             except ObjectNotFound as exc:
                 await self._check_exists(repository)
                 raise ManifestNotFound(repository, str(digest)) from exc
@@ -393,14 +397,14 @@ class Catalog:
             await self._check_deletable(repository, digest)
             if entry.subject is None:
                 if self._records_deletions:
-                    await self._record_deletion(repository, MANIFESTS, digest, time.time_ns())
+                    await self._parts.record_deletion(repository, MANIFESTS, digest, time.time_ns())
                 await recorded()
                 await self._delete_manifest(repository, digest, by)
                 return
             times = await self._times_of(repository, entry.subject, digest)
             stamp = Stamp(times.next_time(time.time_ns()), self.tags.source)
             async with self._watched(repository, digest, TagChange(stamp, None, by)):
-                await self._record_deletion(repository, MANIFESTS, digest, stamp.time)
+                await self._parts.record_deletion(repository, MANIFESTS, digest, stamp.time)
                 await recorded()
                 await self._delete_manifest(repository, digest, by, entry.subject)
 
@@ -437,7 +441,7 @@ class Catalog:
                 return
             async with self._watched(repository, digest, TagChange(stamp, None, by)):
                 at = max(stamp.time, times.deleted_at)
-                await self._record_deletion(repository, MANIFESTS, digest, at)
+                await self._parts.record_deletion(repository, MANIFESTS, digest, at)
                 await recorded()
                 await self._delete_manifest(repository, digest, by, subject, stamp)
 
@@ -475,16 +479,29 @@ class Catalog:
                 await self._check_exists(repository)
                 raise
 
+    async def undo_tag(self, repository: str, tag: str, stamp: Stamp, digest: Digest) -> None:
+        """Take back a change of a tag that made it name a manifest which was deleted meanwhile.
+
+        Raises TagImmutable.
+        """
+        async with self._locks.hold(repository):
+            # If it is there, it was put again since, with this tag or without.
+            if not await self._parts.has_manifest(repository, digest):
+                await self.tags.undo(repository, tag, stamp, by="deletion of its manifest")
+
     async def settle_tag(self, repository: str, tag: str) -> None:
         """Have the listing of a tag agree with what it is, when a change of it was cut off."""
         async with self._locks.hold(repository):
             await self.tags.settle(repository, tag)
 
-    async def link_blob(self, repository: str, digest: Digest) -> None:
-        """Make a blob, which is durable already, part of a repository.  Raises PushRefused."""
+    async def link_blob(self, repository: str, digest: Digest, *, at: int | None = None) -> None:
+        """Make a blob, which is durable already, part of a repository; ``at`` as for a manifest.
+
+        Raises PushRefused.
+        """
         check_writable(repository)
         await self._mark(repository)
-        await self._backend.put_bytes(blob_key(repository, digest), b"{}")
+        await self._parts.put_blob(repository, digest, at)
 
     async def unlink_blob(
         self, repository: str, digest: Digest, *, recorded: Recorded = _nothing
@@ -496,18 +513,13 @@ class Catalog:
             if not await self._exists(blob_key(repository, digest)):
                 raise BlobNotFound(str(digest), f"repository {repository}")
             if self._records_deletions:
-                await self._record_deletion(repository, BLOBS, digest, time.time_ns())
+                await self._parts.record_deletion(repository, BLOBS, digest, time.time_ns())
             await recorded()
             await self._delete_if_there(blob_key(repository, digest))
 
     async def deleted_at(self, repository: str, kind: str, digest: Digest) -> int:
         """When a manifest or a blob was last deleted, in ns; 0 if that is not known."""
-        key = deletion_key(repository, kind, digest)
-        try:
-            data = await self._backend.get_bytes(key)
-        except ObjectNotFound:
-            return 0
-        return unpacked(self._backend, key, data, unpack_deletion)
+        return await self._parts.deleted_at(repository, kind, digest)
 
     async def check_backend(self) -> None:
         """Raises BackendUnavailable when the backend does not answer."""
@@ -530,11 +542,6 @@ class Catalog:
             raise ManifestNotFound(repository, reference)
         return found.digest, found.descriptor
 
-    async def _entry(self, repository: str, digest: Digest) -> ManifestEntry:
-        key = manifest_key(repository, digest)
-        data = await self._backend.get_bytes(key, limit=ENTRY_BYTES_MAX)
-        return unpacked(self._backend, key, data, partial(unpack_entry, digest))
-
     async def _levels(
         self, repository: str, manifests: tuple[Digest, ...], pending: PendingChanges
     ) -> dict[Digest, int]:
@@ -544,7 +551,7 @@ class Catalog:
             if levels := pending.levels(repository, digest):
                 return levels
             try:
-                return (await self._entry(repository, digest)).levels
+                return (await self._parts.entry(repository, digest)).levels
             except ObjectNotFound as exc:
                 raise ManifestReferencesMissing(repository, (str(digest),)) from exc
 
@@ -553,7 +560,7 @@ class Catalog:
 
     async def _descriptor_or_none(self, name: tuple[str, Digest]) -> Descriptor | None:
         try:
-            return (await self._entry(*name)).descriptor
+            return (await self._parts.entry(*name)).descriptor
         except ObjectNotFound:
             return None
 
@@ -611,14 +618,10 @@ class Catalog:
             more = page.more and bool(page.keys)
             after = page.keys[-1] if page.keys else after
 
-    async def _record_deletion(self, repository: str, kind: str, digest: Digest, at: int) -> None:
-        key = deletion_key(repository, kind, digest)
-        await self._backend.put_bytes(key, pack_deletion(at))
-
     # --- manifests that refer to others -------------------------------------------------------
 
     async def _record_referrer(
-        self, request: RecordManifestRequest, subject: Digest, entry: bytes
+        self, request: RecordManifestRequest, subject: Digest, entry: ManifestEntry
     ) -> None:
         """Enter a manifest that refers to another one, unless it was deleted after that put."""
         repository, digest = request.repository, request.manifest.digest
@@ -637,7 +640,7 @@ class Catalog:
             # Before the manifest: who finds that takes it that nothing is left to be done.
             data = pack_put(max(stamp.time, times.put_at or 0))
             await self._backend.put_bytes(referrer_key(repository, subject, digest), data)
-            await self._backend.put_bytes(manifest_key(repository, digest), entry)
+            await self._parts.put_entry(repository, entry)
 
     @asynccontextmanager
     async def _watched(
@@ -670,7 +673,7 @@ class Catalog:
     async def _subject_of(self, repository: str, digest: Digest) -> Digest | None:
         """None when it is not here.  Raises PushRefused when it has none."""
         try:
-            entry = await self._entry(repository, digest)
+            entry = await self._parts.stored_entry(repository, digest)
         except ObjectNotFound:
             return None
         if entry.subject is None:

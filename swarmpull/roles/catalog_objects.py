@@ -13,6 +13,9 @@
                                                      when it was deleted, for journals and other clusters
                                                      that know what is older
 
+What a journal brought of manifests and blobs says when it was acknowledged, and does not count if it was
+deleted since (`catalog_parts`).
+
 No component of a repository name begins with ``_``, so a repository may be called ``a`` and another
 ``a/b``, and neither has a key that is the other's.  No key is another one with a ``/`` and more behind it:
 MinIO would not list that.
@@ -45,6 +48,8 @@ T = TypeVar("T")
 # A manifest has 4 MiB at most, and its annotations are part of it.
 ENTRY_BYTES_MAX: Final = 5 << 20
 MARKERS: Final = "catalog/"
+# A blob that is part of a repository, unless a journal has brought it.
+PART: Final = b"{}"
 UNSETTLED: Final = "unsettled/"
 # Kinds of what is deleted.
 MANIFESTS: Final = "manifests"
@@ -63,12 +68,17 @@ AHEAD_MAX: Final = 86_400 * 10**9
 class ManifestEntry:
     """What the catalog keeps of one manifest.
 
-    ``levels``: how deep the tree below it is: 1 for an image, 2 for a list of images.
+    Attributes:
+        descriptor: what it is.
+        subject: what it refers to as its subject.
+        levels: how deep the tree below it is: 1 for an image, 2 for a list of images.
+        at: when it was acknowledged, in ns, if a journal has brought it.
     """
 
     descriptor: Descriptor
     subject: Digest | None
     levels: int = 1
+    at: int | None = None
 
 
 @attrs.frozen
@@ -207,7 +217,7 @@ def unpacked(backend: Backend, key: str, data: bytes, unpack: Callable[[bytes], 
 def pack_entry(entry: ManifestEntry) -> bytes:
     """Raises ManifestInvalid for an entry that cannot be kept."""
     descriptor = entry.descriptor
-    fields = {
+    fields: dict[str, object] = {
         "media_type": descriptor.media_type,
         "length": descriptor.length,
         "artifact_type": descriptor.artifact_type,
@@ -215,6 +225,8 @@ def pack_entry(entry: ManifestEntry) -> bytes:
         "subject": None if entry.subject is None else str(entry.subject),
         "levels": entry.levels,
     }
+    if entry.at is not None:
+        fields["at"] = entry.at
     try:
         data = json.dumps(fields, ensure_ascii=False).encode()
     except UnicodeEncodeError as exc:
@@ -237,7 +249,18 @@ def unpack_entry(digest: Digest, data: bytes) -> ManifestEntry:
     )
     parsed = None if subject is None else Digest.parse(subject)
     # Former versions did not count.
-    return ManifestEntry(descriptor, parsed, int(fields.get("levels", 1)))
+    return ManifestEntry(descriptor, parsed, int(fields.get("levels", 1)), fields.get("at"))
+
+
+def pack_part(at: int | None) -> bytes:
+    """That a blob is part of a repository; ``at`` as in `ManifestEntry`."""
+    return PART if at is None else json.dumps({"at": at}).encode()
+
+
+def unpack_part(data: bytes) -> int | None:
+    """Raises ValueError, TypeError or AttributeError for what `pack_part` did not make."""
+    at = json.loads(data).get("at")
+    return None if at is None else int(at)
 
 
 def pack_deletion(at: int) -> bytes:

@@ -46,6 +46,14 @@ ATTEMPTS: Final = 20
 MakeChange = Callable[[TagLog], Awaitable[TagChange | None]]
 
 
+# Of changes in a repository those that are not to manifests that were deleted since.
+CountingChanges = Callable[[str, tuple[TagChange, ...]], Awaitable[tuple[TagChange, ...]]]
+
+
+async def _all(_: str, changes: tuple[TagChange, ...]) -> tuple[TagChange, ...]:
+    return changes
+
+
 class TagWatcher(Protocol):
     """Who is told of every change that makes a tag what it is, before it is acknowledged.
 
@@ -83,6 +91,7 @@ class CatalogTags:
         source: str,
         is_immutable: Callable[[str], bool] = lambda _repository: False,
         pending: PendingChanges | None = None,
+        counting: CountingChanges = _all,
     ) -> None:
         """Tags in a backend.
 
@@ -91,6 +100,7 @@ class CatalogTags:
             source: names this process in the stamps of its changes: no other one may have it.
             is_immutable: whether the tags of a repository are neither moved nor deleted.
             pending: changes that the backend is yet to have.
+            counting: which of them still count.
         """
         self.watchers: list[TagWatcher] = []
         self.direct = DirectChanges()
@@ -98,12 +108,14 @@ class CatalogTags:
         self.source = source
         self.is_immutable = is_immutable
         self._pending = pending or PendingChanges()
+        self._counting = counting
 
     async def log(self, repository: str, tag: str) -> TagLog:
         """The changes of a tag; none of one that never was.
 
         While the backend is down, of a tag that has pending changes those.
         """
+        # Before the read: what is written meanwhile is pending no more.
         pending = self._pending.tag_changes(repository, tag)
         try:
             log, _ = await self._read(repository, tag)
@@ -111,7 +123,7 @@ class CatalogTags:
             if not pending:
                 raise
             log = TagLog()
-        return _with(log, pending)
+        return _with(log, await self._counting(repository, pending))
 
     async def _read(self, repository: str, tag: str) -> tuple[TagLog, str]:
         """The changes of a tag, and the version of the object that has them; empty if there is none."""
@@ -192,6 +204,15 @@ class CatalogTags:
 
         await self._change(repository, tag, make, from_journal=from_journal)
 
+    async def undo(self, repository: str, tag: str, stamp: Stamp, *, by: str) -> None:
+        """Remove a tag if the change with this stamp makes it what it is.  Raises TagImmutable."""
+
+        async def make(log: TagLog) -> TagChange | None:
+            latest = log.latest
+            return self._made(log, None, None, by) if latest and latest.stamp == stamp else None
+
+        await self._change(repository, tag, make, from_journal=True)
+
     async def delete_if(
         self, repository: str, tag: str, digest: Digest, *, stamp: Stamp | None = None, by: str
     ) -> None:
@@ -233,7 +254,8 @@ class CatalogTags:
     ) -> None:
         for _ in range(ATTEMPTS):
             log, version = await self._read(repository, tag)
-            known = _with(log, pending.tag_changes(repository, tag))
+            changes = pending.tag_changes(repository, tag)
+            known = _with(log, await self._counting(repository, changes))
             change = await make(known)
             if change is None:
                 return

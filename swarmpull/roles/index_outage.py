@@ -72,7 +72,7 @@ class Outage:
         changes = [
             PendingChange(link=DigestInRepository(repository, digest), at=now)
             for digest in dict.fromkeys(digests)
-            if not self._pending.has_blob_since(repository, digest, since)
+            if (self._pending.blob_at(repository, digest) or -1) < since
         ]
         if changes:
             await self._journal.add(*changes)

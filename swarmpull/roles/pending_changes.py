@@ -5,7 +5,6 @@ Lookups see them beside what the backend has.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Container, Iterator
 
 from swarmpull.digest import Digest
@@ -42,10 +41,9 @@ class PendingChanges:
     def __init__(self) -> None:
         self._tags: dict[tuple[str, str], dict[str, TagChange]] = {}
         self._manifests: dict[tuple[str, Digest], Descriptor] = {}
-        # How many changes there are that make a manifest or a blob part of a repository.
         self._levels: dict[tuple[str, Digest], int] = {}
-        self._parts: Counter[tuple[str, Digest]] = Counter()
         # When each of these was acknowledged, in ns.
+        self._parts: dict[tuple[str, Digest], list[int]] = {}
         self._blobs: dict[tuple[str, Digest], list[int]] = {}
 
     def tag_changes(self, repository: str, tag: str) -> tuple[TagChange, ...]:
@@ -74,9 +72,13 @@ class PendingChanges:
         """Whether a blob was made part of a repository, or such a manifest was put."""
         return (repository, digest) in self._blobs or (repository, digest) in self._manifests
 
-    def has_blob_since(self, repository: str, digest: Digest, at: int) -> bool:
-        """The same, at that time in ns or later."""
-        return max(self._blobs.get((repository, digest), ()), default=-1) >= at
+    def blob_at(self, repository: str, digest: Digest) -> int | None:
+        """When that was last acknowledged, in ns; None if it was not."""
+        return max(self._blobs.get((repository, digest), ()), default=None)
+
+    def manifest_at(self, repository: str, digest: Digest) -> int | None:
+        """When a manifest was last put, likewise."""
+        return max(self._parts.get((repository, digest), ()), default=None)
 
     def add(self, change: PendingChange) -> None:
         """A change is acknowledged; one that is known already must not be added again."""
@@ -86,7 +88,7 @@ class PendingChanges:
         if change.manifest is not None:
             key = change.manifest.repository, change.manifest.manifest.digest
             self._manifests[key] = change.manifest.manifest
-            self._parts[key] += 1
+            self._parts.setdefault(key, []).append(change.at)
             below = (self.levels(key[0], each) for each in change.manifest.manifests)
             self._levels[key] = 1 + max(below, default=0)
         for key_of_tag, made in _tag_changes(change):
@@ -101,8 +103,8 @@ class PendingChanges:
                 del self._blobs[blob]
         if change.manifest is not None:
             key = change.manifest.repository, change.manifest.manifest.digest
-            self._parts[key] -= 1
-            if self._parts[key] <= 0:
+            self._parts[key].remove(change.at)
+            if not self._parts[key]:
                 del self._parts[key]
                 del self._manifests[key]
                 del self._levels[key]

@@ -58,7 +58,7 @@ from swarmpull.roles.journal_file import Kept
 from swarmpull.roles.pending_changes import PendingChanges, id_of
 from swarmpull.roles.ring_client import open_ring
 from swarmpull.store import durable_queue
-from swarmpull.store.backends import open_backend
+from swarmpull.store.backends import Backend, open_backend
 from swarmpull.store.durable_queue import DurableQueue
 from swarmpull.telemetry import Metrics
 from swarmpull.wire import api
@@ -801,9 +801,9 @@ async def test_what_a_journal_is_writing_is_deleted_after_that(tmp_path, monkeyp
         await wait_at_the_second(self)
         await record_manifest(self, request, **kwargs)
 
-    async def link_later(self, *args):
+    async def link_later(self, *args, **kwargs):
         await wait_at_the_second(self)
-        await link_blob(self, *args)
+        await link_blob(self, *args, **kwargs)
 
     async def write_at_last(self, deleted):
         gate.set()
@@ -846,6 +846,98 @@ async def test_a_manifest_of_a_journal_is_entered_although_its_blob_was_deleted_
         await Replay(catalog).write(change, time.time_ns())
     await Replay(catalog).write(change, before)
     assert await catalog.resolve("app", "v1") == describe(1)
+
+
+async def test_an_index_that_returns_shows_nothing_that_was_deleted_meanwhile(
+    tmp_path, monkeypatch
+):
+    async with indexes_in(tmp_path) as indexes:
+        await indexes.client(0).record_manifest(put(5, "moved"))
+        await indexes.take_away()
+        client = indexes.client(0)
+        await client.link_blob("app", LAYER)
+        await client.record_manifest(put(1, None))
+        # Only the one that goes away has these.
+        monkeypatch.setattr(Journal, "take", nothing)
+        await indexes.client(1).record_manifest(put(1))
+        await indexes.client(1).record_manifest(put(1, "moved"))
+        indexes.kill(1)
+        indexes.bring_back()
+        await indexes.written(0)
+        await client.delete_manifest("app", describe(1).digest)
+        await client.unlink_blob("app", LAYER)
+
+        # It would write them, and find out, in a minute.
+        monkeypatch.setattr(index_journal, "COURTESY", 60.0)
+        monkeypatch.setattr(Journal, "_with_references", lambda _: [])
+        await indexes.start(1)
+        client = indexes.client(1)
+        assert (await indexes.status(1))["journal"]["changes"] == 4
+        assert not await client.has_blob("app", LAYER)
+        for reference in ("v1", str(describe(1).digest)):
+            with pytest.raises(ManifestNotFound):
+                await client.resolve("app", reference)
+        assert await client.resolve("app", "moved") == describe(5)
+        with pytest.raises(ManifestReferencesMissing) as missing:
+            await client.check_references("app", blobs=(LAYER,), manifests=(describe(1).digest,))
+        assert len(missing.value.missing) == 2
+
+
+async def nothing(*_: object) -> None:
+    """Nobody takes a change of another index."""
+
+
+@attrs.define
+class Stopping:
+    """A backend that stands still before it writes an object of some kind, as a process that was stopped."""
+
+    backend: Backend
+    kind: str
+    reached: trio.Event = attrs.field(factory=trio.Event)
+    gate: trio.Event = attrs.field(factory=trio.Event)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.backend, name)
+
+    async def put_bytes(self, key: str, data: bytes, *, if_version: str | None = None) -> None:
+        if self.kind in key:
+            self.reached.set()
+            await self.gate.wait()
+        await self.backend.put_bytes(key, data, if_version=if_version)
+
+
+@pytest.mark.parametrize("is_pushed_again", [False, True])
+@pytest.mark.parametrize("kind", ["_blobs", "_manifests", "_changes"])
+async def test_a_replay_that_stood_still_brings_nothing_back(tmp_path, kind, is_pushed_again):
+    backend = await open_backend((tmp_path / "backend").as_uri())
+    here = Catalog(backend, "here", records_deletions=True)
+    stopping = Stopping(backend, kind)
+    at = time.time_ns()
+    request = put(1, stamp=api.Stamp(at, "there"))
+    change = api.PendingChange(link=link(b"layer").link, at=at)
+    if kind != "_blobs":
+        change = api.PendingChange(manifest=request, at=at)
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            there = Replay(Catalog(stopping, "there", records_deletions=True))
+            nursery.start_soon(there.write, change, at)
+            await stopping.reached.wait()
+            # Others who have it write it, and it is deleted.
+            await here.link_blob("app", LAYER)
+            await here.record_manifest(put(1, None))
+            await here.unlink_blob("app", LAYER)
+            await here.delete_manifest("app", describe(1).digest)
+            if is_pushed_again:
+                await here.link_blob("app", LAYER)
+                await here.record_manifest(put(1))
+            stopping.gate.set()
+    assert await here.has_blob("app", LAYER) is is_pushed_again
+    for reference in ("v1", str(describe(1).digest)):
+        if is_pushed_again:
+            assert await here.resolve("app", reference) == describe(1)
+        else:
+            with pytest.raises(ManifestNotFound):
+                await here.resolve("app", reference)
 
 
 # --- what can never be written ----------------------------------------------------------------
