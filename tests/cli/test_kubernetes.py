@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -13,9 +14,11 @@ import yaml
 
 from swarmpull.config import ROLES, Config
 from swarmpull.layers import Loaded, Sources, load
+from swarmpull.ring.membership import RESOLVE_INTERVAL
 from swarmpull.store.backend_urls import check_url
 
-EXAMPLES: Final = Path(__file__).resolve().parents[2] / "examples" / "kubernetes"
+SOURCE: Final = Path(__file__).resolve().parents[2]
+EXAMPLES: Final = SOURCE / "examples" / "kubernetes"
 MANIFESTS: Final = EXAMPLES / "swarmpull.yaml"
 NAMESPACE: Final = "swarmpull"
 pytestmark = pytest.mark.skipif(
@@ -129,6 +132,29 @@ def test_no_pod_has_a_privilege_that_it_does_not_need(documents: list[dict[str, 
         assert ("envFrom" in container_of(pod)) is (role in ("origin", "index"))
 
 
+def test_pods_are_replaced_no_faster_than_others_find_the_new_ones(
+    documents: list[dict[str, Any]],
+) -> None:
+    dns_ttl = 30
+    for role, pod in pods(documents):
+        if role != "agent":
+            probe = container_of(pod)["readinessProbe"]
+            assert probe["initialDelaySeconds"] >= dns_ttl + RESOLVE_INTERVAL, role
+
+
+def test_the_image_has_what_the_package_is_made_of() -> None:
+    lines = (EXAMPLES / "Dockerfile").read_text().splitlines()
+    words = [line.split() for line in lines if line.startswith("COPY ") and "--from" not in line]
+    copied = {source for _, *sources, _ in words for source in sources}
+    setup = configparser.ConfigParser()
+    setup.read(SOURCE / "setup.cfg")
+    metadata = setup["metadata"]
+    needed = {metadata["long_description"].removeprefix("file: "), metadata["license_files"]}
+
+    assert all((SOURCE / each).exists() for each in copied)
+    assert copied == needed | {"pyproject.toml", "setup.cfg", "swarmpull"}
+
+
 def test_only_ports_for_others_are_open_in_the_network_policies(
     documents: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -145,7 +171,7 @@ def test_only_ports_for_others_are_open_in_the_network_policies(
 def test_the_manifests_are_those_of_the_chart() -> None:
     helm = shutil.which("helm")
     if helm is None:
-        pytest.skip("not installed: helm, which takes minutes to build")
+        pytest.skip("not installed: helm")
     chart = ["template", "swarmpull", str(EXAMPLES / "chart"), "--namespace", NAMESPACE]
     command = [helm, *chart, "--kube-version", "1.31.4"]
     rendered = subprocess.run(

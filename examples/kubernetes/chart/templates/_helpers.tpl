@@ -94,7 +94,8 @@ capabilities:
 {{- end }}
 {{- end -}}
 
-{{/* probes of an admin listener: (dict "port" 7530), with "host" where it is on the host's loopback */}}
+{{/* probes of an admin listener: (dict "port" 7530), with "host" where it is on the host's loopback, and with
+"delay" where others have to find a new pod before the next one is replaced */}}
 {{- define "swarmpull.probes" -}}
 # Opening a large store and the first look at a backend may take minutes.
 startupProbe:
@@ -123,6 +124,10 @@ readinessProbe:
     {{- with .host }}
     host: {{ . }}
     {{- end }}
+  {{- with .delay }}
+  # Longer than others may believe in the address of the pod before.
+  initialDelaySeconds: {{ . }}
+  {{- end }}
   periodSeconds: 5
   timeoutSeconds: 5
 {{- end -}}
