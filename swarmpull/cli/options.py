@@ -150,6 +150,18 @@ def read_image(
     return image
 
 
+def read_repository(
+    context: click.Context, parameter: click.Parameter, text: str
+) -> ImageName | None:
+    """An image of which only the repository is meant, as with skopeo and crane without tag or digest."""
+    image = read_image(context, parameter, text)
+    if image is not None:
+        name = f"{image.registry}/{image.repository}" if image.registry else image.repository
+        if text != name:
+            raise click.BadParameter(f"is a repository, without {text.removeprefix(name)}: {name}")
+    return image
+
+
 def read_digest_or_image(
     context: click.Context, parameter: click.Parameter, text: str
 ) -> Digest | ImageName | None:

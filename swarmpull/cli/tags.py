@@ -16,6 +16,7 @@ from swarmpull.cli.options import (
     password_option,
     print_table,
     read_image,
+    read_repository,
     registry_of,
     registry_option,
     user_option,
@@ -36,7 +37,7 @@ def tags() -> None:
 
 
 @tags.command("ls")
-@click.argument("repository", metavar="NAME", callback=read_image)
+@click.argument("repository", metavar="NAME", callback=read_repository)
 @registry_option
 @user_option
 @password_option

@@ -221,3 +221,17 @@ def test_checking_the_configuration_loads_no_network_library(environment) -> Non
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
     assert result.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("team/app:latest", ":latest"),
+        ("127.0.0.1:5000/team/app:v1", ":v1"),
+        (f"team/app@sha256:{'0' * 64}", f"@sha256:{'0' * 64}"),
+    ],
+)
+def test_tags_are_listed_of_a_repository_and_not_of_a_tag(capsys, name: str, more: str) -> None:
+    assert main(["tags", "ls", name]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"is a repository, without {more}: {name.removesuffix(more)}" in said
