@@ -83,3 +83,10 @@ def _print_status(answers: Sequence[AdminAnswer]) -> None:
     changes = change_table(answers)
     if changes.row_count:
         console.print(changes)
+    for answer in answers:
+        document = answer.document or {}
+        for what, key in (("waits or is under way", "syncs"), ("failed", "sync_failure")):
+            said = document.get(key)
+            if said:
+                text = said if isinstance(said, str) else ", ".join(map(str, said))
+                click.echo(f"{answer.address}: sync {what}: {text}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
@@ -61,6 +61,10 @@ SHOWN_MAX: Final = 1000
 LOG_INTERVAL: Final = 600.0
 # Of one page of a listing, when everything is to be sent.
 PAGE: Final = 1000
+# Patterns of which everything is to be sent, one after the other; further ones are refused.
+SYNCS_MAX: Final = 100
+# Entries that are tried anew with one flush of the queue.
+RETRIED_AT_ONCE: Final = 1000
 
 # What others that go to the same remote would meet, too.
 _OF_THE_REMOTE: Final = (RpcUnavailable, RpcFailed, BackendUnavailable)
@@ -118,7 +122,10 @@ class Replicator:
         # In the order in which they were entered.
         self._entries: dict[ChangeKey, _Entry] = {}
         self._wake = trio.Event()
+        # Patterns, the first one under way.
         self._syncs: list[str] = []
+        self._sync_wanted = trio.Event()
+        self._sync_failure = ""
         # Memory and disk change together, one entry at a time: what was looked at still holds afterwards.
         self._turn = trio.Lock()
         self._metrics = _ReplicatorMetrics(metrics, self)
@@ -277,12 +284,11 @@ class Replicator:
         """Copy what is due, until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_others)
+            nursery.start_soon(self._sync_in_turn)
             for lane in self._lanes.values():
                 nursery.start_soon(lane.remote.run)
             while True:
                 self._wake = trio.Event()
-                while self._syncs:
-                    nursery.start_soon(self._sync, self._syncs.pop())
                 for lane in self._lanes.values():
                     while (key := lane.schedule.take(trio.current_time())) is not None:
                         nursery.start_soon(self._attempt, self._entries[key], lane)
@@ -334,9 +340,7 @@ class Replicator:
             self._metrics.copied.labels(lane.remote.name).inc()
             log.info(
                 "referrer_replicated" if is_digest(change.tag) else "tag_replicated",
-                remote=lane.remote.name,
-                repository=change.repository,
-                tag=change.tag,
+                **_named(change),
                 digest=str(latest.digest or "deleted"),
                 blobs=progress.blobs_done,
                 bytes_sent=progress.bytes_sent,
@@ -380,9 +384,7 @@ class Replicator:
                 lane.schedule.forget(change.key)
                 log.warning(
                     "replication_set_aside",
-                    remote=change.remote,
-                    repository=change.repository,
-                    tag=change.tag,
+                    **_named(change),
                     reason=reason,
                     remedy="swarmpull replication retry, once that is mended",
                 )
@@ -394,9 +396,7 @@ class Replicator:
                 lane.logged_at[kind] = now
                 log.warning(
                     "replication_failing",
-                    remote=change.remote,
-                    repository=change.repository,
-                    tag=change.tag,
+                    **_named(change),
                     attempts=attempts,
                     queued=len(self._entries),
                     reason=reason,
@@ -407,11 +407,16 @@ class Replicator:
 
     async def _update(self, entry: _Entry, **changes: Any) -> None:  # noqa: ANN401 - any field
         """Change an entry of the queue.  The caller has the turn."""
-        entry.change = attrs.evolve(entry.change, **changes)
+        await self._update_all((entry,), **changes)
+
+    async def _update_all(self, entries: Sequence[_Entry], **changes: Any) -> None:  # noqa: ANN401
+        """Change entries of the queue alike, with one flush.  The caller has the turn."""
+        for entry in entries:
+            entry.change = attrs.evolve(entry.change, **changes)
         try:
-            await self._queue.put(entry.change)
+            await self._queue.put_all([entry.change for entry in entries])
         except (StoreFull, StoreUnavailable) as failure:
-            # The file still has the entry, as it was.
+            # The file still has the entries, as they were.
             log.info("replication_entry_not_updated", reason=str(failure))
 
     # --- for operators ------------------------------------------------------------------------
@@ -447,6 +452,8 @@ class Replicator:
             "set_aside": self.set_aside(),
             "oldest_seconds": round(self.oldest(), 1),
             "entries": [self._entry_document(entry) for entry in mine[:SHOWN_MAX]],
+            "syncs": list(self._syncs),
+            "sync_failure": self._sync_failure,
         }
 
     def _remote_document(self, lane: _Lane) -> dict[str, object]:
@@ -468,9 +475,7 @@ class Replicator:
         if change.remote not in self._rules.remotes_of(change.repository):
             failure = "no rule of the configuration sends it there any more"
         return {
-            "remote": change.remote,
-            "repository": change.repository,
-            "tag": change.tag,
+            **_named(change),
             "age_seconds": round(max(0.0, now - change.enqueued_at), 1),
             "state": _state(entry, self._is_tried(change)),
             "attempts": change.attempts,
@@ -494,8 +499,7 @@ class Replicator:
                 return {"retried": await self._retry(wanted)}
             if isinstance(pattern, str):
                 self._check_pattern(pattern)
-                self._syncs.append(pattern)
-                self._wake.set()
+                self._want_sync(pattern)
                 return {"syncing": pattern}
         raise ValueError('must be a JSON object, {"retry": {...}} or {"sync": "PATTERN"}')
 
@@ -513,26 +517,52 @@ class Replicator:
         fields = ("remote", "repository", "tag")
         if unknown := sorted(map(str, wanted.keys() - set(fields))):
             raise ValueError(f"retry has no {unknown[0]}: remote, repository and tag are known")
+        for field, value in wanted.items():
+            if not isinstance(value, str):
+                raise ValueError(f"{field} must be a text: {value!r:.100}")
         known = {*self._lanes, *(key[0] for key in self._entries)}
         if wanted.get("remote", "") not in {"", *known}:
             raise ValueError(
                 f"no remote is called {wanted['remote']!r}: {', '.join(sorted(known))}"
             )
+        keys = [
+            key
+            for key, entry in self._entries.items()
+            if not entry.change.standby
+            and all(getattr(entry.change, field) == value for field, value in wanted.items())
+        ]
         count = 0
-        for entry in list(self._entries.values()):
-            change = entry.change
-            is_wanted = all(getattr(change, key) == value for key, value in wanted.items())
-            if is_wanted and not change.standby:
-                count += await self._retry_one(entry)
+        for start in range(0, len(keys), RETRIED_AT_ONCE):
+            count += await self._retry_all(keys[start : start + RETRIED_AT_ONCE])
         return count
 
-    async def _retry_one(self, entry: _Entry) -> bool:
+    async def _retry_all(self, keys: Iterable[ChangeKey]) -> int:
+        """Make entries due; returns how many the remotes do not have by now."""
         async with self._turn:
-            if self._entries.get(entry.change.key) is not entry:
-                return False  # the remote has it by now
-            await self._update(entry, set_aside=False, attempts=0, next_at=time.time())
-            self._remember(entry.change, 0.0)
-        return True
+            entries = [self._entries[key] for key in keys if key in self._entries]
+            await self._update_all(entries, set_aside=False, attempts=0, next_at=time.time())
+            for entry in entries:
+                self._remember(entry.change, 0.0)
+        return len(entries)
+
+    def _want_sync(self, pattern: str) -> None:
+        """Raises ValueError when too many wait."""
+        # What is under way may be past what has become of a remote since.
+        if pattern in self._syncs[1:]:
+            return
+        if len(self._syncs) > SYNCS_MAX:
+            raise ValueError(f"{SYNCS_MAX} patterns wait already: see swarmpull replication status")
+        self._syncs.append(pattern)
+        self._sync_wanted.set()
+
+    async def _sync_in_turn(self) -> None:
+        """Queue what was asked for, one pattern after the other, until cancelled."""
+        while True:
+            self._sync_wanted = trio.Event()
+            while self._syncs:
+                await self._sync(self._syncs[0])
+                del self._syncs[0]
+            await self._sync_wanted.wait()
 
     async def _sync(self, pattern: str) -> None:
         """Queue every tag that a pattern and a rule match, and what refers to something.
@@ -558,7 +588,9 @@ class Replicator:
                 count += await self._sync_referrers(repository, remotes)
         except SwarmpullError as error:
             log.warning("replication_sync_failed", pattern=pattern, queued=count, reason=str(error))
+            self._sync_failure = f"{pattern}: {error}"[:ERROR_TEXT_MAX]
             return
+        self._sync_failure = ""
         log.info("replication_sync", pattern=pattern, queued=count)
 
     async def _sync_referrers(self, repository: str, remotes: Iterable[str]) -> int:
@@ -588,6 +620,11 @@ def _lane_to(remote: Remote) -> _Lane:
 
 def _repository_of(key: ChangeKey) -> str:
     return key[1]
+
+
+def _named(change: RemoteChange) -> dict[str, str]:
+    """What a change is of, as logs and documents have it."""
+    return {"remote": change.remote, "repository": change.repository, "tag": change.tag}
 
 
 def _for_wire(change: RemoteChange) -> api.ChangeForRemote:

@@ -8,7 +8,7 @@ a tag is, is read when its turn comes, so a later change of the same tag needs n
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
@@ -120,6 +120,10 @@ class RemoteQueue:
     async def put(self, change: RemoteChange) -> None:
         """Enter a change, or replace what is entered of its tag.  Raises StoreFull, StoreUnavailable."""
         await self._rows.put(change)
+
+    async def put_all(self, changes: Iterable[RemoteChange]) -> None:
+        """The same for several changes, with one flush."""
+        await self._rows.put_all(changes)
 
     async def remove(self, key: ChangeKey) -> None:
         """Take a change out; one that is not in it is no error.  Raises StoreFull, StoreUnavailable."""

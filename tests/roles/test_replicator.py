@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -27,13 +27,14 @@ from swarmpull.config import (
     TrustedClusterConfig,
 )
 from swarmpull.digest import Digest
-from swarmpull.errors import BlobNotFound, RpcFailed, RpcUnavailable
+from swarmpull.errors import BackendUnavailable, BlobNotFound, RpcFailed, RpcUnavailable
 from swarmpull.roles import replicator
 from swarmpull.roles.index import run_index
 from swarmpull.roles.remotes import Rules
 from swarmpull.roles.replicator import Replicator
 from swarmpull.roles.tag_log import TagLog
-from swarmpull.store.remote_queue import ChangeKey, RemoteChange
+from swarmpull.store import durable_queue
+from swarmpull.store.remote_queue import ChangeKey, RemoteChange, open_remote_queue
 from swarmpull.swarm.messages import Bye, ByeReason, Hello
 from swarmpull.swarm.peers import PeerKind
 from swarmpull.telemetry import Metrics
@@ -42,6 +43,7 @@ from swarmpull.wire.api import (
     HAND_OVER,
     RESOLVE,
     HandOverRequest,
+    ListReply,
     ReferenceRequest,
     Stamp,
     TagChange,
@@ -528,6 +530,10 @@ class _GatedQueue:
         await trio.lowlevel.checkpoint()
         self.rows[change.key] = change
 
+    async def put_all(self, changes: Iterable[RemoteChange]) -> None:
+        for change in changes:
+            await self.put(change)
+
     async def remove(self, key: ChangeKey) -> None:
         self.at_gate.set()
         await self.gate.wait()
@@ -647,4 +653,84 @@ async def test_a_remote_that_answers_again_is_not_said_to_be_down_while_it_is_se
         assert "Connection refused" in failure()
         await world.is_back.wait()
         assert failure() == ""
+        nursery.cancel_scope.cancel()
+
+
+def replicating_over(queue: object, world: object) -> Replicator:
+    rules = Rules([ReplicationConfig(pattern="team/**", remote="west")])
+    parts: Any = (queue, rules, [world], world, world, world)
+    return Replicator(*parts, Metrics())
+
+
+async def test_many_entries_are_retried_with_a_few_flushes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time()
+    changes = [
+        RemoteChange("west", "team/app", f"v{number}", 1, "index", now, set_aside=True)
+        for number in range(2500)
+    ]
+    async with open_remote_queue(tmp_path, "index") as queue:
+        await queue.put_all(changes)
+    commit, flushes = durable_queue._commit, 0
+
+    def count(*arguments: Any) -> None:
+        nonlocal flushes
+        flushes += 1
+        commit(*arguments)
+
+    async with open_remote_queue(tmp_path, "index") as queue:
+        replicating = replicating_over(queue, _Watched())
+        assert replicating.set_aside() == 2500
+        monkeypatch.setattr(durable_queue, "_commit", count)
+        assert await replicating.change({"retry": {"remote": "west"}}) == {"retried": 2500}
+        assert flushes == 3
+        assert replicating.set_aside() == 0
+    async with open_remote_queue(tmp_path, "index") as queue:
+        assert not any(each.set_aside for each in queue.loaded)
+
+
+@pytest.mark.parametrize("wanted", [{"remote": []}, {"tag": 1}, {"repository": None}])
+async def test_what_is_no_text_is_refused(wanted: dict[str, object]) -> None:
+    replicating = replicating_over(_GatedQueue(), _Watched())
+    with pytest.raises(ValueError, match="must be a text"):
+        await replicating.change({"retry": wanted})
+
+
+class _Listed(_Watched):
+    """Its repositories are listed when the gate is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.listings = trio.Event(), 0
+
+    async def list_repositories(self, *_: object) -> ListReply:
+        self.listings += 1
+        await self.gate.wait()
+        raise BackendUnavailable("the bucket", "catalog/", "it burns")
+
+
+async def test_patterns_are_gone_through_one_after_the_other_and_a_bounded_number_waits(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replicator, "SYNCS_MAX", 2)
+    world = _Listed()
+    replicating = replicating_over(_GatedQueue(), world)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(replicating.run)
+        for pattern in ("team/a", "team/a", "team/a", "team/b", "team/b"):
+            await replicating.change({"sync": pattern})
+            await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(ValueError, match="2 patterns wait already"):
+            await replicating.change({"sync": "team/c"})
+        # Once more what is under way: it may be past what the remote has lost since.
+        assert replicating.document()["syncs"] == ["team/a", "team/a", "team/b"]
+        assert world.listings == 1
+
+        world.gate.set()
+        await trio.testing.wait_all_tasks_blocked()
+        assert replicating.document()["syncs"] == []
+        assert "team/b: " in str(replicating.document()["sync_failure"])
+        assert "it burns" in str(replicating.document()["sync_failure"])
+        assert world.listings == 3
         nursery.cancel_scope.cancel()
