@@ -26,6 +26,7 @@ from swarmpull.errors import StartupError
 from swarmpull.registry.app import create_registry_app
 from swarmpull.registry.asgi import (
     AsgiApp,
+    Client,
     Message,
     Receive,
     Request,
@@ -253,6 +254,41 @@ async def test_connections_of_other_listeners_stay_when_one_ends() -> None:
         async with serving(answer_ok) as other, connect(*other) as ending:
             assert (await ending.request("GET", "/")).status == 200
         assert (await staying.request("GET", "/")).status == 200
+
+
+@pytest.mark.parametrize(
+    "behind", [b"", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"], ids=["", "pipelined"]
+)
+async def test_what_is_done_for_a_client_that_hangs_up_is_cancelled(behind: bytes) -> None:
+    begun, ended = trio.Event(), trio.Event()
+
+    async def respond_for_ever(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await answer_lifespan(receive, send)
+            return
+
+        async def respond() -> None:
+            begun.set()
+            try:
+                await stream_for_ever(scope, receive, send)
+            finally:
+                ended.set()
+
+        await until_disconnect(Request(scope, receive), respond)
+
+    with trio.fail_after(60):
+        async with serving(respond_for_ever) as address:
+            async with connect(*address) as connection:
+                await connection.stream.send_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + behind)
+                await begun.wait()
+            await ended.wait()
+
+
+async def test_what_is_begun_for_a_client_that_has_left_already_is_cancelled() -> None:
+    client = Client()
+    client.leave()
+    with trio.fail_after(60):
+        await client.run(trio.sleep_forever)
 
 
 async def test_a_client_that_takes_nothing_is_cut_off_after_the_stalled_timeout() -> None:
