@@ -123,6 +123,7 @@ class Membership:
         self._probe = probe
         self._probing = Probing(probes or ProbeLimits(), random.Random())
         self._calls: set[_Call] = set()
+        self._is_looking = False
         self._wake = trio.Event()
         self._on_change: list[Callable[[str, bool], None]] = []
 
@@ -210,7 +211,8 @@ class Membership:
                 of it; one that was unhealthy before has what time its caller gives it.
         """
         after = self._probing.limits.suspect_after if suspect else math.inf
-        if not self._calls:
+        if not self._is_looking:
+            self._is_looking = True
             self._wake.set()
         return _Call(member, trio.current_time() + after, patience, self._calls)
 
@@ -291,7 +293,9 @@ class Membership:
                     call.suspect_at = now + self._probing.limits.calm_min
             for member in self._probing.take(now):
                 nursery.start_soon(self._probe_one, probe, member)
-            look_at = now + LOOK_INTERVAL if self._calls else math.inf
+            # Once more after the last call: a wake for each of many short ones would cost more.
+            look_at = now + LOOK_INTERVAL if self._calls or self._is_looking else math.inf
+            self._is_looking = bool(self._calls)
             with trio.move_on_at(min(self._probing.next_time(), look_at)):
                 await self._wake.wait()
 

@@ -129,7 +129,8 @@ class RpcPool:
             connection = _Connection(self, address, host, port, self._limits)
             self._connections[address] = connection
             self._nursery.start_soon(connection.run)
-        await connection.settled.wait()
+        if not connection.settled.is_set():
+            await connection.settled.wait()
         if not connection.usable:
             raise RpcUnavailable(address, method, connection.reason, asked=False)
         if connection.server is not None and (refusal := refuse_server(connection.server, method)):

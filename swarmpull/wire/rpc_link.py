@@ -11,6 +11,7 @@ import attrs
 import trio
 
 from swarmpull.errors import ProtocolError
+from swarmpull.wire.ends import send_now
 from swarmpull.wire.frames import FrameBuffer
 from swarmpull.wire.rpc_messages import (
     ENVELOPE_BYTES_MAX,
@@ -18,6 +19,7 @@ from swarmpull.wire.rpc_messages import (
     RpcMessage,
     unpack,
 )
+from swarmpull.wire.tls import AnyStream
 
 RECEIVE_BYTES: Final = 64 * 1024
 LAST_WORDS_TIMEOUT: Final = 1.0
@@ -123,40 +125,39 @@ class MessageReader:
 
 
 class FrameWriter:
-    """Writes frames from one task, so that a cancelled sender never leaves half a frame behind."""
+    """Writes frames: at once when that need not wait, else from one task.
 
-    def __init__(self, stream: trio.abc.SendStream, limits: RpcLimits) -> None:
+    So a cancelled sender never leaves half a frame behind, and a small frame costs no turn of the event loop.
+    """
+
+    def __init__(self, stream: AnyStream, limits: RpcLimits) -> None:
         self._stream = stream
         self._limits = limits
-        self._frames: collections.deque[bytes] = collections.deque()
+        self._frames: collections.deque[bytes | memoryview] = collections.deque()
         self._bytes = 0
         self._lot = trio.lowlevel.ParkingLot()
         self._work = trio.Event()
         self._mid_frame = False
 
-    async def write(self, frame: bytes) -> None:
-        """Write a frame after those that wait, without a turn of `run` if there are none.
-
-        Only for a task whose cancellation is the end of the connection: it may leave half a frame.
-
-        Raises what `run` does.
-        """
-        if self._frames or self._mid_frame:
-            await self.put(frame)
-        else:
-            await self._write(frame)
-
     async def put(self, frame: bytes) -> None:
-        """Queue a frame; waits while the queue has no room. Cancelled: nothing was queued."""
+        """Write or queue a frame; waits while the queue has no room. Cancelled: neither was done."""
         await trio.lowlevel.checkpoint_if_cancelled()
         while self._frames and self._bytes + len(frame) > self._limits.write_queue_bytes_max:
             await self._lot.park()
         self.put_nowait(frame)
 
     def put_nowait(self, frame: bytes) -> None:
-        """Queue a small frame whose number is bounded otherwise: a CANCEL, a BYE."""
-        self._frames.append(frame)
-        self._bytes += len(frame)
+        """The same for a small frame whose number is bounded otherwise: a CANCEL, a BYE."""
+        left: bytes | memoryview = frame
+        if not self._frames and not self._mid_frame:
+            sent = send_now(self._stream, frame)
+            if sent == len(frame):
+                return
+            # Another object, so that it cannot be withdrawn: with TLS it has begun even if nothing was sent.
+            left = memoryview(frame)[sent:]
+            self._mid_frame = True
+        self._frames.append(left)
+        self._bytes += len(left)
         self._work.set()
 
     def withdraw(self, frame: bytes) -> bool:
@@ -176,14 +177,14 @@ class FrameWriter:
             trio.BrokenResourceError: the connection is gone.
         """
         while True:
-            while self._frames and not self._mid_frame:
+            while self._frames:
                 frame = self._frames.popleft()
                 await self._write(frame)
                 self._forget(frame)
             self._work = trio.Event()
             await self._work.wait()
 
-    async def _write(self, frame: bytes) -> None:
+    async def _write(self, frame: bytes | memoryview) -> None:
         self._mid_frame = True
         # `trio.fail_after` costs as much as the sending of a small frame.
         with trio.CancelScope(deadline=trio.current_time() + self._limits.write_timeout) as scope:
@@ -191,8 +192,6 @@ class FrameWriter:
         if scope.cancelled_caught:
             raise trio.TooSlowError
         self._mid_frame = False
-        if self._frames:
-            self._work.set()
 
     async def last_words(self, frame: bytes) -> None:
         """Send a last frame, if the stream stands between frames; `run` must have ended."""
@@ -204,7 +203,7 @@ class FrameWriter:
         ):
             await self._stream.send_all(frame)
 
-    def _forget(self, frame: bytes) -> None:
+    def _forget(self, frame: bytes | memoryview) -> None:
         self._bytes -= len(frame)
         self._lot.unpark_all()
 

@@ -32,7 +32,7 @@ from swarmpull.errors import (
 from swarmpull.wire import api, rpc_connections
 from swarmpull.wire.frames import FrameBuffer, pack_header
 from swarmpull.wire.rpc import Method, RpcLimits, RpcService, open_rpc_pool, serve_rpc
-from swarmpull.wire.rpc_link import first_error
+from swarmpull.wire.rpc_link import FrameWriter, first_error
 from swarmpull.wire.rpc_memory import RpcMemory
 from swarmpull.wire.rpc_messages import (
     RpcBye,
@@ -472,15 +472,30 @@ async def test_handlers_are_cancelled_when_their_caller_vanishes(handlers):
         await handlers.until(lambda: handlers.cancelled == ["x"])
 
 
-async def test_a_cancelled_request_that_was_not_yet_written_is_never_sent(handlers):
-    async with serving(handlers) as address, open_rpc_pool() as pool:
-        await call(pool, address)
-        connection = pool._connections[address]
-        frame = b"queued"
-        connection._writer.put_nowait(frame)
-        assert connection._writer.withdraw(frame)
-        assert not connection._writer.withdraw(frame)
-        assert await call(pool, address) == "hello"
+async def test_frames_that_do_not_fit_are_written_in_order_and_what_was_withdrawn_is_not():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+        writer = FrameWriter(stream, RpcLimits())
+        # More than a socket holds: the beginning is sent at once, and the rest waits.
+        large = bytes(range(256)) * (16 << 10)
+        frames = [b"at once", large, b"taken back", b"behind"]
+        for frame in frames:
+            writer.put_nowait(frame)
+
+        assert [writer.withdraw(frame) for frame in frames] == [False, False, True, True]
+        writer.put_nowait(b"after")
+
+        received = bytearray()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(writer.run)
+            theirs.setblocking(False)
+            reading = trio.socket.from_stdlib_socket(theirs)
+            while not received.endswith(b"after"):
+                received += await reading.recv(1 << 20)
+            nursery.cancel_scope.cancel()
+    assert received == b"at once" + large + b"after"
 
 
 # --- connections that end ---------------------------------------------------------------------
