@@ -279,7 +279,7 @@ class OriginCalls:
     ) -> api.MetainfoReply:
         """Begin to get the blob to the disk, seed it from then on, and say so."""
         _check_namespace(request.namespace)
-        digest, content = request.digest, None
+        digest = request.digest
         with self._content.store.hold(digest, Pin.SENDING):
             if not request.growing:
                 await self._content.ensure_local(digest, request.namespace, decide=request.decide)
@@ -289,10 +289,8 @@ class OriginCalls:
             if download is not None:
                 growth = download.hashes.since("", 0)
                 return api.MetainfoReply(None, self._contact(context), growth=growth)
-            metainfo = await self._content.store.metainfo(digest)
+            metainfo, content = await self._content.store.read_small(digest, api.INLINE_BYTES_MAX)
             self._host.seed(metainfo, request.namespace)
-            if metainfo.length <= api.INLINE_BYTES_MAX:
-                content = await self._read_whole(digest)
         return api.MetainfoReply(metainfo, self._contact(context), content)
 
     async def _read_whole(self, digest: Digest) -> bytes:

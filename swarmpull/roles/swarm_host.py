@@ -29,7 +29,6 @@ from swarmpull.errors import (
     DownloadFailed,
     InvalidMetainfo,
     ObjectCorrupt,
-    StoreFull,
     StoreUnavailable,
     SwarmpullError,
 )
@@ -39,7 +38,7 @@ from swarmpull.roles.hash_log import AskForHashes, follow_growth, log_of
 from swarmpull.roles.peer_connections import ArrivedPiece, PeerConnections
 from swarmpull.roles.rates import Rates, Toll
 from swarmpull.roles.shared_work import SharedWork
-from swarmpull.roles.small_blobs import SmallBlob
+from swarmpull.roles.small_blobs import SmallBlob, SmallBlobs
 from swarmpull.roles.swarm_metrics import SwarmMetrics
 from swarmpull.store.blobs import BlobStore
 from swarmpull.store.holds import Pin
@@ -70,9 +69,6 @@ ANNOUNCE_TIMEOUT: Final = 10.0
 WATCHES_MAX: Final = 16
 # For which one watch waits, in seconds: seldom enough to cost nothing.
 WATCH_SECONDS: Final = 30.0
-
-# Small blobs that are in memory until the store has them, of 64 KiB each; the next ones wait.
-SMALL_BLOBS_MAX: Final = 64
 
 # The least time for which a download goes on unread, in seconds: whoever it begins for comes a moment later.
 UNREAD_MIN: Final = 1.0
@@ -167,8 +163,7 @@ class SwarmHost:
         self._connections = PeerConnections(self, scheduler, nursery, buffers, rates, metrics, tls)
         self._tolls: dict[tuple[Digest, str], Toll] = {}
         self._starting: SharedWork[Download | SmallBlob] = SharedWork(nursery)
-        self._small: dict[Digest, SmallBlob] = {}
-        self._small_places = trio.Semaphore(SMALL_BLOBS_MAX)
+        self._small = SmallBlobs(store, nursery, self.seed)
         self._downloads: dict[Digest, Download] = {}
         # Downloads whose partial is open, and may be so after their end.
         self._open: set[Download] = set()
@@ -417,7 +412,9 @@ class SwarmHost:
             reply = await find(request)
             small = _small_in(reply, digest)
             if small is not None:
-                return await self._take_small(small, namespace)
+                self.metrics.small_blobs.inc()
+                self.metrics.small_blob_bytes.inc(small.metainfo.length)
+                return await self._small.take(small, namespace)
             metainfo = _metainfo_in(reply, digest)
             announce = self._announce is not None
             download = await self._begin(metainfo, namespace, digest, announce=announce)
@@ -428,32 +425,6 @@ class SwarmHost:
             self._nursery.start_soon(self._follow, download, namespace, follow, reply.growth)
         self.dispatch(_replied(digest, reply))
         return download
-
-    async def _take_small(self, blob: SmallBlob, namespace: str) -> SmallBlob:
-        """Have a small blob stored, and hand it out meanwhile; waits while too many are in memory."""
-        await self._small_places.acquire()
-        self.metrics.small_blobs.inc()
-        self.metrics.small_blob_bytes.inc(blob.metainfo.length)
-        self._small[blob.metainfo.digest] = blob
-        self._nursery.start_soon(self._store_small, blob, namespace)
-        return blob
-
-    async def _store_small(self, blob: SmallBlob, namespace: str) -> None:
-        metainfo = blob.metainfo
-        failure: SwarmpullError | None = _shutting_down(metainfo.digest)
-        try:
-            with self._store.hold(metainfo.digest, Pin.SENDING):
-                await self._store.put(metainfo, blob.content)
-                self.seed(metainfo, namespace)
-            failure = None
-        except (StoreFull, StoreUnavailable) as error:
-            # Whoever asked for it has it from memory; the next one asks the tracker again.
-            log.warning("blob_not_kept", digest=str(metainfo.digest), reason=str(error))
-            failure = error
-        finally:
-            del self._small[metainfo.digest]
-            self._small_places.release()
-            blob.end(failure)
 
     async def _follow(
         self, download: Download, namespace: str, ask: AskForHashes, growth: Growth | None

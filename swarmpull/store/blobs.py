@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -300,28 +300,50 @@ class BlobStore:
         finally:
             await spool.remove()
 
-    async def put(self, metainfo: Metainfo, content: bytes) -> BlobStat:
-        """Keep a small blob that is in memory, in one step.
+    async def put(
+        self, blobs: Sequence[tuple[Metainfo, bytes]]
+    ) -> list[StoreFull | StoreUnavailable | None]:
+        """Keep small blobs that are in memory, in one step.
 
-        For a cache: after a power failure it may be gone, though never wrong.
+        For a cache: after a power failure they may be gone, though never wrong.
 
         Args:
-            metainfo: of the blob.
-            content: all of it, which the caller has verified against digest and metainfo.
+            blobs: metainfo and all of the content, which the caller has verified against digest and metainfo.
 
-        Raises:
-            StoreFull, StoreUnavailable: nothing is visible.
+        Returns:
+            Why each of them is not here; None for one that is.
         """
         room = Room(self.janitor.admit, self._ledger, TEMPORARY)
-        needed = len(content)
+        length = sum(len(content) for _, content in blobs)
         try:
-            with _naming(metainfo.digest):
-                await room.grow(needed)
-                return await self._disk.run(
-                    self._tree.put, metainfo, content, room.leave, needed=needed
-                )
+            await room.grow(length)
+            failures = await self._disk.run(self._tree.put, blobs, room.give_back)
+        except StoreFull as full:
+            if len(blobs) == 1:
+                return [full.of(str(blobs[0][0].digest))]
+            # There may be room for some.
+            return [failure for blob in blobs for failure in await self.put([blob])]
+        except StoreUnavailable as error:
+            return [error for _ in blobs]
         finally:
             room.leave()
+        return [
+            self._put_failure(metainfo, failure)
+            for (metainfo, _), failure in zip(blobs, failures, strict=True)
+        ]
+
+    def _put_failure(
+        self, metainfo: Metainfo, failure: OSError | None
+    ) -> StoreFull | StoreUnavailable | None:
+        if failure is None:
+            return None
+        try:
+            with self._disk.translating(metainfo.length):
+                raise failure
+        except StoreFull as full:
+            return full.of(str(metainfo.digest))
+        except StoreUnavailable as error:
+            return error
 
     async def open_partial(self, metainfo: BlobShape) -> PartialBlob:
         """Begin to fetch a blob by piece, or resume: its ``have`` are the pieces that are there already.
@@ -378,6 +400,29 @@ class BlobStore:
         with self._open(digest) as handle:
             known = await self._disk.run(self._tree.load_metainfo, digest, handle.length)
             return known or await self._compute_metainfo(digest, handle)
+
+    async def read_small(self, digest: Digest, length_max: int) -> tuple[Metainfo, bytes | None]:
+        """The metainfo of a blob and, if it has at most ``length_max`` bytes, all of it: in one step.
+
+        What is read is compared with its piece hash.  Reading the content counts as use.
+
+        Raises:
+            BlobNotFound: not here; or, without metainfo, found to be damaged, and removed.
+            StoreUnavailable: the disk failed, or the blob was damaged there, and removed.
+        """
+        with self._open(digest) as handle:
+            if handle.length > length_max:
+                return await self.metainfo(digest), None
+            found = await self._disk.run(
+                self._tree.load_small, digest, handle.fileno(), handle.length
+            )
+            if found is None:
+                # Without metainfo, or damaged: these two know what to do.
+                metainfo = await self.metainfo(digest)
+                content = await handle.read_at(0, handle.length) if handle.length else b""
+                found = metainfo, content
+            self._ledger.touch(digest)
+            return found
 
     async def _compute_metainfo(self, digest: Digest, handle: BlobHandle) -> Metainfo:
         # One at a time: those who ask for the same blob find it done, and a disk gains nothing from two.

@@ -9,20 +9,31 @@ from __future__ import annotations
 import os
 import stat
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVarTuple
 
 import attrs
 
 from swarmpull.digest import Digest
 from swarmpull.errors import InvalidDigest
 from swarmpull.store import sidecars
-from swarmpull.store.durable import make_directory, remove, sync_directory, sync_file
+from swarmpull.store.durable import (
+    make_directory,
+    read_exactly,
+    remove,
+    sync_directory,
+    sync_file,
+    write_file,
+)
 from swarmpull.store.eviction import Kind
+from swarmpull.store.hashing import hash_piece
 from swarmpull.store.ledger import Ledger, Record
 from swarmpull.swarm.metainfo import Metainfo
+
+Ts = TypeVarTuple("Ts")
 
 SIDECAR_SUFFIX: Final = ".metainfo"
 
@@ -64,8 +75,10 @@ class ContentTree:
 
     def length(self, digest: Digest) -> int | None:
         """Length in bytes of a blob, None when it is not here."""
+        # Asked twice for each request: to put a `Path` together takes longer than the look at the disk.
+        path = f"{self.blobs}/{digest.algorithm}/{digest.hex[:2]}/{digest.hex}"
         try:
-            return os.stat(self.blob_path(digest)).st_size
+            return os.stat(path).st_size
         except FileNotFoundError:
             return None
 
@@ -101,17 +114,32 @@ class ContentTree:
             sync_directory(target.parent)
         return BlobStat(digest, metainfo.length)
 
-    def put(self, metainfo: Metainfo, content: bytes, left: Callable[[], object]) -> BlobStat:
-        """Make verified content in memory visible as a blob, as `install` does, but for a cache.
+    def put(
+        self, blobs: Sequence[tuple[Metainfo, bytes]], left: Callable[[int], object]
+    ) -> list[OSError | None]:
+        """Make verified contents in memory visible as blobs, as `install` does, but for a cache.
 
-        After a power failure the blob may be gone, though never wrong.
+        After a power failure a blob may be gone, though never wrong.  All are written before the first is
+        flushed: the disk gets them together.
+
+        Args:
+            left: takes so many bytes out of the books of temporary files when they become a blob.
+
+        Returns:
+            Why each of them is not here; None for one that is.
         """
-        source = self.temporary_path()
-        try:
-            source.write_bytes(content)
-            return self.install(source, metainfo, left, flush_name=False)
-        finally:
-            remove(source)
+        sources = [self.temporary_path() for _ in blobs]
+        failures = [
+            _attempt(write_file, source, content)
+            for source, (_, content) in zip(sources, blobs, strict=True)
+        ]
+        for index, (source, (metainfo, content)) in enumerate(zip(sources, blobs, strict=True)):
+            if failures[index] is None:
+                install = partial(self.install, flush_name=False)
+                failures[index] = _attempt(install, source, metainfo, partial(left, len(content)))
+            if failures[index] is not None:
+                remove(source)
+        return failures
 
     def save_metainfo(self, metainfo: Metainfo) -> None:
         """Write the sidecar; not flushed, see `swarmpull.store.sidecars`."""
@@ -133,15 +161,28 @@ class ContentTree:
         """Write a whole file so that a reader sees either the old or the new content."""
         source = self.temporary_path()
         try:
-            source.write_bytes(content)
+            write_file(source, content)
             source.rename(target)
-        finally:
+        except OSError:
             remove(source)
+            raise
 
     def load_metainfo(self, digest: Digest, length: int) -> Metainfo | None:
         """Read the sidecar; None when it is missing, damaged, or not of a blob of this length."""
         metainfo = self.read_sidecar(digest)
         return metainfo if metainfo is not None and metainfo.length == length else None
+
+    def load_small(
+        self, digest: Digest, descriptor: int, length: int
+    ) -> tuple[Metainfo, bytes] | None:
+        """Metainfo and content of a blob of one piece; None when they disagree or there is no metainfo."""
+        metainfo = self.load_metainfo(digest, length)
+        if metainfo is None or metainfo.piece_count > 1:
+            return None
+        content = read_exactly(descriptor, 0, length)
+        if content and hash_piece(content) != metainfo.piece_hashes:
+            return None
+        return metainfo, content
 
     def read_sidecar(self, digest: Digest) -> Metainfo | None:
         """What the sidecar says, whatever the file has become; None when it is missing or damaged."""
@@ -228,6 +269,15 @@ class ContentTree:
         if name[:2] != shard or not stat.S_ISREG(status.st_mode):
             return None
         return BlobStat(digest, status.st_size)
+
+
+def _attempt(step: Callable[[*Ts], object], *args: *Ts) -> OSError | None:
+    """What came of a step, for others to go on."""
+    try:
+        step(*args)
+    except OSError as error:
+        return error
+    return None
 
 
 def _names(directory: Path) -> list[str]:

@@ -34,6 +34,10 @@ class Room:
         """Give back what is above ``size`` bytes."""
         self._set(min(size, self._size))
 
+    def give_back(self, size: int) -> None:
+        """Give back ``size`` bytes, as when one of several files leaves; any thread may."""
+        self._set(self._size - size)
+
     def leave(self) -> None:
         """Give back everything; leaving twice is allowed, and any thread may."""
         self._set(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import trio.testing
 
 from swarmpull.digest import Digest
 from swarmpull.errors import StoreFull
-from swarmpull.roles import swarm_host
+from swarmpull.roles import small_blobs
 from swarmpull.roles.small_blobs import SmallBlob
-from swarmpull.store.blobs import BlobStat, BlobStore
+from swarmpull.store.blobs import BlobStore
 from swarmpull.swarm.peers import AnnounceState, PeerContact
 from swarmpull.wire.api import INLINE_BYTES_MAX, AnnounceReply, AnnounceRequest
 
@@ -148,8 +149,8 @@ def test_only_what_matches_digest_and_pieces_is_taken(metainfo, content) -> None
 async def test_a_full_disk_does_not_take_it_from_whoever_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def full(store: BlobStore, *_: object) -> None:
-        raise StoreFull(store.name, 100)
+    async def full(store: BlobStore, blobs: Sequence[object]) -> list[StoreFull]:
+        return [StoreFull(store.name, 100) for _ in blobs]
 
     async with running_node(tmp_path / "agent") as node:
         monkeypatch.setattr(BlobStore, "put", full)
@@ -167,16 +168,16 @@ async def test_a_full_disk_does_not_take_it_from_whoever_asked(
 async def test_blobs_beyond_those_that_may_be_in_memory_wait_for_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(swarm_host, "SMALL_BLOBS_MAX", 2)
+    monkeypatch.setattr(small_blobs, "BLOBS_MAX", 2)
     contents = [make_content(100, seed=number) for number in range(3)]
     disk = trio.Event()
     put = BlobStore.put
 
     async with running_node(tmp_path / "agent") as node, trio.open_nursery() as nursery:
 
-        async def waiting(store: BlobStore, *blob: Any) -> BlobStat:
+        async def waiting(store: BlobStore, blobs: Any) -> list[Any]:
             await disk.wait()
-            return await put(store, *blob)
+            return await put(store, blobs)
 
         monkeypatch.setattr(BlobStore, "put", waiting)
         begun: list[Digest] = []

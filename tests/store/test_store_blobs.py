@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from types import NoneType
 
 import pytest
 import trio
@@ -15,10 +16,12 @@ from swarmpull.errors import (
     DigestMismatch,
     LengthMismatch,
     StartupError,
+    StoreFull,
     StoreUnavailable,
 )
 from swarmpull.store import content as content_module
 from swarmpull.store.blobs import BlobStat, BlobStore, open_store
+from swarmpull.store.eviction import Limits
 from swarmpull.store.hashing import PieceHasher
 from swarmpull.store.ledger import TEMPORARY
 from swarmpull.swarm.metainfo import PIECE_LENGTH_MIN as PIECE
@@ -62,8 +65,7 @@ async def test_a_small_blob_is_put_in_one_step(store, content_of, length) -> Non
     content = content_of(length)
 
     for _ in range(2):  # once more is no error
-        stat = await store.put(content.metainfo, content.data)
-        assert stat == BlobStat(content.digest, length)
+        assert await store.put([(content.metainfo, content.data)]) == [None]
 
     assert await read_all(store, content.digest) == content.data
     assert await store.metainfo(content.digest) == content.metainfo
@@ -78,12 +80,48 @@ async def test_a_put_that_the_disk_refuses_leaves_nothing(store, blob, monkeypat
 
     monkeypatch.setattr(content_module, "sync_file", fail)
 
-    with pytest.raises(StoreUnavailable):
-        await store.put(blob.metainfo, blob.data)
+    [failure] = await store.put([(blob.metainfo, blob.data)])
+    assert isinstance(failure, StoreUnavailable)
 
     assert not store.has(blob.digest)
     assert store.janitor.bytes(TEMPORARY) == 0
     assert list((store.root / "temporary").iterdir()) == []
+
+
+async def test_of_several_that_are_put_one_that_the_disk_refuses_leaves_the_others(
+    store, content_of, monkeypatch
+) -> None:
+    contents = [content_of(length) for length in (10, 20, 30)]
+    sync_file = content_module.sync_file
+
+    def fail_once(path) -> None:
+        if path.stat().st_size == 20:
+            raise OSError(errno.EIO, "this block is gone")
+        sync_file(path)
+
+    monkeypatch.setattr(content_module, "sync_file", fail_once)
+
+    failures = await store.put([(each.metainfo, each.data) for each in contents])
+
+    assert [type(failure) for failure in failures] == [NoneType, StoreUnavailable, NoneType]
+    assert [store.has(each.digest) for each in contents] == [True, False, True]
+    assert store.janitor.bytes("blob") == 40
+    assert store.janitor.bytes(TEMPORARY) == 0
+    assert list((store.root / "temporary").iterdir()) == []
+
+
+async def test_of_several_that_are_put_those_for_which_there_is_room_are_kept(
+    store, content_of
+) -> None:
+    small, large = content_of(1000), content_of(5000)
+    store.janitor.limits = Limits(high=4000.0, low=4000.0)
+
+    failures = await store.put([(large.metainfo, large.data), (small.metainfo, small.data)])
+
+    assert [type(failure) for failure in failures] == [StoreFull, NoneType]
+    assert failures[0].blob == str(large.digest)
+    assert store.has(small.digest)
+    assert store.janitor.bytes(TEMPORARY) == 0
 
 
 async def test_what_is_not_committed_is_not_visible_and_does_not_remain(store, blob) -> None:

@@ -87,6 +87,25 @@ async def test_a_small_blob_that_is_damaged_is_not_read_at_all(
         store.open(content.digest)
 
 
+@pytest.mark.parametrize("with_metainfo", [True, False])
+async def test_a_small_blob_comes_with_its_metainfo_only_if_it_is_right(
+    store: BlobStore, content_of, with_metainfo
+) -> None:
+    content = content_of(414)
+    await put(store, content)
+    for path in (store.root / "blobs").rglob("*.metainfo"):
+        if not with_metainfo:
+            path.unlink()
+    assert await store.read_small(content.digest, 414) == (content.metainfo, content.data)
+    assert await store.read_small(content.digest, 413) == (content.metainfo, None)
+
+    flip(store, content, 100)
+
+    with pytest.raises(StoreUnavailable, match="was damaged on the disk, and removed"):
+        await store.read_small(content.digest, 414)
+    assert not store.has(content.digest)
+
+
 async def test_the_swarm_is_told_before_the_name_is_free(store: BlobStore, blob) -> None:
     forgotten = []
     await put(store, blob)
