@@ -32,7 +32,8 @@ CA_DAYS: Final = 3650
 CERTIFICATE_DAYS: Final = 365
 # Certificates count from a little before they were made: the clocks of hosts differ.
 BACKDATED: Final = dt.timedelta(minutes=10)
-_LIST: Final = re.compile(rb"-----BEGIN X509 CRL-----.+?-----END X509 CRL-----", re.DOTALL)
+_LIST_BEGIN: Final = b"-----BEGIN X509 CRL-----"
+_LIST: Final = re.compile(_LIST_BEGIN + b".+?-----END X509 CRL-----", re.DOTALL)
 
 
 @attrs.frozen
@@ -119,8 +120,6 @@ def issue(
         raise CertificateError("ca is the name of the authority itself: choose another")
     authority = _authority_of(directory)
     authority_ends = authority.certificate.not_valid_after_utc
-    if authority_ends <= _now():
-        raise CertificateError(f"the authority expired on {authority_ends:%F}: make another one")
     uris = Identity(authority.cluster, name, frozenset(roles)).uris()
     names = [
         *map(x509.UniformResourceIdentifier, uris),
@@ -163,7 +162,7 @@ def revoke(directory: Path, names: Iterable[str], serials: Iterable[str] = ()) -
         serials: serial numbers, in hexadecimal, of certificates whose files are gone.
 
     Raises:
-        CertificateError: there is no authority, or what is named is no certificate of it.
+        CertificateError: there is no authority, or it has expired; or what is named is no certificate of it.
         OSError: the list cannot be written.
     """
     authority = _authority_of(directory)
@@ -256,7 +255,8 @@ def read_revocations(
         CertificateError: the file holds something else, or a list of somebody else.
     """
     try:
-        texts = _LIST.findall(Path(path).read_bytes())
+        content = Path(path).read_bytes()
+        texts = _LIST.findall(content)
         lists = [x509.load_pem_x509_crl(text) for text in texts]
     except OSError as error:
         raise CertificateError(f"{path} cannot be read: {error.strerror}", "tls.crl") from error
@@ -264,37 +264,47 @@ def read_revocations(
         raise CertificateError(
             f"{path} holds a list that cannot be read: {error}", "tls.crl"
         ) from error
+    if content.count(_LIST_BEGIN) != len(lists):
+        # Somebody may be writing it just now, and who is in the other list must not come in meanwhile.
+        raise CertificateError(f"{path} holds a list without its end", "tls.crl")
     if not lists:
         raise CertificateError(f"{path} holds no list of revoked certificates in PEM", "tls.crl")
     known = [x509.load_der_x509_certificate(each) for each in authorities]
     serials: dict[bytes, frozenset[int]] = {}
     for each in lists:
-        certificate = _issuer_of(each, known)
-        if certificate is None and others:
-            continue
-        if certificate is None:
+        issuers = _issuers_of(each, known)
+        if not issuers and not others:
             raise CertificateError(
                 f"{path} holds a list of {each.issuer.rfc4514_string()}, which no authority in tls.ca or "
                 "tls.trusted has signed",
                 "tls.crl",
             )
-        issuer = certificate.public_bytes(serialization.Encoding.DER)
         found = frozenset(entry.serial_number for entry in each)
-        serials[issuer] = serials.get(issuer, frozenset()) | found
+        for issuer in issuers:
+            serials[issuer] = serials.get(issuer, frozenset()) | found
     due = [each.next_update_utc.timestamp() for each in lists if each.next_update_utc is not None]
     return Revocations(serials, min(due, default=math.inf))
 
 
-def _issuer_of(
+def _issuers_of(
     listing: x509.CertificateRevocationList, known: Iterable[x509.Certificate]
-) -> x509.Certificate | None:
-    """Who has signed a list, which a name alone does not say."""
-    for certificate in known:
-        if certificate.subject == listing.issuer:
-            with contextlib.suppress(TypeError, ValueError, UnsupportedAlgorithm):
-                if listing.is_signature_valid(certificate.public_key()):  # type: ignore[arg-type]
-                    return certificate
-    return None
+) -> list[bytes]:
+    """The certificates, in DER, of who has signed a list, which a name alone does not say.
+
+    There are several while an authority is renewed: they have the same key.
+    """
+    return [
+        certificate.public_bytes(serialization.Encoding.DER)
+        for certificate in known
+        if certificate.subject == listing.issuer and _has_signed(certificate, listing)
+    ]
+
+
+def _has_signed(certificate: x509.Certificate, listing: x509.CertificateRevocationList) -> bool:
+    try:
+        return listing.is_signature_valid(certificate.public_key())  # type: ignore[arg-type]
+    except (TypeError, ValueError, UnsupportedAlgorithm):
+        return False
 
 
 # --- certificates ---------------------------------------------------------------------------------
@@ -350,6 +360,7 @@ def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
 
 
 def _authority_of(directory: Path) -> _Authority:
+    """Raises CertificateError when there is none, or it counts no more."""
     certificate, key = directory / "ca.crt", directory / "ca.key"
     try:
         loaded = x509.load_pem_x509_certificate(certificate.read_bytes())
@@ -371,6 +382,9 @@ def _authority_of(directory: Path) -> _Authority:
         raise CertificateError(f"{certificate} was not made by swarmpull certs init")
     if loaded_key.public_key() != loaded.public_key():
         raise CertificateError(f"{key} is not the key of {certificate}")
+    if loaded.not_valid_after_utc <= _now():
+        ended = loaded.not_valid_after_utc
+        raise CertificateError(f"the authority expired on {ended:%F}: make another one")
     return _Authority(_checked(check_cluster, clusters[0]), loaded, loaded_key)
 
 

@@ -536,7 +536,10 @@ class Tls:
 
     def _cut_revoked(self, contexts: Contexts) -> None:
         for stream, other in list(self._open.items()):
-            if stream.socket.fileno() >= 0 and _is_revoked(stream.socket, contexts):
+            sock = stream.socket
+            # Without a version TLS has ended on both sides: there is nobody to ask, and nothing to cut.
+            is_open = sock.fileno() >= 0 and sock.version() is not None
+            if is_open and _is_revoked(sock, contexts):
                 log.warning("connection_revoked", holder=str(other), reason=_revoked(other))
                 stream.cut()
 

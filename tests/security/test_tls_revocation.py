@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import structlog
 import trio
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
+from cryptography.x509.oid import ExtensionOID
 
 from swarmpull import certificates
 from swarmpull.cli import main
@@ -21,7 +24,7 @@ from swarmpull.roles.security import open_tls
 from swarmpull.telemetry import Metrics
 from swarmpull.wire import api
 from swarmpull.wire.rpc import open_rpc_pool
-from swarmpull.wire.tls import Tls, TlsFiles, _certificates
+from swarmpull.wire.tls import Tls, TlsFiles, TlsStream, _certificates
 
 from .hosts import Authority, config_of, tls_of
 from .test_tls_rpc import BLOB, Origin, serving, until
@@ -42,6 +45,22 @@ async def open_with_list(opened: AsyncExitStack, files: TlsFiles, listing: Path)
     tls = await opened.enter_async_context(open_tls(role, config, Metrics()))
     assert tls is not None
     return tls
+
+
+async def greeted(opened: AsyncExitStack, there: Tls, here: Tls) -> tuple[TlsStream, TlsStream]:
+    """Both ends of a connection after its handshake: of who was called, and who called."""
+    ends = [trio.SocketStream(each) for each in trio.socket.socketpair()]
+    streams: list[TlsStream] = []
+
+    async def call() -> None:
+        streams.append((await here.connect(ends[0]))[0])
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(call)
+        streams.insert(0, (await there.accept(ends[1]))[0])
+    for stream in streams:
+        opened.push_async_callback(trio.aclose_forcefully, stream)
+    return streams[0], streams[1]
 
 
 # --- connections ----------------------------------------------------------------------------------
@@ -117,6 +136,27 @@ async def test_who_is_revoked_while_connected_is_cut_off_and_nobody_else(
     ]
 
 
+async def test_a_connection_that_is_closing_when_it_is_revoked_harms_nobody(
+    prod: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swarmpull.watched_files.LOOK_EVERY", 0.02)
+    thief, origin = prod.issue("thief", "agent"), prod.issue("origin", "origin")
+    listing = certificates.revoke(prod.directory, serials=["1"], names=[])
+    async with AsyncExitStack() as opened:
+        there = await open_with_list(opened, origin, listing)
+        served, caller = await greeted(opened, there, tls_of(thief))
+        # Of TLS it is over in both directions, and neither side has closed the connection.
+        caller._say_end()
+        assert await served.receive_some() == b""
+        served._say_end()
+        other, _ = await greeted(opened, there, tls_of(thief))
+
+        certificates.revoke(prod.directory, ["thief"])
+
+        with trio.fail_after(10):
+            assert await other.receive_some() == b""
+
+
 async def test_a_list_that_cannot_be_used_leaves_the_former_one_in_place(
     prod: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +195,18 @@ async def test_a_list_that_is_outdated_still_counts_and_the_log_says_so(
             with pytest.raises(RpcUnavailable, match="is revoked"):
                 await pool.call(address, api.STAT_BLOB, BLOB, timeout=20.0)
             await until(lambda: "list_of_revoked_outdated" in [entry["event"] for entry in logs])
+
+
+def renew(authority: Authority) -> None:
+    """Another certificate of the authority, with the same name and key."""
+    key = load_pem_private_key((authority.directory / "ca.key").read_bytes(), None)
+    path = authority.directory / "ca.crt"
+    former = certificates.x509.load_pem_x509_certificate(path.read_bytes())
+    builder = certificates._begun(former.subject, former.subject, key.public_key(), 10)
+    for each in former.extensions:
+        if each.oid != ExtensionOID.SUBJECT_KEY_IDENTIFIER:
+            builder = builder.add_extension(each.value, critical=each.critical)
+    path.write_bytes(builder.sign(key, SHA256()).public_bytes(Encoding.PEM))
 
 
 # --- lists ----------------------------------------------------------------------------------------
@@ -196,6 +248,33 @@ def test_a_list_counts_for_who_signed_it_and_not_for_who_has_the_same_name(
 
     with pytest.raises(CertificateError, match="which no authority in"):
         certificates.read_revocations(str(listing), roots(prod))
+
+
+def test_a_list_counts_for_both_certificates_of_an_authority_that_was_renewed(
+    prod: Authority,
+) -> None:
+    prod.issue("host", "agent")
+    listing = certificates.revoke(prod.directory, ["host"])
+    former = roots(prod)
+    renew(prod)
+
+    found = certificates.read_revocations(str(listing), [*former, *roots(prod)])
+
+    # Which of the two a host is trusted by is for OpenSSL to choose.
+    assert set(found.serials) == {*former, *roots(prod)}
+    assert len(set(found.serials.values())) == 1
+
+
+def test_a_file_that_is_only_half_written_is_not_read(tmp_path: Path, prod: Authority) -> None:
+    west = Authority.create(tmp_path / "west", "west")
+    for authority in (prod, west):
+        authority.issue("host", "origin")
+    lists = [certificates.revoke(each.directory, ["host"]).read_text() for each in (prod, west)]
+    both = tmp_path / "both.crl"
+    both.write_text("".join(lists)[:-100])
+
+    with pytest.raises(CertificateError, match="holds a list without its end"):
+        certificates.read_revocations(str(both), roots(prod, west))
 
 
 @pytest.mark.parametrize(
@@ -309,6 +388,17 @@ def test_what_cannot_be_revoked_is_named_and_the_list_stays(
     [line] = capsys.readouterr().err.splitlines()
     assert re.search(says, line), line
     assert listing.read_bytes() == before
+
+
+def test_an_authority_that_has_expired_takes_nothing_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = certificates._now()
+    with monkeypatch.context() as patch:
+        patch.setattr(certificates, "_now", lambda: now - dt.timedelta(days=20))
+        certificates.create_authority(tmp_path, "prod", days=10)
+    assert run("--dir", tmp_path, "--serial", "1a") != 0
+    assert "the authority expired on" in capsys.readouterr().err
 
 
 def test_a_list_means_nothing_without_certificates(capsys: pytest.CaptureFixture[str]) -> None:
