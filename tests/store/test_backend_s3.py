@@ -623,6 +623,11 @@ async def test_a_certificate_that_nobody_signed_is_refused_at_once(tls_proxy) ->
     assert tls_proxy.seen == []
 
 
+async def test_a_server_without_tls_is_refused_at_once_and_what_to_do_is_said(s3_server) -> None:
+    with pytest.raises(StartupError, match="secure=false"):
+        await open_backend(tls_url_of(s3_server.port))
+
+
 # --- uploads in parts -------------------------------------------------------------------------------------
 
 

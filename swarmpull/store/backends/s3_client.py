@@ -82,6 +82,9 @@ UNORDERED_SERVERS: Final = ("SeaweedFS",)
 # one (2026-02): it removes directories that have become empty.
 RACING_SERVERS: Final = ("MinIO",)
 
+# What OpenSSL calls an answer that is no TLS; which of them depends on its version and on the answer.
+PLAIN_ANSWERS: Final = frozenset({"WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL"})
+
 # socket(7), struct linger: on, for no second.
 NO_LINGER: Final = struct.pack("ii", 1, 0)
 
@@ -606,9 +609,11 @@ def _may_be_a_race(error: S3Error) -> bool:
 
 
 def _network_failure(error: Exception) -> S3Failure:
-    refused = isinstance(error, TLSError) and any(
-        isinstance(cause, ssl.SSLCertVerificationError) for cause in error.args
-    )
+    args = error.args if isinstance(error, TLSError) else ()
+    causes = [each for each in args if isinstance(each, ssl.SSLError)]
+    if any(each.reason in PLAIN_ANSWERS for each in causes):
+        return S3Failure("", "the server speaks no TLS: with secure=false in the url none is used")
+    refused = any(isinstance(each, ssl.SSLCertVerificationError) for each in causes)
     return S3Failure("", _shorten(str(error)), transient=not refused)
 
 
