@@ -9,6 +9,7 @@ A standby leaves its entries alone as long as another index says that it sees to
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import time
@@ -33,6 +34,7 @@ from swarmpull.registry.names import REPOSITORY_LENGTH_MAX
 from swarmpull.roles.catalog import Catalog
 from swarmpull.roles.catalog_objects import digest_at_end
 from swarmpull.roles.remotes import Remote, Rules
+from swarmpull.roles.replicator_entries import Entries, Entry
 from swarmpull.roles.standby import Standby
 from swarmpull.roles.tag_copy import HOPELESS, Progress, TagCopier, is_digest
 from swarmpull.store.remote_queue import ChangeKey, RemoteChange, RemoteQueue
@@ -63,6 +65,8 @@ LOG_INTERVAL: Final = 600.0
 PAGE: Final = 1000
 # Patterns of which everything is to be sent, one after the other; further ones are refused.
 SYNCS_MAX: Final = 100
+# Entries of others that are looked at before other tasks have their turn.
+LOOKED_AT_ONCE: Final = 1000
 # Entries that are tried anew with one flush of the queue.
 RETRIED_AT_ONCE: Final = 1000
 
@@ -71,31 +75,18 @@ _OF_THE_REMOTE: Final = (RpcUnavailable, RpcFailed, BackendUnavailable)
 
 
 @attrs.define
-class _Entry:
-    """A change of the queue in memory.
-
-    Attributes:
-        change: as it is on the disk.
-        entered_at: when the last change of the tag was heard of, on trio's clock.
-        progress: while it is copied.
-    """
-
-    change: RemoteChange
-    entered_at: float
-    progress: Progress | None = None
-
-
-@attrs.define
 class _Lane:
     """The way to one remote.
 
     Attributes:
+        copying: what is under way.
         failure: why the last copy failed; empty when it did not.
         logged_at: when the log had a line about a kind of failure.
     """
 
     remote: Remote
     schedule: Schedule[ChangeKey]
+    copying: list[Progress] = attrs.Factory(list)
     failure: str = ""
     logged_at: dict[str, float] = attrs.Factory(dict)
 
@@ -119,8 +110,7 @@ class Replicator:
         self._catalog = catalog
         self._standby = standby
         self._lanes = {remote.name: _lane_to(remote) for remote in remotes}
-        # In the order in which they were entered.
-        self._entries: dict[ChangeKey, _Entry] = {}
+        self._entries = Entries()
         self._wake = trio.Event()
         # Patterns, the first one under way.
         self._syncs: list[str] = []
@@ -190,7 +180,7 @@ class Replicator:
             await self._queue.put(change)
             self._remember(change, delay)
 
-    def _check_room(self, known: _Entry | None) -> None:
+    def _check_room(self, known: Entry | None) -> None:
         if known is None and len(self._entries) >= QUEUED_MAX:
             remedy = (
                 f"{QUEUED_MAX} changes of tags wait for other clusters: see swarmpull replication status, "
@@ -201,9 +191,10 @@ class Replicator:
     def _remember(self, change: RemoteChange, delay: float) -> None:
         known = self._entries.get(change.key)
         if known is None:
-            self._entries[change.key] = _Entry(change, trio.current_time())
+            self._entries.add(change, trio.current_time())
         else:
-            known.change, known.entered_at = change, trio.current_time()
+            self._entries.replace(known, change)
+            known.entered_at = trio.current_time()
         if self._is_tried(change):
             due = trio.current_time() + delay
             self._lanes[change.remote].schedule.add(change.key, due)
@@ -253,12 +244,7 @@ class Replicator:
         """See to what this index stands by for once nobody else does."""
         while True:
             await trio.sleep(STANDBY_INTERVAL)
-            oldest = trio.current_time() - STANDBY_INTERVAL
-            mine = {
-                _for_wire(entry.change): key
-                for key, entry in self._entries.items()
-                if entry.change.standby and entry.entered_at <= oldest
-            }
+            mine = await self._kept_for_long()
             if not mine:
                 continue
             left = mine.keys() - await self._standby.seen_to(list(mine))
@@ -266,6 +252,19 @@ class Replicator:
                 log.info("replication_taken_over", changes=len(left))
             for change in left:
                 await self._take_over(mine[change])
+
+    async def _kept_for_long(self) -> dict[api.ChangeForRemote, ChangeKey]:
+        """What this index stands by for, without what is new."""
+        oldest = trio.current_time() - STANDBY_INTERVAL
+        found: dict[api.ChangeForRemote, ChangeKey] = {}
+        for number, key in enumerate(list(self._entries.standby)):
+            if number % LOOKED_AT_ONCE == 0:
+                # There may be very many, and others want their answers.
+                await trio.lowlevel.checkpoint()
+            entry = self._entries.get(key)
+            if entry is not None and entry.change.standby and entry.entered_at <= oldest:
+                found[_for_wire(entry.change)] = key
+        return found
 
     async def _take_over(self, key: ChangeKey) -> None:
         async with self._turn:
@@ -291,12 +290,14 @@ class Replicator:
                 self._wake = trio.Event()
                 for lane in self._lanes.values():
                     while (key := lane.schedule.take(trio.current_time())) is not None:
-                        nursery.start_soon(self._attempt, self._entries[key], lane)
+                        entry = self._entries.get(key)
+                        assert entry is not None, "what is scheduled is queued"
+                        nursery.start_soon(self._attempt, entry, lane)
                 times = (lane.schedule.next_time() for lane in self._lanes.values())
                 with trio.move_on_at(min(times, default=math.inf)):
                     await self._wake.wait()
 
-    async def _attempt(self, entry: _Entry, lane: _Lane) -> None:
+    async def _attempt(self, entry: Entry, lane: _Lane) -> None:
         change, tried = entry.change, entry.change.stamp
         try:
             latest = await self._latest(change)
@@ -323,15 +324,17 @@ class Replicator:
             change.repository, Digest.parse(change.tag), api.Stamp(change.time, change.source)
         )
 
-    async def _copy(self, entry: _Entry, lane: _Lane, latest: api.TagChange) -> None:
+    async def _copy(self, entry: Entry, lane: _Lane, latest: api.TagChange) -> None:
         change, started_at = entry.change, trio.current_time()
         progress = entry.progress = Progress()
+        lane.copying.append(progress)
         try:
             is_new = await self._copier.copy(
                 lane.remote, change.repository, change.tag, latest, progress
             )
         finally:
             entry.progress = None
+            lane.copying.remove(progress)
             self._metrics.bytes.labels(lane.remote.name).inc(progress.bytes_sent)
         for referrer in progress.refused:
             # Alone it fails again, and is set aside with the reason.
@@ -347,7 +350,7 @@ class Replicator:
                 seconds=round(trio.current_time() - started_at, 3),
             )
 
-    async def _copied(self, entry: _Entry, lane: _Lane, stamp: tuple[int, str]) -> None:
+    async def _copied(self, entry: Entry, lane: _Lane, stamp: tuple[int, str]) -> None:
         """The remote knows what the tag was with this stamp, or something later."""
         async with self._turn:
             now = trio.current_time()
@@ -360,7 +363,7 @@ class Replicator:
                 log.info("replication_goes_on", remote=lane.remote.name, after=lane.failure)
                 lane.logged_at.clear()
             lane.failure = ""
-            del self._entries[key]
+            self._entries.remove(key)
             try:
                 await self._queue.remove(key)
             except (StoreFull, StoreUnavailable) as error:
@@ -368,7 +371,7 @@ class Replicator:
                 log.warning("replication_entry_left", key=key, reason=str(error))
 
     async def _failed(
-        self, entry: _Entry, lane: _Lane, error: SwarmpullError, tried: tuple[int, str]
+        self, entry: Entry, lane: _Lane, error: SwarmpullError, tried: tuple[int, str]
     ) -> None:
         """What the tag was with the stamp ``tried`` did not get there."""
         async with self._turn:
@@ -405,14 +408,14 @@ class Replicator:
                 entry, attempts=attempts, last_error=reason, next_at=time.time() + delay
             )
 
-    async def _update(self, entry: _Entry, **changes: Any) -> None:  # noqa: ANN401 - any field
+    async def _update(self, entry: Entry, **changes: Any) -> None:  # noqa: ANN401 - any field
         """Change an entry of the queue.  The caller has the turn."""
         await self._update_all((entry,), **changes)
 
-    async def _update_all(self, entries: Sequence[_Entry], **changes: Any) -> None:  # noqa: ANN401
+    async def _update_all(self, entries: Sequence[Entry], **changes: Any) -> None:  # noqa: ANN401
         """Change entries of the queue alike, with one flush.  The caller has the turn."""
         for entry in entries:
-            entry.change = attrs.evolve(entry.change, **changes)
+            self._entries.replace(entry, attrs.evolve(entry.change, **changes))
         try:
             await self._queue.put_all([entry.change for entry in entries])
         except (StoreFull, StoreUnavailable) as failure:
@@ -423,19 +426,16 @@ class Replicator:
 
     def queued(self, remote: str) -> int:
         """Entries for a remote that this index sees to, or that are set aside."""
-        return sum(
-            entry.change.remote == remote and not entry.change.standby
-            for entry in self._entries.values()
-        )
+        return self._entries.queued(remote)
 
     def set_aside(self) -> int:
         """Entries that are not tried."""
-        return sum(entry.change.set_aside for entry in self._entries.values())
+        return self._entries.set_aside_count
 
     def oldest(self) -> float:
         """Seconds since the change was made that waits for longest; 0 when none waits."""
-        waiting = (e.change.enqueued_at for e in self._entries.values() if not e.change.standby)
-        return max(0.0, time.time() - min(waiting, default=math.inf))
+        first = next(self._entries.mine(), None)
+        return 0.0 if first is None else max(0.0, time.time() - first.change.enqueued_at)
 
     def remotes(self) -> Iterable[str]:
         """Their names."""
@@ -443,33 +443,33 @@ class Replicator:
 
     def document(self) -> Mapping[str, object]:
         """Everything that ``swarmpull replication status`` shows."""
-        mine = [entry for entry in self._entries.values() if not entry.change.standby]
+        standby = len(self._entries.standby)
+        shown = itertools.islice(self._entries.mine(), SHOWN_MAX)
         return {
             "remotes": [self._remote_document(lane) for lane in self._lanes.values()],
             "rules": [attrs.asdict(each, filter=_is_public) for each in self._rules.rules],
-            "queued": len(mine),
-            "standby": len(self._entries) - len(mine),
+            "queued": len(self._entries) - standby,
+            "standby": standby,
             "set_aside": self.set_aside(),
             "oldest_seconds": round(self.oldest(), 1),
-            "entries": [self._entry_document(entry) for entry in mine[:SHOWN_MAX]],
+            "entries": [self._entry_document(entry) for entry in shown],
             "syncs": list(self._syncs),
             "sync_failure": self._sync_failure,
         }
 
     def _remote_document(self, lane: _Lane) -> dict[str, object]:
         name = lane.remote.name
-        mine = [entry for entry in self._entries.values() if entry.change.remote == name]
         # An answer to what is under way is later than any failure.
-        answers = any(entry.progress is not None and entry.progress.is_answered for entry in mine)
+        answers = any(progress.is_answered for progress in lane.copying)
         return {
             "name": name,
             "queued": self.queued(name),
-            "set_aside": sum(entry.change.set_aside for entry in mine),
+            "set_aside": self._entries.set_aside(name),
             "failing": lane.schedule.target_fails,
             "failure": "" if answers else lane.failure,
         }
 
-    def _entry_document(self, entry: _Entry) -> dict[str, object]:
+    def _entry_document(self, entry: Entry) -> dict[str, object]:
         change, now = entry.change, time.time()
         failure = change.last_error
         if change.remote not in self._rules.remotes_of(change.repository):
@@ -520,16 +520,15 @@ class Replicator:
         for field, value in wanted.items():
             if not isinstance(value, str):
                 raise ValueError(f"{field} must be a text: {value!r:.100}")
-        known = {*self._lanes, *(key[0] for key in self._entries)}
+        known = {*self._lanes, *self._entries.remotes}
         if wanted.get("remote", "") not in {"", *known}:
             raise ValueError(
                 f"no remote is called {wanted['remote']!r}: {', '.join(sorted(known))}"
             )
         keys = [
-            key
-            for key, entry in self._entries.items()
-            if not entry.change.standby
-            and all(getattr(entry.change, field) == value for field, value in wanted.items())
+            entry.change.key
+            for entry in self._entries.mine()
+            if all(getattr(entry.change, field) == value for field, value in wanted.items())
         ]
         count = 0
         for start in range(0, len(keys), RETRIED_AT_ONCE):
@@ -539,7 +538,7 @@ class Replicator:
     async def _retry_all(self, keys: Iterable[ChangeKey]) -> int:
         """Make entries due; returns how many the remotes do not have by now."""
         async with self._turn:
-            entries = [self._entries[key] for key in keys if key in self._entries]
+            entries = [entry for key in keys if (entry := self._entries.get(key)) is not None]
             await self._update_all(entries, set_aside=False, attempts=0, next_at=time.time())
             for entry in entries:
                 self._remember(entry.change, 0.0)
@@ -636,7 +635,7 @@ def _is_public(attribute: attrs.Attribute[Any], _: object) -> bool:
     return not attribute.name.startswith("_")
 
 
-def _state(entry: _Entry, is_tried: bool) -> str:
+def _state(entry: Entry, is_tried: bool) -> str:
     if entry.progress is not None:
         return "copying"
     if not is_tried:
