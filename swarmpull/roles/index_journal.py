@@ -247,7 +247,9 @@ class Journal:
                 if kept.acknowledged_at <= deleted.at and _makes_part(kept.change, deleted)
             ]
             if dropped:
-                await self._remove(dropped)
+                # Who asked waits for a second; what the disk does not have any more must not stay in memory.
+                with trio.CancelScope(shield=True):
+                    await self._remove(dropped)
 
     async def _keep(self, changes: Iterable[PendingChange], *, mine: bool) -> None:
         now = time.time()
