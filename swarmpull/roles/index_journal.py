@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -62,6 +62,8 @@ BATCH: Final = 200
 BATCH_BYTES: Final = 1 << 20
 # Changes that are written to the backend before the other indexes are told of them.
 WRITE_BATCH: Final = 200
+# Changes on which the backend may fail before the rest is left for later: each may take seconds to fail.
+FAILURES_MAX: Final = 3
 # Seconds between two looks whether the backend is back.
 LOOK_INTERVAL: Final = 0.5
 # For so many seconds after the return of the backend the changes of others are left to them.
@@ -128,6 +130,8 @@ class Journal:
         # What this process has written (True), or dropped: others may have it for a while, and are asked for
         # theirs.
         self._done: dict[str, bool] = {}
+        # How often the backend has failed on each.
+        self._failed: Counter[str] = Counter()
         self._filled = trio.Event()
         self._depth = metrics.gauge(
             "index_journal_changes", "Acknowledged changes that the backend does not have yet."
@@ -461,6 +465,7 @@ class Journal:
         with trio.CancelScope(shield=True):
             await self._rows.put(refused)
         del self._changes[kept.id]
+        self._failed.pop(kept.id, None)
         self._pending.remove(kept.change)
         self.set_aside.add(refused)
         # What is kept of lookups has seen it.
@@ -493,7 +498,8 @@ class Journal:
     async def _write(self, *, mine_only: bool) -> None:
         before = len(self._changes)
         wanted = self._with_references() if mine_only else list(self._changes.values())
-        wanted.sort(key=lambda each: each.kept_at)
+        # What the backend fails on, perhaps one damaged object, comes last and does not hold up the rest.
+        wanted.sort(key=lambda each: (self._failed.get(each.id, 0), each.kept_at))
         while wanted:
             batch, wanted = wanted[:WRITE_BATCH], wanted[WRITE_BATCH:]
             written, stuck = await self._write_batch(batch)
@@ -526,6 +532,7 @@ class Journal:
     async def _write_batch(self, batch: Iterable[Kept]) -> tuple[list[Kept], bool]:
         """Returns what the backend has now, and whether it has failed."""
         written: list[Kept] = []
+        failed = 0
         for kept in batch:
             try:
                 async with self._writing:
@@ -536,6 +543,9 @@ class Journal:
             except SwarmpullError as error:
                 self._complain(kept.change, error)
                 if isinstance(error, BackendUnavailable):
+                    self._failed[kept.id] += 1
+                    failed += 1
+                if failed >= FAILURES_MAX:
                     return written, True
         return written, False
 
@@ -589,6 +599,7 @@ class Journal:
                 self._forget(pending.change)
         kept = pending or self.set_aside.pop(change_id)
         self._bytes -= 0 if kept is None else kept.size
+        self._failed.pop(change_id, None)
         self._done[change_id] = written
 
     def _trim(self) -> None:

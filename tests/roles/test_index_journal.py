@@ -46,6 +46,7 @@ from swarmpull.roles import catalog as catalog_module
 from swarmpull.roles import direct_changes, index_contact, index_journal, index_peers
 from swarmpull.roles import index as index_module
 from swarmpull.roles.catalog import Catalog
+from swarmpull.roles.catalog_objects import changes_key
 from swarmpull.roles.catalog_replay import Replay
 from swarmpull.roles.cluster import Cluster, IndexClient
 from swarmpull.roles.direct_changes import DirectChanges
@@ -1320,3 +1321,28 @@ def test_what_was_changed_long_ago_is_forgotten_on_the_safe_side(monkeypatch):
         direct.ended("app", f"v{now}")
     assert direct.last("app", "v4000") == 4000
     assert direct.last("app", "never") == direct.last("app", "v2000") == 2000
+
+
+async def test_one_object_that_cannot_be_read_does_not_hold_up_the_rest(tmp_path):
+    async with indexes_in(tmp_path) as indexes:
+        await indexes.client(0).record_manifest(put(1, "damaged"))
+        backend = await open_backend(indexes.backend.as_uri())
+        key = changes_key("app", "damaged")
+        whole = await backend.get_bytes(key)
+        await backend.put_bytes(key, b"no log")
+        await indexes.take_away()
+        for number in range(2, 6):
+            await indexes.client(0).record_manifest(put(number, "damaged"))
+        await indexes.client(0).record_manifest(put(6, "v1"))
+        indexes.bring_back()
+        for number in range(2):
+            while (await indexes.status(number))["journal"]["changes"] != 4:
+                pass
+        assert await (await indexes.catalog()).resolve("app", "v1") == describe(6)
+        journal = (await indexes.status(0))["journal"]
+        assert "is damaged" in journal["trouble"]
+        assert journal["set_aside"] == 0, "it may be mended"
+        await backend.put_bytes(key, whole)
+        for number in range(2):
+            await indexes.written(number)
+        assert await indexes.client(0).resolve("app", "damaged") == describe(5)
