@@ -21,7 +21,7 @@ import attrs
 import httpx
 
 from swarmpull import __version__
-from swarmpull.errors import SwarmpullError
+from swarmpull.errors import StartupError, SwarmpullError
 
 # What listeners for HTTPS answer to plain HTTP.
 HTTPS_ONLY: Final = "this port takes HTTPS only"
@@ -251,12 +251,22 @@ async def open_http(
 
     ``socket`` is the path of a Unix socket where that server listens.  ``proxy`` is the URL of one that is
     asked for everything, or `FROM_ENVIRONMENT` for what HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY say.
+
+    Raises:
+        StartupError: what they say is no proxy that can be used.
     """
-    limits = limits or ClientLimits()
+    async with _http_client(base, limits or ClientLimits(), socket, proxy) as http:
+        yield HttpClient(http, base, login)
+
+
+def _http_client(
+    base: str, limits: ClientLimits, socket: str | None, proxy: str
+) -> httpx.AsyncClient:
     by_environment = proxy == FROM_ENVIRONMENT
     # The system's certificates rather than a bundle of our own.  No proxy from the environment unasked: it
     # would be asked for registries on loopback.
-    async with httpx.AsyncClient(
+    make = functools.partial(
+        httpx.AsyncClient,
         base_url=base,
         timeout=httpx.Timeout(limits.silence, connect=limits.connect, pool=None),
         limits=httpx.Limits(max_connections=limits.connections),
@@ -265,8 +275,17 @@ async def open_http(
         proxy=None if by_environment else proxy or None,
         trust_env=by_environment,
         headers={"Accept-Encoding": "identity", "User-Agent": f"swarmpull/{__version__}"},
-    ) as http:
-        yield HttpClient(http, base, login)
+    )
+    if not by_environment:
+        return make()
+    try:
+        return make()
+    except (ImportError, ValueError, httpx.InvalidURL):
+        # Without their words, in which there may be a password.
+        raise StartupError(
+            f"{base} cannot be reached through the proxies of the environment",
+            "HTTPS_PROXY, HTTP_PROXY and ALL_PROXY must be http://host:port, and SOCKS is not spoken",
+        ) from None
 
 
 def _origin(url: httpx.URL) -> tuple[str, str, int | None]:

@@ -610,7 +610,7 @@ async def open_upstream(
     """The registry at ``registry+https://host`` or ``registry+http://host``, for the length of the block.
 
     Nothing is asked of it yet: an upstream that is down keeps no role from starting.  ``proxy`` is as for
-    `open_http`.
+    `open_http`, which may raise StartupError.
     """
     base = url.removeprefix("registry+").rstrip("/")
     async with open_http(base, limits, proxy=proxy) as http:

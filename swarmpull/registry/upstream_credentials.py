@@ -8,6 +8,7 @@ Secrets appear in no error and no log.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import re
 import shutil
@@ -23,6 +24,7 @@ from swarmpull.errors import SwarmpullError
 _FILE_BYTES_MAX: Final = 1 << 20
 # Those of clouds ask a service of theirs; docker itself waits for ever.
 HELPER_SECONDS: Final = 15.0
+_HELPER_BYTES_MAX: Final = 64 << 10
 # It becomes part of the name of a program.
 _HELPER_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 # What all of them say, with status 1, of a registry that they do not know.
@@ -150,35 +152,80 @@ def _of_entry(entry: dict[str, Any]) -> LoginSecret | None:
 
 async def _ask_helper(program: str, registry: str) -> LoginSecret | None:
     """What a credential helper has for a registry; None when it says that it has nothing."""
-    if shutil.which(program) is None:
+    # PATH may lead to file systems that hang.
+    path = await trio.to_thread.run_sync(shutil.which, program, abandon_on_cancel=True)
+    if path is None:
         raise LoginFailed(f"{program} is not on PATH: docker_config names it for {registry}")
     server = _DOCKER_HUB if registry in _DOCKER_HUB_NAMES else registry
-    with trio.move_on_after(HELPER_SECONDS) as patience:
-        # Cancelled, it is killed.
-        ended = await trio.run_process(
-            [program, "get"],
-            stdin=server.encode(),
-            capture_stdout=True,
-            capture_stderr=True,
-            check=False,
-        )
-    if patience.cancelled_caught:
-        reason = f"{program} does not answer within {HELPER_SECONDS:g} s"
-        raise LoginFailed(reason, transient=True)
-    if ended.returncode:
-        if _UNKNOWN in ended.stdout.lower() + ended.stderr.lower():
-            return None
-        raise LoginFailed(_failure_of(program, ended), transient=True)
     try:
-        answer = json.loads(ended.stdout)
+        with trio.fail_after(HELPER_SECONDS):
+            said = await _run_helper(path, server.encode())
+    except trio.TooSlowError:
+        reason = f"{program} does not answer within {HELPER_SECONDS:g} s"
+        raise LoginFailed(reason, transient=True) from None
+    except OSError as error:
+        raise LoginFailed(f"{program} cannot be run: {error.strerror}") from error
+    if said.status:
+        if _UNKNOWN in said.output.lower() + said.errors.lower():
+            return None
+        raise LoginFailed(_failure_of(program, said), transient=True)
+    try:
+        answer = json.loads(said.output)
         username, secret = answer["Username"], answer["Secret"]
     except (ValueError, TypeError, LookupError, RecursionError):
         raise LoginFailed(f"{program} answers with no credentials") from None
+    if not username and not secret:
+        return None  # some say so instead of failing
     return LoginSecret(token=str(secret)) if username == _TOKEN_USER else _basic(username, secret)
 
 
-def _failure_of(program: str, ended: subprocess.CompletedProcess[bytes]) -> str:
+@attrs.frozen
+class _Said:
+    """What a program has written, `_HELPER_BYTES_MAX` of each at most, and its status."""
+
+    status: int
+    output: bytes = attrs.field(repr=False)
+    errors: bytes
+
+
+async def _run_helper(path: str, asked: bytes) -> _Said:
+    """Run a helper to its end; cancelled, it is killed.  Raises OSError when it cannot be run."""
+    pipe = subprocess.PIPE
+    process = await trio.lowlevel.open_process([path, "get"], stdin=pipe, stdout=pipe, stderr=pipe)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    output, errors = bytearray(), bytearray()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_feed, process.stdin, asked)
+            nursery.start_soon(_keep_start, process.stdout, output)
+            nursery.start_soon(_keep_start, process.stderr, errors)
+            status = await process.wait()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            with trio.CancelScope(shield=True):
+                await process.wait()
+    return _Said(status, bytes(output), bytes(errors))
+
+
+async def _feed(stream: trio.abc.SendStream, content: bytes) -> None:
+    async with stream:
+        # It need not listen to what it is asked.
+        with contextlib.suppress(trio.BrokenResourceError):
+            await stream.send_all(content)
+
+
+async def _keep_start(stream: trio.abc.ReceiveStream, start: bytearray) -> None:
+    """Read to the end, so that whoever writes can end, and keep what fits."""
+    async with stream:
+        while part := await stream.receive_some():
+            start += part[: _HELPER_BYTES_MAX - len(start)]
+
+
+def _failure_of(program: str, said: _Said) -> str:
     """With the first line of what it says: on failure that is no secret."""
-    said = (ended.stderr.strip() or ended.stdout.strip()).decode("utf-8", "replace")
-    line = said.splitlines()[0][:200] if said else "it says nothing"
-    return f"{program} fails with status {ended.returncode}: {line}"
+    text = (said.errors.strip() or said.output.strip()).decode("utf-8", "replace")
+    line = text.splitlines()[0][:200] if text else "it says nothing"
+    return f"{program} fails with status {said.status}: {line}"

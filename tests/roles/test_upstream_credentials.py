@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -115,6 +116,8 @@ async def test_a_helper_that_does_not_know_the_registry_means_anonymous(
     server.login = "token"
     install("echo 'credentials not found in native keychain'; exit 1")
     assert await pull(server, docker_config(tmp_path, credsStore="test")) == CONTENT
+    install(says("", ""))
+    assert await pull(server, docker_config(tmp_path, credsStore="test")) == CONTENT
     # Or what the file itself has.
     server.login = "basic"
     auths = {"here": {"username": USER, "password": PASSWORD}}
@@ -128,16 +131,38 @@ async def test_a_helper_that_does_not_know_the_registry_means_anonymous(
         ("exit 1", "fails with status 1: it says nothing"),
         ("echo secret-thing", "docker-credential-test answers with no credentials"),
         ("echo '[]'", "answers with no credentials"),
+        ("yes", "does not answer within 0.3 s"),
         ("sleep 600", "does not answer within 0.3 s"),
     ],
 )
 async def test_a_helper_that_fails_is_named(install, tmp_path, monkeypatch, script, reason) -> None:
     monkeypatch.setattr(upstream_credentials, "HELPER_SECONDS", 0.3)
-    install(script.replace("sleep", "exec sleep"))
+    install(f"exec {script}" if script in ("yes", "sleep 600") else script)
     config = docker_config(tmp_path, credHelpers={"here": "test"})
     with trio.fail_after(30), pytest.raises(LoginFailed, match=reason) as caught:
         await Credentials("here", docker_config=config).find()
     assert "secret-thing" not in str(caught.value)
+
+
+async def test_a_helper_that_cannot_be_run_is_named(install, tmp_path) -> None:
+    program = install("").parent / "bin" / "docker-credential-test"
+    program.write_text("#!/nowhere/sh\n")
+    config = docker_config(tmp_path, credHelpers={"here": "test"})
+    with pytest.raises(LoginFailed, match="docker-credential-test cannot be run: No such file"):
+        await Credentials("here", docker_config=config).find()
+
+
+async def test_a_helper_that_floods_us_fills_no_memory(install, tmp_path) -> None:
+    install("head -c 50000000 /dev/zero; exit 1")
+    config = docker_config(tmp_path, credHelpers={"here": "test"})
+    tracemalloc.start()
+    try:
+        with pytest.raises(LoginFailed, match="fails with status 1"):
+            await Credentials("here", docker_config=config).find()
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 10_000_000
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -15,7 +16,7 @@ import trio
 from swarmpull import certificates
 from swarmpull.config import UpstreamConfig
 from swarmpull.digest import Digest
-from swarmpull.errors import BackendUnavailable
+from swarmpull.errors import BackendUnavailable, StartupError
 from swarmpull.registry.upstream import Patience, open_upstream
 from swarmpull.registry.upstream_credentials import Credentials
 from swarmpull.store.backends.base import blob_key
@@ -155,6 +156,23 @@ async def test_the_environment_names_proxy_password_and_exceptions(
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         assert await pull(server.url, "environment") == CONTENT
         assert len(proxy.requests) == asked
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ALL_PROXY", "socks5://me:secret@proxy:1080"),
+        ("HTTPS_PROXY", "ftp://me:secret@proxy:3128"),
+        ("HTTPS_PROXY", "http://me:secret/@proxy:3128"),
+    ],
+)
+async def test_an_environment_that_names_no_usable_proxy_is_said_without_its_password(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(StartupError, match="through the proxies of the environment") as caught:
+        await pull("https://registry.example", "environment")
+    assert "secret" not in "".join(traceback.format_exception(caught.value))
 
 
 async def test_a_proxy_that_refuses_or_is_not_there_is_said(proxy: Proxy) -> None:
