@@ -89,11 +89,13 @@ class _Shared:
 
     Attributes:
         failures: why it must not be acknowledged.
-        clear: those that surely do not have it.
+        tried: those to which it was to be given.
+        asked: those of them that may have got it.
     """
 
     failures: list[SwarmpullError] = attrs.Factory(list)
-    clear: set[str] = attrs.Factory(set)
+    tried: set[str] = attrs.Factory(set)
+    asked: set[str] = attrs.Factory(set)
 
 
 class Journal:
@@ -185,14 +187,25 @@ class Journal:
             StoreUnavailable: the disk of one of them fails; or one of these, and the change could not be
                 withdrawn from all.
         """
-        await self._keep(changes, mine=True)
+        if judged_by:
+            await self._check_sure(judged_by)
+        # From here on, what may be wrong is withdrawn, whether somebody waits for it or not.
+        with trio.CancelScope(shield=bool(judged_by)):
+            await self._keep(changes, mine=True)
+            shared = _Shared()
+            if judged_by and not self.is_sure(judged_by, changes):
+                shared.failures.append(NotSure("this index has changed it meanwhile"))
+            for batch in () if shared.failures else _batches(changes):
+                await self._share(batch, judged_by, shared)
+            if shared.failures:
+                await self._withdraw(changes, shared)
+
+    async def _check_sure(self, judged_by: str) -> None:
+        """Raise NotSure before anything is kept: if this process dies then, nothing wrong comes true."""
         shared = _Shared()
-        if judged_by and not self.is_sure(judged_by, changes):
-            shared.failures.append(NotSure("this index has changed it meanwhile"))
-        for batch in () if shared.failures else _batches(changes):
-            await self._share(batch, judged_by, shared)
+        await self._share((), judged_by, shared)
         if shared.failures:
-            await self._withdraw(changes, shared)
+            raise shared.failures[0]
 
     def is_sure(self, judged_by: str, made: Iterable[PendingChange] = ()) -> bool:
         """Whether that is the last change of its tag: this index has made none since, and knows of no other.
@@ -332,10 +345,12 @@ class Journal:
     async def _share(
         self, changes: Sequence[PendingChange], judged_by: str, shared: _Shared
     ) -> None:
+        """Give changes to the others, or only ask them whether they are sure."""
         request = api.KeepPendingRequest(tuple(changes), judged_by=judged_by)
         deadline = trio.current_time() + SHARE_TIMEOUT
 
         async def give(address: str) -> None:
+            was_asked = True
             try:
                 reply = await self._peers.insist(address, api.KEEP_PENDING, request, deadline)
             except RpcUnavailable as error:
@@ -343,8 +358,7 @@ class Journal:
                 log.info("index_journal_not_shared", index=address, reason=error.reason)
                 if judged_by:
                     shared.failures.append(NotSure(f"index {address} does not answer"))
-                if not error.asked:
-                    shared.clear.add(address)
+                was_asked = error.asked
             except SwarmpullError as error:
                 shared.failures.append(error)
             else:
@@ -352,8 +366,13 @@ class Journal:
                     reason = f"index {address} has changed it meanwhile, or does not know"
                     shared.failures.append(NotSure(reason))
 
+            if was_asked:
+                shared.asked.add(address)
+
+        others = self._peers.others
+        shared.tried.update(others)
         async with trio.open_nursery() as nursery:
-            for address in self._peers.others:
+            for address in others:
                 nursery.start_soon(give, address)
 
     async def _withdraw(self, changes: Sequence[PendingChange], shared: _Shared) -> None:
@@ -362,7 +381,8 @@ class Journal:
         Returns when the backend has it after all.  Raises StoreUnavailable when it may come true.
         """
         ids = [id_of(change) for change in changes]
-        others = [each for each in self._peers.others if each not in shared.clear]
+        # One that was not tried may have asked for it.
+        others = set(self._peers.others) - (shared.tried - shared.asked)
         silent: list[str] = []
 
         async def drop_at(address: str) -> None:
@@ -374,12 +394,18 @@ class Journal:
             async with trio.open_nursery() as nursery:
                 for address in others:
                     nursery.start_soon(drop_at, address)
-            dropped = await self._drop(ids)
-        if not dropped:
-            return
+            try:
+                dropped = await self._drop(ids)
+            except SwarmpullError as error:
+                silent.append(f"this index ({error})")
+            else:
+                if not dropped:
+                    return
+                if len(dropped) < len(ids):
+                    silent.append("this index, which has written a part of it,")
         failure = shared.failures[0]
-        if silent or len(dropped) < len(ids):
-            who = ", ".join(silent) or "this index, which is writing it,"
+        if silent:
+            who = ", ".join(sorted(silent))
             raise StoreUnavailable(
                 self._rows.name,
                 f"{failure}; and {who} could not be told to forget it: whether it comes true is known when "

@@ -969,6 +969,30 @@ async def test_a_replay_that_stood_still_brings_nothing_back(tmp_path, kind, is_
                 await here.resolve("app", reference)
 
 
+async def test_a_tag_that_was_written_too_late_is_taken_back_at_the_next_start(tmp_path):
+    catalog = Catalog(
+        await open_backend((tmp_path / "backend").as_uri()), "here", records_deletions=True
+    )
+    at = time.time_ns()
+    stamp = api.Stamp(at, "there")
+    await catalog.record_manifest(put(2))
+    await catalog.record_manifest(put(1, None))
+    await catalog.delete_manifest("app", describe(1).digest)
+    # By a process that was killed right after that.
+    late = attrs.evolve(stamp, time=time.time_ns())
+    for tag, of in (("v1", late), ("v2", stamp)):
+        await catalog.tags.put("app", tag, describe(1), stamp=of, from_journal=True)
+    for tag, of in (("v1", late), ("v2", stamp)):
+        change = api.PendingChange(manifest=put(1, tag, stamp=of), at=at)
+        await Replay(catalog).write(change, at)
+        with pytest.raises(ManifestNotFound):
+            await catalog.resolve("app", tag)
+    # Once more, after it was pushed again.
+    await catalog.record_manifest(put(1, "v2"))
+    await Replay(catalog).write(change, at)
+    assert await catalog.resolve("app", "v2") == describe(1)
+
+
 # --- what can never be written ----------------------------------------------------------------
 
 SUBJECT = Digest.of(b"subject")
@@ -1280,6 +1304,37 @@ async def test_a_condition_is_not_judged_by_what_may_have_changed_since(tmp_path
         history = (await (await indexes.catalog()).tag_log("app", "v1")).changes
         digests = [change.digest for change in history]
         assert digests == [describe(number).digest for number in (1, 2, 4, 5)]
+
+
+async def test_a_change_on_a_condition_whose_caller_leaves_is_withdrawn_or_made(
+    tmp_path, monkeypatch
+):
+    keeping, gate = trio.Event(), trio.Event()
+    keep = Journal.keep
+    async with indexes_in(tmp_path) as indexes:
+        await indexes.take_away()
+        await indexes.client(0).record_manifest(put(1))
+
+        async def keep_and_doubt(self: Journal, request: api.KeepPendingRequest) -> api.PendingKept:
+            reply = await keep(self, request)
+            if not request.changes:
+                return reply
+            keeping.set()
+            await gate.wait()
+            return attrs.evolve(reply, sure=False)
+
+        monkeypatch.setattr(Journal, "keep", keep_and_doubt)
+        async with trio.open_nursery() as nursery:
+            wanted = put(2, expect=str(describe(1).digest))
+            nursery.start_soon(indexes.client(0).record_manifest, wanted)
+            await keeping.wait()
+            nursery.cancel_scope.cancel()
+        gate.set()
+        for number in range(2):
+            while (await indexes.status(number))["journal"]["changes"] != 1:
+                pass
+            assert await indexes.client(number).resolve("app", "v1") == describe(1)
+        indexes.bring_back()
 
 
 async def test_a_condition_needs_the_answer_of_every_index(tmp_path):
