@@ -9,7 +9,7 @@ moment when all its piece hashes are known: they stand beside it there.
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Final
@@ -39,11 +39,16 @@ from swarmpull.swarm.metainfo import Metainfo
 from swarmpull.telemetry import Metrics
 from swarmpull.wire import api
 from swarmpull.wire.listen import parse_address
+from swarmpull.wire.rpc import RpcPool
 
 log = structlog.get_logger()
 
-# Blobs that are handed over at the same time, to all clusters; the others wait.
+# Blobs that are handed over to one cluster at the same time; the others wait.
 HAND_OVERS_MAX: Final = 16
+# Seconds without a byte sent after which the other origin is asked whether it answers at all, and for which
+# its answer is waited for.
+PROBE_INTERVAL: Final = 15.0
+PROBE_PATIENCE: Final = 10.0
 # How long one call may wait, in seconds.
 WAIT_MAX: Final = 10.0
 # Origins of the other cluster that are tried for one blob.
@@ -77,7 +82,8 @@ class HandOvers:
         host.handed_over = self
         self._pools = pools
         self._work: SharedWork[api.HandOverReply] = SharedWork(nursery)
-        self._places = trio.CapacityLimiter(HAND_OVERS_MAX)
+        # One that hangs does not hold up the others.
+        self._places: dict[str, trio.CapacityLimiter] = {}
         self._buckets: dict[str, TokenBucket] = {}
         self._under_way: dict[tuple[Digest, str, str], _HandOver] = {}
         self._sent = metrics.counter(
@@ -122,7 +128,8 @@ class HandOvers:
     async def _hand_over(
         self, request: api.HandOverRequest, key: tuple[Digest, str, str]
     ) -> api.HandOverReply:
-        async with self._places:
+        places = self._places.setdefault(request.remote, trio.CapacityLimiter(HAND_OVERS_MAX))
+        async with places:
             with (
                 self._content.store.hold(request.digest, Pin.SENDING),
                 self._counted(request, key) as progress,
@@ -176,9 +183,8 @@ class HandOvers:
         self._check_peer_tls(owner, reply)
         metainfo, download = await self._seeded(digest, namespace)
         adopt = api.AdoptRequest(metainfo, namespace, self._host.contact)
-        call = partial(pool.call, owner, api.ADOPT_BLOB, adopt, timeout=ADOPT_TIMEOUT)
         with self._host.toll(digest, reply.taker.peer_id, progress.toll):
-            await _while_it_comes(call, download)
+            await _Adoption(pool, owner, adopt, progress.toll, download).make()
         log.info(
             "blob_handed_over",
             digest=str(digest),
@@ -212,27 +218,59 @@ class HandOvers:
         return self._buckets.setdefault(remote, TokenBucket())
 
 
-async def _while_it_comes(call: Callable[[], Awaitable[object]], download: Download | None) -> None:
-    """Make a call, but no longer than until a download has failed.
+@attrs.define(eq=False)
+class _Adoption:
+    """One call that has an origin of another cluster adopt a blob, for as long as it can come to anything."""
 
-    Raises:
-        SwarmpullError: why the download has failed, or what the call raises.
-    """
-    failure: SwarmpullError | None = None
-    async with trio.open_nursery() as nursery:
-        if download is not None:
-            nursery.start_soon(_cancel_when_failed, download, nursery.cancel_scope)
-        try:
-            await call()
-        except SwarmpullError as error:
-            # Raised below: out of the nursery it would come wrapped in a group.
-            failure = error
-        nursery.cancel_scope.cancel()
-    if download is not None and download.failed:
-        # It tells more than what the other side makes of it.
-        await download.wait()
-    if failure is not None:
-        raise failure
+    pool: RpcPool
+    owner: str
+    request: api.AdoptRequest
+    toll: Toll
+    download: Download | None
+    _failure: SwarmpullError | None = None
+
+    async def make(self) -> None:
+        """Return when the blob is there.
+
+        Raises:
+            RpcUnavailable: the origin does not answer any more.
+            SwarmpullError: why the blob does not come here any more, or what the origin says.
+        """
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._probe, nursery.cancel_scope)
+            if self.download is not None:
+                nursery.start_soon(_cancel_when_failed, self.download, nursery.cancel_scope)
+            try:
+                await self.pool.call(
+                    self.owner, api.ADOPT_BLOB, self.request, timeout=ADOPT_TIMEOUT
+                )
+            except SwarmpullError as error:
+                # Raised below: out of the nursery it would come wrapped in a group.
+                self._failure = error
+            nursery.cancel_scope.cancel()
+        if self.download is not None and self.download.failed:
+            # It tells more than what the other side makes of it.
+            await self.download.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    async def _probe(self, scope: trio.CancelScope) -> None:
+        """End the call when the origin takes nothing and answers nothing."""
+        sent = -1
+        while True:
+            await trio.sleep(PROBE_INTERVAL)
+            if self.toll.sent == sent:
+                # It may have all of it, and copy it to others there.
+                try:
+                    await self.pool.call(self.owner, api.PING, api.Empty(), timeout=PROBE_PATIENCE)
+                except RpcUnavailable as error:
+                    self._failure = error
+                    scope.cancel()
+                    return
+                except SwarmpullError as error:
+                    # Any answer will do.
+                    log.debug("hand_over_probed", owner=self.owner, answer=str(error))
+            sent = self.toll.sent
 
 
 async def _cancel_when_failed(download: Download, scope: trio.CancelScope) -> None:

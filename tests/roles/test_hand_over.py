@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
+import trio
 
 from swarmpull.digest import Digest
 from swarmpull.errors import BackendUnavailable
-from swarmpull.roles import cold_fetch, origin_backends, replicator, swarm_host
+from swarmpull.roles import cold_fetch, hand_over, origin_backends, replicator, swarm_host
 from swarmpull.store.backends import open_backend
 from swarmpull.swarm.connections import ConnectionLimits
+from swarmpull.swarm.peers import PeerContact, PeerKind
 from swarmpull.swarm.scheduler import SwarmLimits
+from swarmpull.wire import api
+from swarmpull.wire.rpc import RpcContext, RpcService, serve_rpc
 
-from .roles import Cluster
+from .roles import Cluster, whole_cluster
 from .test_cold_blobs import Gated
 from .test_replicated_referrers import west_under
 from .test_replicator import CONFIG, East, digest_at, east_under, until
@@ -163,3 +170,72 @@ async def test_a_hand_over_whose_fetch_fails_says_so_and_goes_on_from_what_has_a
         await east.cluster.counted("index-0", 'replication_copied_total{remote="west"}', 1)
         assert await digest_at(west) == digest
         assert await received(west) < len(LAYER) + MIB
+
+
+@asynccontextmanager
+async def hung_origin(taker: PeerContact, *, answers_pings: bool) -> AsyncIterator[str]:
+    """An origin of another cluster that wants every blob, and then says nothing more."""
+
+    async def offer(_: api.OfferRequest, __: RpcContext) -> api.OfferReply:
+        return api.OfferReply(True, taker)
+
+    async def hang(_: object, __: RpcContext) -> api.Empty:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    service = RpcService()
+    service.register(api.OFFER_BLOB, offer)
+    service.register(api.ADOPT_BLOB, hang)
+    if not answers_pings:
+        service.register(api.PING, hang)
+    async with trio.open_nursery() as nursery:
+        host, port = await nursery.start(partial(serve_rpc, service, "127.0.0.1", 0))
+        yield f"{host}:{port}"
+        nursery.cancel_scope.cancel()
+
+
+NOBODY = PeerContact("0" * 32, "127.0.0.1", 1, PeerKind.ORIGIN)
+
+
+async def test_a_cluster_that_hangs_does_not_hold_up_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hand_over, "HAND_OVERS_MAX", 2)
+    async with (
+        whole_cluster(tmp_path / "east") as east,
+        whole_cluster(tmp_path / "west") as west,
+        hung_origin(NOBODY, answers_pings=True) as hung,
+    ):
+        blobs = [b"blob %d" % number for number in range(3)]
+        for blob in blobs:
+            assert (await east.push_blob("origin", "team/app", blob)).status_code == 201
+
+        async def hand(blob: bytes, remote: str, owner: str) -> api.HandOverReply:
+            request = api.HandOverRequest(Digest.of(blob), "team/app", remote, (owner,), None, 0.5)
+            address = east.roles["origin"].address("rpc")
+            return await east.pool.call(address, api.HAND_OVER, request, timeout=20.0)
+
+        for blob in blobs[:2]:
+            assert not (await hand(blob, "north", hung)).done
+        owner = west.roles["origin"].address("rpc")
+        while not (await hand(blobs[2], "west", owner)).done:  # noqa: ASYNC110 - of another role
+            await trio.sleep(0.02)
+
+
+async def test_an_origin_that_hangs_is_given_up_for_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hand_over, "PROBE_INTERVAL", 0.1)
+    monkeypatch.setattr(hand_over, "PROBE_PATIENCE", 0.3)
+    async with (
+        whole_cluster(tmp_path / "east") as east,
+        whole_cluster(tmp_path / "west") as west,
+        hung_origin(NOBODY, answers_pings=False) as hung,
+    ):
+        assert (await east.push_blob("origin", "team/app", LAYER)).status_code == 201
+        owners = (hung, west.roles["origin"].address("rpc"))
+        request = api.HandOverRequest(Digest.of(LAYER), "team/app", "west", owners, None, 1.0)
+        address = east.roles["origin"].address("rpc")
+        while not (await east.pool.call(address, api.HAND_OVER, request, timeout=20.0)).done:
+            pass
+        assert await received(west) == len(LAYER)
