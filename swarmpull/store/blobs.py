@@ -395,11 +395,14 @@ class BlobStore:
 
         Raises:
             BlobNotFound: not here; or found to be damaged, and removed.
-            StoreUnavailable: the disk failed.
+            StoreUnavailable: the disk failed; a blob that it cannot read is removed.
         """
         with self._open(digest) as handle:
             known = await self._disk.run(self._tree.load_metainfo, digest, handle.length)
-            return known or await self._compute_metainfo(digest, handle)
+            if known is not None:
+                return known
+            async with self.janitor.watching(digest, handle.fileno()):
+                return await self._compute_metainfo(digest, handle)
 
     async def read_small(self, digest: Digest, length_max: int) -> tuple[Metainfo, bytes | None]:
         """The metainfo of a blob and, if it has at most ``length_max`` bytes, all of it: in one step.
@@ -408,14 +411,15 @@ class BlobStore:
 
         Raises:
             BlobNotFound: not here; or, without metainfo, found to be damaged, and removed.
-            StoreUnavailable: the disk failed, or the blob was damaged there, and removed.
+            StoreUnavailable: the disk failed, or the blob was damaged or unreadable there, and removed.
         """
         with self._open(digest) as handle:
             if handle.length > length_max:
                 return await self.metainfo(digest), None
-            found = await self._disk.run(
-                self._tree.load_small, digest, handle.fileno(), handle.length
-            )
+            async with self.janitor.watching(digest, handle.fileno()):
+                found = await self._disk.run(
+                    self._tree.load_small, digest, handle.fileno(), handle.length
+                )
             if found is None:
                 # Without metainfo, or damaged: these two know what to do.
                 metainfo = await self.metainfo(digest)

@@ -20,6 +20,7 @@ import attrs
 from swarmpull.digest import Digest
 from swarmpull.errors import InvalidDigest
 from swarmpull.store import sidecars
+from swarmpull.store.disk import UNREADABLE
 from swarmpull.store.durable import (
     make_directory,
     read_exactly,
@@ -190,6 +191,11 @@ class ContentTree:
             metainfo, _ = sidecars.decode(self.sidecar_path(digest).read_bytes())
         except (FileNotFoundError, sidecars.DamagedSidecar):
             return None
+        except OSError as error:
+            # As good as damaged: it can be made anew, and the blob beside it may be the only copy.
+            if error.errno in UNREADABLE:
+                return None
+            raise
         return metainfo if metainfo.digest == digest else None
 
     def delete(self, digest: Digest) -> bool:

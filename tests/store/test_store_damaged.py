@@ -269,6 +269,49 @@ async def test_examining_a_blob_that_cannot_be_read_removes_it(
     assert not store.has(blob.digest)
 
 
+async def test_a_small_blob_that_cannot_be_read_is_removed_by_who_asks_for_its_metainfo(
+    store: BlobStore, content_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = content_of(414)
+    await put(store, content)
+    unreadable(monkeypatch, 100)
+    with pytest.raises(StoreUnavailable, match=os.strerror(errno.EIO)):
+        await store.read_small(content.digest, 1000)
+    assert not store.has(content.digest)
+
+
+async def test_metainfo_cannot_be_made_of_what_cannot_be_read(
+    store: BlobStore, blob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await put(store, blob)
+    store.path(blob.digest).with_name(f"{blob.digest.hex}.metainfo").unlink()
+    unreadable(monkeypatch, PIECE)
+    with pytest.raises(StoreUnavailable, match=os.strerror(errno.EIO)):
+        await store.metainfo(blob.digest)
+    assert not store.has(blob.digest)
+
+
+async def test_metainfo_that_cannot_be_read_is_made_anew_and_the_blob_stays(
+    store: BlobStore, blob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await put(store, blob)
+    read_bytes = Path.read_bytes
+
+    def read(path: Path) -> bytes:
+        if path.name.endswith(".metainfo"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read_bytes(path)
+
+    with monkeypatch.context() as failing:
+        failing.setattr(Path, "read_bytes", read)
+        # A blob that waits for the backend is verified before it is written there.
+        with store.hold(blob.digest, Pin.NOT_WRITTEN_BACK):
+            await store.verify(blob.digest)
+        await store.verify(blob.digest)
+        assert await store.metainfo(blob.digest) == blob.metainfo
+    assert await read_in_steps(store, blob) == blob.data
+
+
 async def test_what_waits_for_the_backend_stays_though_it_cannot_be_read(
     store: BlobStore, blob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
