@@ -13,7 +13,7 @@ from swarmpull.identity import Identity
 from swarmpull.wire.access import ForeignRules, refuse_caller
 from swarmpull.wire.codec import decode, encode, encode_error
 from swarmpull.wire.rpc_link import CONNECTION_ERRORS
-from swarmpull.wire.rpc_messages import Method, Rep, Req, RpcError, RpcReply, RpcRequest, pack
+from swarmpull.wire.rpc_messages import Method, Rep, Req, RpcError, RpcRequest, pack, pack_reply
 
 
 @attrs.frozen
@@ -152,7 +152,7 @@ class Answers:
                 request,
                 f"the reply has {len(encoded)} bytes, the limit is {self._body_bytes_max}",
             )
-        return pack(RpcReply(request.id, encoded))
+        return pack_reply(request.id, encoded)
 
     def _error(self, request: RpcRequest, error: SwarmpullError) -> bytes:
         name, attributes = encode_error(error)
