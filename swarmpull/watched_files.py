@@ -48,6 +48,7 @@ class WatchedFiles(Generic[T]):
         self._stamp = self._last_look = self._look()
         # As they were when the log said that they cannot be used.
         self._refused: _Stamp | None = None
+        self._renewed = trio.Event()
         self.current = load()
 
     @classmethod
@@ -59,8 +60,16 @@ class WatchedFiles(Generic[T]):
         """Look for changes until cancelled."""
         while True:
             await trio.sleep(LOOK_EVERY)
+            before = self.current
             # A file system that hangs must not hold up the end of the role.
             await trio.to_thread.run_sync(self._refresh, abandon_on_cancel=True)
+            if self.current is not before:
+                self._renewed.set()
+                self._renewed = trio.Event()
+
+    async def renewed(self) -> None:
+        """Return when `run` has found another value."""
+        await self._renewed.wait()
 
     def _refresh(self) -> None:
         stamp, before = self._look(), self._last_look

@@ -26,7 +26,6 @@ import attrs
 import structlog
 import trio
 
-from swarmpull import watched_files
 from swarmpull.errors import CertificateError, TlsError
 from swarmpull.identity import Identity
 from swarmpull.watched_files import WatchedFiles
@@ -527,12 +526,9 @@ class Tls:
 
     async def run(self) -> None:
         """Cut off whoever is revoked while connected, until cancelled."""
-        judged = self._files.current
         while True:
-            await trio.sleep(watched_files.LOOK_EVERY)
-            if self._files.current is not judged:
-                judged = self._files.current
-                self._cut_revoked(judged)
+            await self._files.renewed()
+            self._cut_revoked(self._files.current)
 
     def _cut_revoked(self, contexts: Contexts) -> None:
         for stream, other in list(self._open.items()):
