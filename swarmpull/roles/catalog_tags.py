@@ -123,7 +123,7 @@ class CatalogTags:
             if not pending:
                 raise
             log = TagLog()
-        return _with(log, await self._counting(repository, pending))
+        return _with(log, await self._counting(repository, pending)) if pending else log
 
     async def _read(self, repository: str, tag: str) -> tuple[TagLog, str]:
         """The changes of a tag, and the version of the object that has them; empty if there is none."""
