@@ -395,14 +395,14 @@ class Journal:
                 for address in others:
                     nursery.start_soon(drop_at, address)
             try:
-                dropped = await self._drop(ids)
+                clear = await self._drop(ids)
             except SwarmpullError as error:
                 silent.append(f"this index ({error})")
             else:
-                if not dropped:
+                if all(map(self._done.get, ids)):
                     return
-                if len(dropped) < len(ids):
-                    silent.append("this index, which has written a part of it,")
+                if len(clear) < len(ids):
+                    silent.append("this index, which was writing it,")
         failure = shared.failures[0]
         if silent:
             who = ", ".join(sorted(silent))
@@ -472,15 +472,17 @@ class Journal:
         return api.PendingDropped(self._peers.process, tuple(await self._drop(request.changes)))
 
     async def _drop(self, ids: Iterable[str]) -> list[str]:
-        """Those of the ids that this index does not write any more, and has not written."""
+        """Those of the ids that this index does not write any more, and surely has not written."""
         async with self._writing:
-            mine = [each for each in dict.fromkeys(ids) if not self._done.get(each)]
+            left = [each for each in dict.fromkeys(ids) if not self._done.get(each)]
+            # An attempt on which the backend failed may have happened all the same.
+            clear = [each for each in left if each not in self._failed]
             with trio.CancelScope(shield=True):
-                await self._rows.remove_rows([(each,) for each in mine])
-            for each in mine:
+                await self._rows.remove_rows([(each,) for each in left])
+            for each in left:
                 self._leave(each, written=False)
             self._trim()
-        return mine
+        return clear
 
     async def _set_aside(self, kept: Kept, error: SwarmpullError) -> None:
         """It can never be written.  The caller is writing it, and nobody else is.

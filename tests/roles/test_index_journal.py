@@ -1248,7 +1248,7 @@ async def test_a_change_that_cannot_be_withdrawn_is_said_to_be_unknown(tmp_path,
         indexes.bring_back()
 
 
-async def test_a_change_that_got_into_the_backend_meanwhile_is_made(tmp_path):
+async def test_a_change_that_got_into_the_backend_meanwhile_is_made(tmp_path, monkeypatch):
     async with journal_in(tmp_path) as journal:
         shared = index_journal._Shared([StoreFull("index", 0, "full")])
         change = link(b"1")
@@ -1258,6 +1258,15 @@ async def test_a_change_that_got_into_the_backend_meanwhile_is_made(tmp_path):
         await journal.take([link(b"2")])
         with pytest.raises(StoreFull):
             await journal._withdraw([link(b"2")], shared)
+
+        async def fail(*_: object) -> None:
+            raise BackendUnavailable("backend", "key", "no answer")
+
+        monkeypatch.setattr(Replay, "write", fail)
+        await journal.take([link(b"3")])
+        await journal._write(mine_only=False)
+        with pytest.raises(StoreUnavailable, match="which was writing it"):
+            await journal._withdraw([link(b"3")], shared)
         assert journal.status()["changes"] == 0
 
 
