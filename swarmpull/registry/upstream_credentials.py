@@ -10,8 +10,10 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any, Final
@@ -191,7 +193,9 @@ class _Said:
 async def _run_helper(path: str, asked: bytes) -> _Said:
     """Run a helper to its end; cancelled, it is killed.  Raises OSError when it cannot be run."""
     pipe = subprocess.PIPE
-    process = await trio.lowlevel.open_process([path, "get"], stdin=pipe, stdout=pipe, stderr=pipe)
+    process = await trio.lowlevel.open_process(
+        [path, "get"], stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
+    )
     assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None
@@ -204,7 +208,8 @@ async def _run_helper(path: str, asked: bytes) -> _Said:
             status = await process.wait()
     finally:
         if process.returncode is None:
-            process.kill()
+            # With all that it has started: many are scripts.
+            os.killpg(process.pid, signal.SIGKILL)
             with trio.CancelScope(shield=True):
                 await process.wait()
     return _Said(status, bytes(output), bytes(errors))

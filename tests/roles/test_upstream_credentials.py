@@ -137,11 +137,31 @@ async def test_a_helper_that_does_not_know_the_registry_means_anonymous(
 )
 async def test_a_helper_that_fails_is_named(install, tmp_path, monkeypatch, script, reason) -> None:
     monkeypatch.setattr(upstream_credentials, "HELPER_SECONDS", 0.3)
-    install(f"exec {script}" if script in ("yes", "sleep 600") else script)
+    install(script)
     config = docker_config(tmp_path, credHelpers={"here": "test"})
     with trio.fail_after(30), pytest.raises(LoginFailed, match=reason) as caught:
         await Credentials("here", docker_config=config).find()
     assert "secret-thing" not in str(caught.value)
+
+
+async def test_what_a_helper_has_started_ends_with_it(install, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(upstream_credentials, "HELPER_SECONDS", 0.3)
+    started = tmp_path / "started"
+    install(f"sleep 600 & echo $! > {started}; wait")
+    config = docker_config(tmp_path, credHelpers={"here": "test"})
+    with pytest.raises(LoginFailed, match="does not answer"):
+        await Credentials("here", docker_config=config).find()
+    with trio.fail_after(30):
+        while is_running(int(started.read_text())):  # noqa: ASYNC110 - of another process
+            await trio.sleep(0.01)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"  # ended, and not waited for yet
 
 
 async def test_a_helper_that_cannot_be_run_is_named(install, tmp_path) -> None:
