@@ -348,7 +348,7 @@ class Catalog:
         check_writable(repository)
         if request.tag is not None and not is_tag(request.tag):
             raise ManifestInvalid(f"{shorten(request.tag)!r} is not a tag")
-        check_stamp(request.tag or "", request.stamp)
+        check_stamp(request.tag or str(request.manifest.digest), request.stamp)
         pending = self.pending if at is None else PendingChanges()
         parts = self._parts if at is None else CatalogParts(self._backend, pending)
         async with self._locks.hold(repository):

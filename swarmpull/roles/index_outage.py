@@ -85,7 +85,7 @@ class Outage:
         check_writable(request.repository)
         if request.tag is not None and not is_tag(request.tag):
             raise ManifestInvalid(f"{shorten(request.tag)!r} is not a tag")
-        check_stamp(request.tag or "", request.stamp)
+        check_stamp(request.tag or str(request.manifest.digest), request.stamp)
         pack_entry(ManifestEntry(request.manifest, request.subject))
         self._check_references(request)
         below = {each: self._pending.levels(request.repository, each) for each in request.manifests}

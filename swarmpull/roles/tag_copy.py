@@ -214,7 +214,8 @@ class TagCopier:
         """Have a manifest there, with all that it refers to."""
         found = await self._bring_what_it_needs(job, digest, below, above)
         stamp = None
-        if found.subject is not None:
+        # What something else consists of is put with that, whatever it refers to and became of it.
+        if found.subject is not None and not above:
             stamp = await self._referrers.referrer_stamp(job.repository, found.subject, digest)
         change = None if stamp is None else api.TagChange(stamp, digest)
         job.progress.step = f"putting manifest {digest}"

@@ -419,6 +419,30 @@ async def test_a_tag_does_not_bring_back_a_referrer_that_was_deleted_there(tmp_p
         assert await names(east.cluster, image) == digests(signature)
 
 
+async def test_what_a_tag_needs_comes_though_it_was_deleted_there_as_a_referrer(
+    tmp_path: Path,
+) -> None:
+    async with (
+        west_under(tmp_path / "west") as west,
+        east_under(
+            tmp_path / "east", remote_index=west.roles["index"].address("rpc"), indexes=1
+        ) as east,
+    ):
+        here = east.cluster
+        image = await push(here)
+        signature = await attach(here, image, "signed")
+        entries = [descriptor_of(each, OCI_MANIFEST) for each in (image, signature)]
+        index = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries}
+        both = json.dumps(index).encode()
+        await here.counted("index-0", COPIED, 2)
+        await delete(west, signature)
+
+        await put(here, "both", both, OCI_INDEX)
+        await here.counted("index-0", COPIED, 3)
+        assert await digest_at(west, "both") == Digest.of(both)
+        assert await names(west, image) == digests(signature)
+
+
 async def test_the_deletion_of_a_referrer_waits_for_a_remote_that_is_down(tmp_path: Path) -> None:
     (port,) = free_ports(1)
     async with east_under(tmp_path / "east", remote_index=f"127.0.0.1:{port}", indexes=1) as east:
