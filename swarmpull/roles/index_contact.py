@@ -15,8 +15,9 @@ import structlog
 import trio
 
 from swarmpull.errors import SwarmpullError
-from swarmpull.roles.index_journal import SHARE_TIMEOUT, Journal
+from swarmpull.roles.index_journal import Journal
 from swarmpull.roles.index_peers import MARGIN, IndexGone, IndexPeers
+from swarmpull.roles.journal_sharing import SHARE_TIMEOUT
 from swarmpull.wire import api
 
 log = structlog.get_logger()

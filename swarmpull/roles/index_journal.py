@@ -13,7 +13,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,7 +24,6 @@ from swarmpull.digest import Digest
 from swarmpull.errors import (
     BackendUnavailable,
     ManifestReferencesMissing,
-    RpcUnavailable,
     StoreFull,
     StoreUnavailable,
     SwarmpullError,
@@ -35,6 +33,14 @@ from swarmpull.roles.catalog_replay import Replay
 from swarmpull.roles.index_cache import ResolveCache
 from swarmpull.roles.index_peers import IndexPeers
 from swarmpull.roles.journal_file import Kept, keep, open_journal_file
+from swarmpull.roles.journal_sharing import (
+    BATCH,
+    BATCH_BYTES,
+    JournalSharing,
+    NotSure,
+    Shared,
+    batches,
+)
 from swarmpull.roles.pending_changes import PendingChanges, id_of
 from swarmpull.roles.set_aside_changes import (
     REFUSALS,
@@ -48,18 +54,12 @@ from swarmpull.store.retry_schedule import backoff
 from swarmpull.telemetry import Metrics
 from swarmpull.wire import api
 from swarmpull.wire.api import PendingChange
-from swarmpull.wire.codec import encode
 
 log = structlog.get_logger()
 
 # All changes are in memory, too.
 CHANGES_MAX: Final = 100_000
 BYTES_MAX: Final = 64 << 20
-# Seconds for another index to have a change on its disk.
-SHARE_TIMEOUT: Final = 3.0
-# Of one call among indexes: changes, and bytes of them.
-BATCH: Final = 200
-BATCH_BYTES: Final = 1 << 20
 # Changes that are written to the backend before the other indexes are told of them.
 WRITE_BATCH: Final = 200
 # Changes on which the backend may fail before the rest is left for later: each may take seconds to fail.
@@ -71,31 +71,6 @@ COURTESY: Final = 3.0
 # Ids that are remembered of what is done with; older ones are made once more if another index still has them.
 DONE_MAX: Final = 10_000
 BACKOFF_MAX: Final = 5.0
-
-
-@attrs.define(slots=False)
-class NotSure(SwarmpullError):
-    """Whether a tag still is what the journal says cannot be told."""
-
-    reason: str
-
-    def __str__(self) -> str:
-        return self.reason
-
-
-@attrs.define(eq=False)
-class _Shared:
-    """What became of a change at the other indexes.
-
-    Attributes:
-        failures: why it must not be acknowledged.
-        tried: those to which it was to be given.
-        asked: those of them that may have got it.
-    """
-
-    failures: list[SwarmpullError] = attrs.Factory(list)
-    tried: set[str] = attrs.Factory(set)
-    asked: set[str] = attrs.Factory(set)
 
 
 class Journal:
@@ -125,6 +100,7 @@ class Journal:
         self._writing = trio.Lock()
         self._cache = cache
         self._peers = peers
+        self._sharing = JournalSharing(peers)
         self._bytes = 0
         # By id, in the order of their numbers.
         self._changes: dict[str, Kept] = {}
@@ -192,18 +168,18 @@ class Journal:
         # From here on, what may be wrong is withdrawn, whether somebody waits for it or not.
         with trio.CancelScope(shield=bool(judged_by)):
             await self._keep(changes, mine=True)
-            shared = _Shared()
+            shared = Shared()
             if judged_by and not self.is_sure(judged_by, changes):
                 shared.failures.append(NotSure("this index has changed it meanwhile"))
-            for batch in () if shared.failures else _batches(changes):
-                await self._share(batch, judged_by, shared)
+            for batch in () if shared.failures else batches(changes):
+                await self._sharing.share(batch, judged_by, shared)
             if shared.failures:
                 await self._withdraw(changes, shared)
 
     async def _check_sure(self, judged_by: str) -> None:
         """Raise NotSure before anything is kept: if this process dies then, nothing wrong comes true."""
-        shared = _Shared()
-        await self._share((), judged_by, shared)
+        shared = Shared()
+        await self._sharing.share((), judged_by, shared)
         if shared.failures:
             raise shared.failures[0]
 
@@ -326,56 +302,9 @@ class Journal:
 
         They would give out what was before, until they ask the next time.
         """
-        changes = [kept.change for kept in self._changes.values()]
-        async with trio.open_nursery() as nursery:
-            for address in self._peers.others if changes else ():
-                nursery.start_soon(self._hand_out_to, address, changes)
+        await self._sharing.hand_out([kept.change for kept in self._changes.values()])
 
-    async def _hand_out_to(
-        self, address: str, changes: Sequence[PendingChange], *, again: bool = False
-    ) -> None:
-        for batch in _batches(changes):
-            request = api.KeepPendingRequest(batch, again)
-            try:
-                await self._peers.call(address, api.KEEP_PENDING, request, timeout=SHARE_TIMEOUT)
-            except SwarmpullError as error:
-                log.info("index_journal_not_shared", index=address, reason=str(error))
-                return
-
-    async def _share(
-        self, changes: Sequence[PendingChange], judged_by: str, shared: _Shared
-    ) -> None:
-        """Give changes to the others, or only ask them whether they are sure."""
-        request = api.KeepPendingRequest(tuple(changes), judged_by=judged_by)
-        deadline = trio.current_time() + SHARE_TIMEOUT
-
-        async def give(address: str) -> None:
-            was_asked = True
-            try:
-                reply = await self._peers.insist(address, api.KEEP_PENDING, request, deadline)
-            except RpcUnavailable as error:
-                # It asks before it answers anybody again; until then it does not count as healthy.
-                log.info("index_journal_not_shared", index=address, reason=error.reason)
-                if judged_by:
-                    shared.failures.append(NotSure(f"index {address} does not answer"))
-                was_asked = error.asked
-            except SwarmpullError as error:
-                shared.failures.append(error)
-            else:
-                if judged_by and not reply.sure and reply.process != self._peers.process:
-                    reason = f"index {address} has changed it meanwhile, or does not know"
-                    shared.failures.append(NotSure(reason))
-
-            if was_asked:
-                shared.asked.add(address)
-
-        others = self._peers.others
-        shared.tried.update(others)
-        async with trio.open_nursery() as nursery:
-            for address in others:
-                nursery.start_soon(give, address)
-
-    async def _withdraw(self, changes: Sequence[PendingChange], shared: _Shared) -> None:
+    async def _withdraw(self, changes: Sequence[PendingChange], shared: Shared) -> None:
         """Have what must not be acknowledged not come true later, and raise why.
 
         Returns when the backend has it after all.  Raises StoreUnavailable when it may come true.
@@ -383,17 +312,9 @@ class Journal:
         ids = [id_of(change) for change in changes]
         # One that was not tried may have asked for it.
         others = set(self._peers.others) - (shared.tried - shared.asked)
-        silent: list[str] = []
-
-        async def drop_at(address: str) -> None:
-            if not await self._drop_at(address, ids):
-                silent.append(address)
-
         # Whoever asked may leave meanwhile; the calls end by themselves.
         with trio.CancelScope(shield=True):
-            async with trio.open_nursery() as nursery:
-                for address in others:
-                    nursery.start_soon(drop_at, address)
+            silent = await self._sharing.drop(ids, others)
             try:
                 clear = await self._drop(ids)
             except SwarmpullError as error:
@@ -421,10 +342,7 @@ class Journal:
         Raises StoreFull, StoreUnavailable: the disk fails.
         """
         admitted = await self._readmit(wanted)
-        changes = [kept.change for kept in admitted]
-        async with trio.open_nursery() as nursery:
-            for address in self._peers.others if changes else ():
-                nursery.start_soon(partial(self._hand_out_to, address, changes, again=True))
+        await self._sharing.hand_out([kept.change for kept in admitted], again=True)
         return len(admitted)
 
     async def _readmit(self, wanted: Sequence[Kept]) -> list[Kept]:
@@ -448,24 +366,8 @@ class Journal:
         Raises StoreFull, StoreUnavailable: the disk fails.
         """
         dropped = await self._drop(kept.id for kept in wanted)
-        async with trio.open_nursery() as nursery:
-            for address in self._peers.others if dropped else ():
-                nursery.start_soon(self._drop_at, address, dropped)
+        await self._sharing.drop(dropped, self._peers.others)
         return len(dropped)
-
-    async def _drop_at(self, address: str, ids: Sequence[str]) -> bool:
-        """Whether that index will not write any of them, and has not."""
-        is_clear = True
-        for start in range(0, len(ids), BATCH):
-            request = api.DropPendingRequest(tuple(ids[start : start + BATCH]))
-            deadline = trio.current_time() + SHARE_TIMEOUT
-            try:
-                reply = await self._peers.insist(address, api.DROP_PENDING, request, deadline)
-            except SwarmpullError as error:
-                log.warning("index_journal_not_dropped", index=address, reason=str(error))
-                return False
-            is_clear = is_clear and set(request.changes) <= set(reply.dropped)
-        return is_clear
 
     async def drop_pending(self, request: api.DropPendingRequest) -> api.PendingDropped:
         """Another index wants changes to be forgotten.  Raises StoreFull, StoreUnavailable."""
@@ -674,20 +576,6 @@ def _tags_of(changes: Iterable[PendingChange]) -> Iterator[tuple[str, str]]:
             yield change.manifest.repository, change.manifest.tag
         if change.deletion is not None:
             yield change.deletion.repository, change.deletion.reference
-
-
-def _batches(changes: Iterable[PendingChange]) -> Iterator[tuple[PendingChange, ...]]:
-    """No more in each than goes into one call."""
-    batch: list[PendingChange] = []
-    size = 0
-    for change in changes:
-        size += len(encode(change))
-        if batch and (len(batch) >= BATCH or size > BATCH_BYTES):
-            yield tuple(batch)
-            batch, size = [], len(encode(change))
-        batch.append(change)
-    if batch:
-        yield tuple(batch)
 
 
 @asynccontextmanager

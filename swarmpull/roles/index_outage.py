@@ -20,7 +20,8 @@ from swarmpull.roles.catalog_objects import (
     tag_key,
 )
 from swarmpull.roles.catalog_tags import CatalogTags, check_expected
-from swarmpull.roles.index_journal import Journal, NotSure
+from swarmpull.roles.index_journal import Journal
+from swarmpull.roles.journal_sharing import NotSure
 from swarmpull.roles.keyed_locks import KeyedLocks
 from swarmpull.roles.pending_changes import PendingChanges
 from swarmpull.roles.tag_log import TagLog

@@ -43,7 +43,13 @@ from swarmpull.errors import (
     TagChanged,
 )
 from swarmpull.roles import catalog as catalog_module
-from swarmpull.roles import direct_changes, index_contact, index_journal, index_peers
+from swarmpull.roles import (
+    direct_changes,
+    index_contact,
+    index_journal,
+    index_peers,
+    journal_sharing,
+)
 from swarmpull.roles import index as index_module
 from swarmpull.roles.catalog import Catalog
 from swarmpull.roles.catalog_objects import changes_key
@@ -56,6 +62,7 @@ from swarmpull.roles.index_contact import Contact
 from swarmpull.roles.index_journal import Journal, open_journal
 from swarmpull.roles.index_peers import IndexGone, IndexPeers
 from swarmpull.roles.journal_file import Kept
+from swarmpull.roles.journal_sharing import JournalSharing
 from swarmpull.roles.pending_changes import PendingChanges, id_of
 from swarmpull.roles.ring_client import open_ring
 from swarmpull.store import durable_queue
@@ -595,7 +602,7 @@ async def test_an_index_that_was_not_given_a_change_asks_for_it(tmp_path, monkey
     async def nothing(*_: object) -> None:
         return
 
-    monkeypatch.setattr(Journal, "_share", nothing)
+    monkeypatch.setattr(JournalSharing, "share", nothing)
     async with indexes_in(tmp_path) as indexes:
         await indexes.client(0).record_manifest(put(1))
         await indexes.cut_off(0)
@@ -1236,7 +1243,7 @@ async def test_a_change_that_cannot_be_withdrawn_is_said_to_be_unknown(tmp_path,
     # It has the change, its answer is lost, and so is that to the withdrawal.
     async with indexes_in(tmp_path) as indexes:
         await full_at_the_second(indexes, monkeypatch)
-        monkeypatch.setattr(index_journal, "SHARE_TIMEOUT", 0.5)
+        monkeypatch.setattr(journal_sharing, "SHARE_TIMEOUT", 0.5)
 
         async def never(*_: object) -> api.PendingDropped:
             await trio.sleep_forever()
@@ -1250,7 +1257,7 @@ async def test_a_change_that_cannot_be_withdrawn_is_said_to_be_unknown(tmp_path,
 
 async def test_a_change_that_got_into_the_backend_meanwhile_is_made(tmp_path, monkeypatch):
     async with journal_in(tmp_path) as journal:
-        shared = index_journal._Shared([StoreFull("index", 0, "full")])
+        shared = journal_sharing.Shared([StoreFull("index", 0, "full")])
         change = link(b"1")
         await journal.take([change])
         await journal._write(mine_only=False)
