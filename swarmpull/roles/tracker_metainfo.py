@@ -58,7 +58,8 @@ class MetainfoLimits:
         hearsay_bytes_max: of metainfo that agents gave while no origin could.
         hearsay_ttl: of that; it is as good as whoever gave it.
         missed_ttl: how long agents are asked for metainfo that somebody did not get.
-        hearsay_patience: how long a request waits for an agent to give it.
+        hearsay_patience: how long a request waits for an agent to give it; the caller is to have time for
+            another tracker, which may remember it (`swarmpull.roles.blob_finder.TRACKER_PATIENCE`).
     """
 
     bytes_max: int = attrs.field(default=128 << 20, validator=attrs.validators.gt(0))
@@ -70,7 +71,7 @@ class MetainfoLimits:
     hearsay_bytes_max: int = attrs.field(default=32 << 20, validator=attrs.validators.gt(0))
     hearsay_ttl: float = attrs.field(default=300.0, validator=attrs.validators.gt(0))
     missed_ttl: float = attrs.field(default=120.0, validator=attrs.validators.gt(0))
-    hearsay_patience: float = attrs.field(default=5.0, validator=attrs.validators.ge(0))
+    hearsay_patience: float = attrs.field(default=1.0, validator=attrs.validators.ge(0))
 
 
 class TtlCache(Generic[K, V]):

@@ -20,6 +20,7 @@ from swarmpull.errors import (
     RpcUnavailable,
     SwarmpullError,
 )
+from swarmpull.roles.blob_finder import TRACKER_PATIENCE
 from swarmpull.roles.hash_log import HashLog
 from swarmpull.roles.tracker import Tracker
 from swarmpull.roles.tracker_metainfo import MetainfoLimits, MetainfoSource, TtlCache
@@ -161,7 +162,7 @@ async def test_a_request_waits_a_little_for_an_agent_that_gives_it(
 
     for _ in range(3):
         nursery.start_soon(get)
-    await trio.sleep(2.0)
+    await trio.sleep(0.5)
     assert source.hear(given)
     await trio.testing.wait_all_tasks_blocked()
     assert found == [given] * 3
@@ -170,7 +171,8 @@ async def test_a_request_waits_a_little_for_an_agent_that_gives_it(
     begun = trio.current_time()
     with pytest.raises(BackendUnavailable):
         await source.get(BLOB, "a", use_cache=True)
-    assert trio.current_time() - begun == pytest.approx(5.1)
+    # Long enough for one that announces it just now, and there is time for another tracker.
+    assert 0.5 < trio.current_time() - begun < TRACKER_PATIENCE / 2
     await trio.sleep(121.0)
     assert source.wanted([BLOB]) == ()
 
