@@ -138,7 +138,7 @@ def _certs_directory(files: Files) -> tuple[str, list[str]]:
     text = files.read(CONFIG)
     if text is None:
         return CERTS, [
-            f"there is no {CONFIG}: containerd before 2.0 looks for hosts.toml only if told to, see "
+            f"there is no {CONFIG}: containerd before 2.2 looks for hosts.toml only if told to, see "
             "docs/setup.md; then restart it",
         ]
     notes: list[str] = []
@@ -158,12 +158,10 @@ def _certs_directory(files: Files) -> tuple[str, list[str]]:
         return CERTS, [
             f"{CONFIG} is of version {version}: hosts.toml files need version = 2 or 3 there"
         ]
-    if version == 3:
-        # containerd 2 has a default; it is used when nothing is said.
-        notes.append(f"{CONFIG} names no config_path: containerd 2 looks in {CERTS} by default")
-        return CERTS, notes
+    # 2.2 and newer have a default, which is used when nothing is said.
+    exempt = f"; containerd 2.2 and newer look in {CERTS} by themselves" if version == 3 else ""
     notes.append(
-        f"add to {CONFIG}, and restart containerd (systemctl restart containerd):\n"
+        f"add to {CONFIG}, and restart containerd (systemctl restart containerd){exempt}:\n"
         f'[plugins."{_PLUGINS[version]}".registry]\n  config_path = "{CERTS}"'
     )
     return CERTS, notes

@@ -47,7 +47,7 @@ def test_without_names_one_file_is_for_all_registries() -> None:
     assert path == DEFAULT
     hosts = tomllib.loads(plan.texts[path])
     assert hosts == {"host": {str(AGENT): {"capabilities": ["pull", "resolve"]}}}
-    assert any("before 2.0" in note for note in plan.notes)
+    assert any("before 2.2" in note for note in plan.notes)
 
 
 def test_each_named_registry_has_a_file_of_its_own() -> None:
@@ -146,7 +146,8 @@ def test_registries_with_files_of_their_own_are_named() -> None:
     ("config", "place", "told"),
     [
         ("version = 2\n", None, 'plugins."io.containerd.grpc.v1.cri".registry'),
-        ("version = 3\n", None, "by default"),
+        ("version = 3\n", None, 'plugins."io.containerd.cri.v1.images".registry'),
+        ("version = 3\n", None, "containerd 2.2 and newer"),
         ("", None, "version = 2 or 3"),
         (
             'version = 2\n[plugins."io.containerd.grpc.v1.cri".registry]\nconfig_path = "/c"\n',
