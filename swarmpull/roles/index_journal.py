@@ -145,6 +145,7 @@ class Journal:
             "age": self.age,
             "trouble": self.trouble if self._changes else "",
             "set_aside": len(self.set_aside),
+            "set_aside_changes": self.set_aside.names(),
         }
 
     # --- keeping ------------------------------------------------------------------------------

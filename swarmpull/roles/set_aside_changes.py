@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Final
 
 import structlog
@@ -40,6 +41,8 @@ REFUSALS: Final = (
 # Characters of a reason that are kept, and entries that are shown.
 REASON_MAX: Final = 500
 SHOWN_MAX: Final = 1000
+# Entries that are named where there is much else.
+NAMED_MAX: Final = 20
 REMEDY: Final = "swarmpull journal retry, once that is mended; or swarmpull journal drop"
 _FIELDS: Final = ("id", "repository", "reference")
 
@@ -70,8 +73,11 @@ class SetAsideChanges:
     def entries(self) -> list[Mapping[str, object]]:
         """What ``swarmpull journal status`` shows of them: the first 1000."""
         now = time.time()
-        shown = list(self._kept.values())[:SHOWN_MAX]
-        return [_document(kept, now) for kept in shown]
+        return [_document(kept, now) for kept in islice(self._kept.values(), SHOWN_MAX)]
+
+    def names(self) -> list[str]:
+        """The first 20, each with the reason."""
+        return list(map(_name, islice(self._kept.values(), NAMED_MAX)))
 
     def wanted(self, wanted: object) -> list[Kept]:
         """Those with these values of id, repository and reference; of a manifest also by its digest.
@@ -110,6 +116,12 @@ def _names(change: PendingChange) -> Iterator[str]:
     if change.manifest.tag is not None:
         yield change.manifest.tag
     yield str(change.manifest.manifest.digest)
+
+
+def _name(kept: Kept) -> str:
+    repository, references = what_of(kept.change)
+    mark = "@" if ":" in references[0] else ":"
+    return f"{_kind(kept.change)} of {repository}{mark}{references[0]}: {kept.refusal}"
 
 
 def _kind(change: PendingChange) -> str:

@@ -1042,7 +1042,9 @@ async def test_what_can_never_be_written_is_set_aside(tmp_path, monkeypatch):
             assert entry["digest"] == str(describe(2).digest)
             assert "the most that is kept" in entry["reason"]
             assert "swarmpull journal retry" in entry["remedy"]
-            assert (await indexes.status(number))["journal"]["set_aside"] == 1
+            status = (await indexes.status(number))["journal"]
+            assert status["set_aside"] == 1
+            assert status["set_aside_changes"][0].startswith("put of app:v2: manifest ")
             async with httpx.AsyncClient() as http:
                 metrics = (await http.get(f"http://{indexes.admin[number]}/metrics")).text
             assert "swarmpull_index_journal_set_aside_changes 1.0" in metrics
