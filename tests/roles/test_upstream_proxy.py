@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -48,7 +48,7 @@ class Proxy:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    async def handle(self, client: trio.SocketStream) -> None:
+    async def handle(self, client: trio.abc.Stream) -> None:
         head = b""
         while b"\r\n\r\n" not in head:
             part = await client.receive_some()
@@ -74,9 +74,7 @@ class Proxy:
                 nursery.start_soon(pump, server, client, nursery.cancel_scope)
 
 
-async def pump(
-    source: trio.SocketStream, target: trio.SocketStream, scope: trio.CancelScope
-) -> None:
+async def pump(source: trio.abc.Stream, target: trio.abc.Stream, scope: trio.CancelScope) -> None:
     try:
         async for data in source:
             await target.send_all(data)
@@ -136,6 +134,29 @@ async def test_https_goes_through_a_tunnel_and_the_certificate_is_that_of_the_up
         assert await pull(url, proxy.url) == CONTENT
 
     assert set(proxy.requests) == {f"CONNECT {server.address}"}
+
+
+async def test_a_proxy_that_speaks_tls_is_believed_as_any_server(
+    proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificates.create_authority(tmp_path, "proxies")
+    files = certificates.issue(tmp_path, "proxy", (), ips=["127.0.0.1"])
+    context = load_server_context(("", str(files.certificate)), ("", str(files.key)))
+
+    async def handle(client: trio.SocketStream) -> None:
+        with suppress(trio.BrokenResourceError):  # who does not believe it hangs up
+            await proxy.handle(trio.SSLStream(client, context, server_side=True))
+
+    async with upstream_with_content() as server, trio.open_nursery() as nursery:
+        serve = partial(trio.serve_tcp, handle, 0, host="127.0.0.1")
+        (listener,) = await nursery.start(serve)
+        url = f"https://127.0.0.1:{listener.socket.getsockname()[1]}"
+        with pytest.raises(BackendUnavailable, match="its certificate is not trusted"):
+            await pull(server.url, url)
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.crt"))
+        assert await pull(server.url, url) == CONTENT
+        nursery.cancel_scope.cancel()
+    assert proxy.requests
 
 
 async def test_the_environment_names_proxy_password_and_exceptions(
