@@ -133,6 +133,11 @@ class Membership:
         return self._members
 
     @property
+    def is_complete(self) -> bool:
+        """Whether every name has resolved, now or before."""
+        return all(name in self._resolved for name in self._names)
+
+    @property
     def entries(self) -> tuple[str, ...]:
         """What was configured."""
         return (*self._static, *map(str, self._names))
@@ -329,8 +334,7 @@ class Membership:
     def _pause(self) -> float:
         if not self._names:
             return math.inf
-        missing = any(name not in self._resolved for name in self._names)
-        return min(RETRY_INTERVAL, self._interval) if missing else self._interval
+        return self._interval if self.is_complete else min(RETRY_INTERVAL, self._interval)
 
     async def _resolve_all(self) -> None:
         async with trio.open_nursery() as nursery:

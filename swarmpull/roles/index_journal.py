@@ -179,6 +179,8 @@ class Journal:
 
     async def _check_sure(self, judged_by: str) -> None:
         """Raise NotSure before anything is kept: if this process dies then, nothing wrong comes true."""
+        if not self._peers.members.is_complete:
+            raise NotSure("the names of the other indexes could not be resolved yet")
         shared = Shared()
         await self._sharing.share((), judged_by, shared)
         if shared.failures:

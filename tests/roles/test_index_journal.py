@@ -62,7 +62,7 @@ from swarmpull.roles.index_contact import Contact
 from swarmpull.roles.index_journal import Journal, open_journal
 from swarmpull.roles.index_peers import IndexGone, IndexPeers
 from swarmpull.roles.journal_file import Kept
-from swarmpull.roles.journal_sharing import JournalSharing
+from swarmpull.roles.journal_sharing import JournalSharing, NotSure
 from swarmpull.roles.pending_changes import PendingChanges, id_of
 from swarmpull.roles.ring_client import open_ring
 from swarmpull.store import durable_queue
@@ -397,12 +397,12 @@ async def test_a_disk_that_fails_when_the_journal_is_emptied_does_not_end_the_in
 
 
 @asynccontextmanager
-async def journal_in(root: Path) -> AsyncIterator[Journal]:
-    """A journal of an index that is alone."""
+async def journal_in(root: Path, indexes: tuple[str, ...] = ()) -> AsyncIterator[Journal]:
+    """A journal of an index that is alone, or does not know the others yet."""
     catalog = Catalog(await open_backend(root.as_uri()), "test")
     cache, pending = ResolveCache(0.0), PendingChanges()
     async with open_rpc_pool() as pool:
-        peers = IndexPeers(pool, open_ring(pool, (), "index"), cache)
+        peers = IndexPeers(pool, open_ring(pool, indexes, "index"), cache)
         opened = open_journal(root / "data", pending, catalog, cache, peers, Metrics())
         async with opened as journal:
             yield journal
@@ -1365,6 +1365,21 @@ async def test_a_condition_needs_the_answer_of_every_index(tmp_path):
         assert await indexes.client(0).resolve("app", "v1") == describe(1)
         assert (await indexes.status(0))["journal"]["changes"] == 1
         indexes.bring_back()
+
+
+async def test_a_condition_is_not_judged_before_the_other_indexes_are_known(tmp_path):
+    now = time.time_ns()
+    first, second = (
+        api.PendingChange(
+            manifest=put(number, stamp=api.Stamp(now + number, "test")), at=now + HOUR
+        )
+        for number in (1, 2)
+    )
+    async with journal_in(tmp_path, indexes=("dns+nobody.invalid:7400",)) as journal:
+        await journal.add(first)
+        with pytest.raises(NotSure, match="could not be resolved"):
+            await journal.add(second, judged_by=id_of(first))
+        assert journal.status()["changes"] == 1
 
 
 async def test_a_condition_is_not_judged_while_a_change_goes_to_the_backend(tmp_path):
