@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -44,18 +45,35 @@ class Written:
     key: Path
 
 
+# An authority, by its name and its public key: while it is renewed it has several certificates.
+AuthorityKey = tuple[bytes, bytes]
+
+
 @attrs.frozen
 class Revocations:
     """What lists of revoked certificates say.
 
     Attributes:
-        serials: of the certificates that do not count any more, by the certificate, in DER, of the authority
-            that issued them.
+        serials: of the certificates that do not count any more, by the authority that issued them.
         due_at: when the first of the lists should have been replaced, in seconds since 1970.
     """
 
-    serials: Mapping[bytes, frozenset[int]]
+    serials: Mapping[AuthorityKey, frozenset[int]]
     due_at: float
+
+    def revoke(self, chain: Sequence[bytes]) -> bool:
+        """Whether one of some certificates, in DER and each before its issuer's, is in that one's list.
+
+        So it is said of one that cannot be read: nobody knows that it is in none.
+        """
+        try:
+            loaded = list(map(x509.load_der_x509_certificate, chain))
+            return any(
+                certificate.serial_number in self.serials.get(_key_of(issuer), ())
+                for certificate, issuer in pairwise(loaded)
+            )
+        except ValueError:
+            return True
 
 
 @attrs.frozen
@@ -269,42 +287,47 @@ def read_revocations(
         raise CertificateError(f"{path} holds a list without its end", "tls.crl")
     if not lists:
         raise CertificateError(f"{path} holds no list of revoked certificates in PEM", "tls.crl")
-    known = [x509.load_der_x509_certificate(each) for each in authorities]
-    serials: dict[bytes, frozenset[int]] = {}
-    for each in lists:
-        issuers = _issuers_of(each, known)
-        if not issuers and not others:
+    known = []
+    for each in authorities:
+        with contextlib.suppress(ValueError):  # OpenSSL takes some that this does not
+            known.append(x509.load_der_x509_certificate(each))
+    serials: dict[AuthorityKey, frozenset[int]] = {}
+    for listing in lists:
+        issuer = _issuer_of(listing, known)
+        if issuer is None and others:
+            continue
+        if issuer is None:
             raise CertificateError(
-                f"{path} holds a list of {each.issuer.rfc4514_string()}, which no authority in tls.ca or "
+                f"{path} holds a list of {listing.issuer.rfc4514_string()}, which no authority in tls.ca or "
                 "tls.trusted has signed",
                 "tls.crl",
             )
-        found = frozenset(entry.serial_number for entry in each)
-        for issuer in issuers:
-            serials[issuer] = serials.get(issuer, frozenset()) | found
+        found = frozenset(entry.serial_number for entry in listing)
+        key = _key_of(issuer)
+        serials[key] = serials.get(key, frozenset()) | found
     due = [each.next_update_utc.timestamp() for each in lists if each.next_update_utc is not None]
     return Revocations(serials, min(due, default=math.inf))
 
 
-def _issuers_of(
-    listing: x509.CertificateRevocationList, known: Iterable[x509.Certificate]
-) -> list[bytes]:
-    """The certificates, in DER, of who has signed a list, which a name alone does not say.
-
-    There are several while an authority is renewed: they have the same key.
-    """
-    return [
-        certificate.public_bytes(serialization.Encoding.DER)
-        for certificate in known
-        if certificate.subject == listing.issuer and _has_signed(certificate, listing)
-    ]
-
-
-def _has_signed(certificate: x509.Certificate, listing: x509.CertificateRevocationList) -> bool:
+def _key_of(certificate: x509.Certificate) -> AuthorityKey:
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
     try:
-        return listing.is_signature_valid(certificate.public_key())  # type: ignore[arg-type]
-    except (TypeError, ValueError, UnsupportedAlgorithm):
-        return False
+        public = certificate.public_key().public_bytes(serialization.Encoding.DER, form)
+    except UnsupportedAlgorithm:
+        public = b""  # no list of it can be compared with its key either
+    return certificate.subject.public_bytes(), public
+
+
+def _issuer_of(
+    listing: x509.CertificateRevocationList, known: Iterable[x509.Certificate]
+) -> x509.Certificate | None:
+    """Who has signed a list, which a name alone does not say."""
+    for certificate in known:
+        if certificate.subject == listing.issuer:
+            with contextlib.suppress(TypeError, ValueError, UnsupportedAlgorithm):
+                if listing.is_signature_valid(certificate.public_key()):  # type: ignore[arg-type]
+                    return certificate
+    return None
 
 
 # --- certificates ---------------------------------------------------------------------------------

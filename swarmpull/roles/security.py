@@ -183,7 +183,7 @@ def _load(role: str, config: TlsConfig) -> Contexts:
         # One file serves all roles, and those that do not talk to other clusters need not know them.
         others = bool(config.trusted) and role not in TALK_TO_OTHERS
         lists = read_revocations(config.crl, contexts.roots, others=others)
-        contexts = attrs.evolve(contexts, revoked=lists.serials, revoked_due_at=lists.due_at)
+        contexts = attrs.evolve(contexts, revokes=lists.revoke, revoked_due_at=lists.due_at)
     if role and role not in contexts.identity.roles:
         raise CertificateError(
             f"{files.cert} is of {contexts.identity}, which is no {role}: "

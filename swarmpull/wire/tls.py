@@ -18,7 +18,7 @@ import re
 import socket
 import ssl
 import weakref
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -77,7 +77,8 @@ class Contexts:
         authorities: the certificates, in DER, of those who may vouch for each cluster that is known; empty
             where there is only our own, and all whom the contexts trust may.
         roots: the certificates, in DER, of all authorities, each of which may have a list of what it revoked.
-        revoked: the serial numbers in these lists, by the certificate, in DER, of their authority.
+        revokes: whether one of the certificates from the other side's to the authority's, in DER, is in such
+            a list; None without any list.
         revoked_due_at: when the first of the lists should have been replaced, in seconds since 1970.
     """
 
@@ -87,7 +88,7 @@ class Contexts:
     expires_at: float
     authorities: Mapping[str, frozenset[bytes]] = attrs.Factory(dict)
     roots: frozenset[bytes] = frozenset()
-    revoked: Mapping[bytes, frozenset[int]] = attrs.Factory(dict)
+    revokes: Callable[[Sequence[bytes]], bool] | None = None
     revoked_due_at: float = math.inf
 
 
@@ -239,12 +240,8 @@ def _chain_of(connection: ssl.SSLSocket | ssl.SSLObject) -> list[bytes]:
 
 
 def _is_revoked(connection: ssl.SSLSocket, contexts: Contexts) -> bool:
-    """Whether the certificate of the other side is in a list of who issued it."""
-    if not contexts.revoked:
-        return False
-    issuer = _chain_of(connection)[1:2]
-    serial = int(str(_shown_by(connection).get("serialNumber", "0")), 16)
-    return bool(issuer) and serial in contexts.revoked.get(issuer[0], ())
+    """Whether the certificate of the other side, or who issued it, is in a list."""
+    return contexts.revokes is not None and contexts.revokes(_chain_of(connection))
 
 
 def _shown_by(connection: ssl.SSLSocket | ssl.SSLObject) -> dict[str, object]:

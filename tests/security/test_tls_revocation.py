@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import structlog
 import trio
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
-from cryptography.x509.oid import ExtensionOID
 
 from swarmpull import certificates
 from swarmpull.cli import main
@@ -197,16 +197,16 @@ async def test_a_list_that_is_outdated_still_counts_and_the_log_says_so(
             await until(lambda: "list_of_revoked_outdated" in [entry["event"] for entry in logs])
 
 
-def renew(authority: Authority) -> None:
-    """Another certificate of the authority, with the same name and key."""
+def signed_by(authority: Authority, name: str | None = None) -> bytes:
+    """Another certificate of the authority, with the same key, or one of a new authority below it."""
     key = load_pem_private_key((authority.directory / "ca.key").read_bytes(), None)
-    path = authority.directory / "ca.crt"
-    former = certificates.x509.load_pem_x509_certificate(path.read_bytes())
-    builder = certificates._begun(former.subject, former.subject, key.public_key(), 10)
-    for each in former.extensions:
-        if each.oid != ExtensionOID.SUBJECT_KEY_IDENTIFIER:
-            builder = builder.add_extension(each.value, critical=each.critical)
-    path.write_bytes(builder.sign(key, SHA256()).public_bytes(Encoding.PEM))
+    (former,) = map(certificates.x509.load_der_x509_certificate, roots(authority))
+    subject = former.subject if name is None else certificates._named(name)
+    own = key if name is None else generate_private_key(SECP256R1())
+    builder = certificates._begun(subject, former.subject, own.public_key(), 10)
+    basic = certificates.x509.BasicConstraints(ca=True, path_length=None)
+    signed = builder.add_extension(basic, critical=True).sign(key, SHA256())
+    return signed.public_bytes(Encoding.DER)
 
 
 # --- lists ----------------------------------------------------------------------------------------
@@ -216,6 +216,15 @@ def roots(*authorities: Authority) -> list[bytes]:
     return [
         der for each in authorities for der in _certificates("", str(each.directory / "ca.crt"))
     ]
+
+
+def der_of(authority: Authority, name: str) -> bytes:
+    (der,) = _certificates("", str(authority.directory / f"{name}.crt"))
+    return der
+
+
+def chain_of(authority: Authority, name: str) -> list[bytes]:
+    return [der_of(authority, name), *roots(authority)]
 
 
 def test_a_file_may_have_the_lists_of_several_authorities(tmp_path: Path, prod: Authority) -> None:
@@ -228,15 +237,15 @@ def test_a_file_may_have_the_lists_of_several_authorities(tmp_path: Path, prod: 
 
     found = certificates.read_revocations(str(both), roots(prod, west))
 
-    assert {len(serials) for serials in found.serials.values()} == {1}
-    assert set(found.serials) == set(roots(prod, west))
+    assert [found.revoke(chain_of(each, "host")) for each in (prod, west)] == [True, True]
+    assert not found.revoke(chain_of(prod, "ca"))
     with pytest.raises(
         CertificateError, match=r"tls\.crl: .* of CN=swarmpull CA of west, which no"
     ):
         certificates.read_revocations(str(both), roots(prod))
     # Agents do not know the authorities of other clusters, and have the same file.
     found = certificates.read_revocations(str(both), roots(prod), others=True)
-    assert list(found.serials) == roots(prod)
+    assert [found.revoke(chain_of(each, "host")) for each in (prod, west)] == [True, False]
 
 
 def test_a_list_counts_for_who_signed_it_and_not_for_who_has_the_same_name(
@@ -250,19 +259,33 @@ def test_a_list_counts_for_who_signed_it_and_not_for_who_has_the_same_name(
         certificates.read_revocations(str(listing), roots(prod))
 
 
-def test_a_list_counts_for_both_certificates_of_an_authority_that_was_renewed(
+def test_a_list_counts_for_all_certificates_of_an_authority_that_is_renewed(
     prod: Authority,
 ) -> None:
     prod.issue("host", "agent")
+    prod.issue("other", "agent")
     listing = certificates.revoke(prod.directory, ["host"])
-    former = roots(prod)
-    renew(prod)
+    renewed = signed_by(prod)
 
-    found = certificates.read_revocations(str(listing), [*former, *roots(prod)])
+    # A host is trusted by either, and was by the former when it connected before that was taken out.
+    for trusted in (roots(prod), [*roots(prod), renewed], [renewed]):
+        found = certificates.read_revocations(str(listing), trusted)
+        for authority in (*roots(prod), renewed):
+            assert found.revoke([der_of(prod, "host"), authority])
+            assert not found.revoke([der_of(prod, "other"), authority])
 
-    # Which of the two a host is trusted by is for OpenSSL to choose.
-    assert set(found.serials) == {*former, *roots(prod)}
-    assert len(set(found.serials.values())) == 1
+
+def test_who_was_certified_by_an_authority_that_is_revoked_is_out_with_it(prod: Authority) -> None:
+    between = signed_by(prod, "an authority between")
+    serial = certificates.x509.load_der_x509_certificate(between).serial_number
+    prod.issue("host", "agent")
+    listing = certificates.revoke(prod.directory, [], serials=[f"{serial:x}"])
+
+    found = certificates.read_revocations(str(listing), roots(prod))
+
+    assert found.revoke([der_of(prod, "host"), between, *roots(prod)])
+    assert not found.revoke(chain_of(prod, "host"))
+    assert found.revoke([b"unreadable", *roots(prod)])
 
 
 def test_a_file_that_is_only_half_written_is_not_read(tmp_path: Path, prod: Authority) -> None:
