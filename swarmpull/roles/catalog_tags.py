@@ -113,14 +113,16 @@ class CatalogTags:
     async def log(self, repository: str, tag: str) -> TagLog:
         """The changes of a tag; none of one that never was.
 
-        While the backend is down, of a tag that has pending changes those.
+        While the backend is down, of a tag that has pending changes those, unless it is known to have been
+        changed in the backend since.
         """
         # Before the read: what is written meanwhile is pending no more.
         pending = self._pending.tag_changes(repository, tag)
+        last = self._pending.last_of(repository, tag)
         try:
             log, _ = await self._read(repository, tag)
         except BackendUnavailable:
-            if not pending:
+            if not pending or self._pending.is_passed(last):
                 raise
             log = TagLog()
         return _with(log, await self._counting(repository, pending)) if pending else log
@@ -267,6 +269,7 @@ class CatalogTags:
             finally:
                 if pending is self._pending:
                     self.direct.ended(repository, tag)
+                    self._pending.pass_by(repository, tag)
             return
         raise self._restless(repository, tag)
 

@@ -177,8 +177,8 @@ class Index:
 
     async def _change(
         self, at_backend: Callable[[], Awaitable[None]], in_journal: Callable[[], Awaitable[None]]
-    ) -> None:
-        """Make a change in the backend, or while that is down in the journal."""
+    ) -> bool:
+        """Make a change in the backend, or while that is down in the journal; True: in the backend."""
         if not self._watch.trouble:
             try:
                 await at_backend()
@@ -188,8 +188,9 @@ class Index:
                 if not self._watch.trouble:
                     raise
             else:
-                return
+                return True
         await in_journal()
+        return False
 
     async def _keep_pending(
         self, request: api.KeepPendingRequest, _: RpcContext
@@ -221,6 +222,8 @@ class Index:
     def _forget_at_once(self, request: api.ForgetRequest, _: RpcContext) -> api.ForgetReply | None:
         if request.manifest is not None or request.blob is not None:
             return None
+        for reference in request.references if request.is_direct else ():
+            self._catalog.pending.pass_by(request.repository, reference)
         return self._peers.forget(request)
 
     async def _forget(self, request: api.ForgetRequest, _: RpcContext) -> api.ForgetReply:
@@ -239,13 +242,13 @@ class Index:
         self, request: api.RecordManifestRequest, context: RpcContext
     ) -> Empty:
         request = attrs.evolve(request, by=request.by or _name_of(context))
-        await self._change(
+        is_direct = await self._change(
             partial(self._catalog.record_manifest, request),
             partial(self._outage.record_manifest, request),
         )
         if request.tag is not None:
             # Also if nothing was changed: whoever did change it may have died before it told the others.
-            await self._peers.spread(request.repository, (request.tag,))
+            await self._peers.spread(request.repository, (request.tag,), is_direct=is_direct)
         log.info(
             "manifest_recorded",
             repository=request.repository,
@@ -270,10 +273,10 @@ class Index:
         if request.stamp is not None and is_digest(request.reference):
             await self._delete_referrer(request, request.stamp)
             return Empty()
-        await self._change(
+        is_direct = await self._change(
             partial(self._catalog.delete_tag, request), partial(self._outage.delete_tag, request)
         )
-        await self._peers.spread(request.repository, (request.reference,))
+        await self._peers.spread(request.repository, (request.reference,), is_direct=is_direct)
         log.info("tag_deleted", repository=request.repository, tag=request.reference)
         return Empty()
 

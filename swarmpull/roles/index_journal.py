@@ -199,7 +199,9 @@ class Journal:
         ((repository, tag),) = _tags_of([kept.change])
         last = self._pending.last_of(repository, tag, set(map(id_of, made)))
         known_at = min(kept.acknowledged_at, kept.kept_at * 1e9)
-        return last == judged_by and self._direct.last(repository, tag) < known_at
+        if last != judged_by or self._pending.is_passed(judged_by):
+            return False
+        return self._direct.last(repository, tag) < known_at
 
     async def keep(self, request: api.KeepPendingRequest) -> api.PendingKept:
         """Changes that another index has acknowledged, or is about to.  Raises what `add` does."""

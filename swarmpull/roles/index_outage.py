@@ -117,9 +117,10 @@ class Outage:
     async def _delete_tag(self, request: DeleteTagRequest) -> None:
         log = self._log(request.repository, request.reference)
         if request.stamp is None and log.digest is None:
-            if log.changes:
-                raise ManifestNotFound(request.repository, request.reference)
-            raise self._unknown(tag_key(request.repository, request.reference))
+            last = self._pending.last_of(request.repository, request.reference)
+            if not log.changes or self._pending.is_passed(last):
+                raise self._unknown(tag_key(request.repository, request.reference))
+            raise ManifestNotFound(request.repository, request.reference)
         change, judged_by = self._change(request, request.reference, None)
         request = attrs.evolve(request, stamp=change.stamp, expect=None)
         pending = PendingChange(deletion=request, at=time.time_ns())

@@ -75,7 +75,9 @@ class IndexPeers:
         self._cache.forget(request.repository, request.references)
         return api.ForgetReply(self.process)
 
-    async def spread(self, repository: str, references: tuple[str, ...] = ()) -> None:
+    async def spread(
+        self, repository: str, references: tuple[str, ...] = (), *, is_direct: bool = False
+    ) -> None:
         """Return when no index keeps what these references were before; see `ResolveCache.forget`.
 
         A member that answers has dropped it, one whose address refuses connections keeps nothing, and for one
@@ -86,7 +88,8 @@ class IndexPeers:
         if not patience:
             return
         if self.members.members:
-            await self._tell_all(api.ForgetRequest(repository, references), patience)
+            request = api.ForgetRequest(repository, references, is_direct=is_direct)
+            await self._tell_all(request, patience)
         else:
             # Their names could not be resolved yet.
             await trio.sleep(patience)

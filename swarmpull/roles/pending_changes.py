@@ -40,6 +40,8 @@ class PendingChanges:
 
     def __init__(self) -> None:
         self._tags: dict[tuple[str, str], dict[str, TagChange]] = {}
+        # Ids of those after which the tag was changed in the backend.
+        self._passed: set[str] = set()
         self._manifests: dict[tuple[str, Digest], Descriptor] = {}
         self._levels: dict[tuple[str, Digest], int] = {}
         # When each of these was acknowledged, in ns.
@@ -55,6 +57,14 @@ class PendingChanges:
         changes = self._tags.get((repository, tag), {})
         found = (each for each in changes if each not in but)
         return max(found, key=lambda each: order_of(changes[each]), default="")
+
+    def pass_by(self, repository: str, tag: str) -> None:
+        """The tag was changed in the backend: what is pending of it now is not the last change."""
+        self._passed.update(self._tags.get((repository, tag), ()))
+
+    def is_passed(self, change_id: str) -> bool:
+        """Whether the tag was changed in the backend since, as far as is known."""
+        return change_id in self._passed
 
     def manifest(self, repository: str, digest: Digest) -> Descriptor | None:
         """A manifest that was put."""
@@ -111,6 +121,7 @@ class PendingChanges:
         for key_of_tag, _ in _tag_changes(change):
             changes = self._tags[key_of_tag]
             del changes[id_of(change)]
+            self._passed.discard(id_of(change))
             if not changes:
                 del self._tags[key_of_tag]
 

@@ -823,6 +823,7 @@ class ForgetRequest:
     All references of the repository when none is named.
 
     Attributes:
+        is_direct: it was changed in the backend, not in the journals.
         manifest, blob: it was deleted from the repository ``at`` that time, in ns: a journal that has an
             earlier change which makes it part of it drops that.
     """
@@ -832,6 +833,7 @@ class ForgetRequest:
     manifest: Digest | None = None
     blob: Digest | None = None
     at: int = 0
+    is_direct: bool = False
 
 
 @attrs.frozen

@@ -1288,6 +1288,8 @@ async def test_a_condition_is_not_judged_by_what_may_have_changed_since(tmp_path
         await indexes.take_away()
         await first.record_manifest(put(1))
         await first.record_manifest(put(1, "other"))
+        await first.record_manifest(put(1, "gone"))
+        await first.delete_tag("app", "gone")
         # The backend is back for a moment, and nobody writes the journals in it.
         gate = trio.Event()
         write = Journal._write
@@ -1300,15 +1302,22 @@ async def test_a_condition_is_not_judged_by_what_may_have_changed_since(tmp_path
         indexes.bring_back()
         await indexes.wait(down=False)
         await second.record_manifest(put(2))
+        await second.record_manifest(put(2, "gone"))
         await indexes.take_away()
 
         for client in (first, second):
+            # Gets and deletions do not go by it either.
+            with pytest.raises(BackendUnavailable):
+                await client.resolve("app", "v1")
+            with pytest.raises(BackendUnavailable):
+                await client.delete_tag("app", "gone")
+            assert await client.resolve("app", "other") == describe(1)
             with pytest.raises(BackendUnavailable, match=r"cannot be told, because .* changed it"):
                 await client.record_manifest(put(3, expect=str(describe(1).digest)))
             with pytest.raises(BackendUnavailable, match="cannot be told"):
                 await client.delete_tag("app", "v1", expect=str(describe(1).digest))
         for number in range(2):
-            assert (await indexes.status(number))["journal"]["changes"] == 2, (
+            assert (await indexes.status(number))["journal"]["changes"] == 4, (
                 "nothing is left of it"
             )
         # What was put since is what it is; and another tag was left alone.
