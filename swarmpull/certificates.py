@@ -174,6 +174,8 @@ def issue(
 def revoke(directory: Path, names: Iterable[str], serials: Iterable[str] = ()) -> Path:
     """Add certificates to ``ca.crl``, the list of what the authority of ``directory`` takes back.
 
+    Without any, where there is no list yet, make one with nothing in it: for roles to be started with.
+
     Args:
         directory: with ca.crt and ca.key.
         names: of holders, whose NAME.crt is in the directory, or paths of certificates.
@@ -186,9 +188,9 @@ def revoke(directory: Path, names: Iterable[str], serials: Iterable[str] = ()) -
     authority = _authority_of(directory)
     revoked = [_serial_of(authority, directory, name) for name in names]
     revoked += map(_serial_number, serials)
-    if not revoked:
-        raise CertificateError("name what is to be revoked, or its --serial")
     path = directory / "ca.crl"
+    if not revoked and path.exists():
+        raise CertificateError("name what is to be revoked, or its --serial")
     now = _now()
     builder = (
         x509.CertificateRevocationListBuilder()

@@ -75,7 +75,10 @@ def certs_issue(
 @_certs_option
 @click.option("--serial", "serials", multiple=True, metavar="HEX", help="Of one without a file.")
 def certs_revoke(names: tuple[str, ...], directory: Path, serials: tuple[str, ...]) -> None:
-    """Take certificates back: those of NAME.crt, or of files, go into ca.crl for all hosts (tls.crl)."""
+    """Take certificates back: those of NAME.crt, or of files, go into ca.crl for all hosts (tls.crl).
+
+    Without any it makes the list, with nothing in it.
+    """
     from swarmpull.certificates import revoke
 
     click.echo(revoke(directory, names, serials))

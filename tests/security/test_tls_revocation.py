@@ -373,6 +373,22 @@ def test_a_certificate_whose_file_is_gone_is_revoked_by_its_number(prod: Authori
     assert refused_by_openssl(files, prod.directory / "ca.crl")
 
 
+async def test_roles_begin_with_an_empty_list_and_go_by_what_is_added(
+    prod: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swarmpull.watched_files.LOOK_EVERY", 0.02)
+    thief, origin = prod.issue("thief", "agent"), prod.issue("origin", "origin")
+    assert await trio.to_thread.run_sync(run, "--dir", prod.directory) == 0
+    async with AsyncExitStack() as opened:
+        there = await open_with_list(opened, origin, prod.directory / "ca.crl")
+        served, _ = await greeted(opened, there, tls_of(thief))
+
+        assert await trio.to_thread.run_sync(run, "--dir", prod.directory, "thief") == 0
+
+        with trio.fail_after(10):
+            assert await served.receive_some() == b""
+
+
 def move(path: Path) -> None:
     path.rename(path.with_suffix(".away"))
 
