@@ -57,6 +57,10 @@ def test_a_host_pulls_what_it_knows_while_no_index_answers(cluster: Cluster) -> 
     agent = cluster.first.registry
     pushed = web.push_image(cluster.ports.origin_registry, "team/known", "v1", [b"known"])
     assert web.pull_image(agent, "team/known", "v1") == pushed
+    # It answers from memory, and has it on its disk a moment later.
+    names = [web.digest_of(b"known").partition(":")[2], pushed.partition(":")[2]]
+    store = cluster.directory / "agent-1"
+    wait_until(lambda: all(any(store.rglob(name)) for name in names), "it is on the disk")
 
     cluster.kill("index")
     try:
