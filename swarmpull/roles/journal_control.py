@@ -16,7 +16,9 @@ class JournalControl:
 
     def document(self) -> Mapping[str, object]:
         """Everything that ``swarmpull journal status`` shows."""
-        return {**self._journal.status(), "entries": self._journal.set_aside.entries()}
+        # What `/status` has of a few in a line each is in the entries of all.
+        status = {k: v for k, v in self._journal.status().items() if k != "set_aside_changes"}
+        return {**status, "entries": self._journal.set_aside.entries()}
 
     async def change(self, document: object) -> Mapping[str, object]:
         """Do what ``swarmpull journal retry`` and ``drop`` ask for.
