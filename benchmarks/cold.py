@@ -252,7 +252,7 @@ def choose_ports(names: Sequence[str]) -> dict[str, dict[str, int]]:
     ports = free_ports()
     listeners = {
         "tracker": ("rpc", "admin"),
-        "index": ("rpc", "admin"),
+        "index": ("rpc", "api", "admin"),
         "origin": ("rpc", "registry", "peer", "admin"),
         "agent": ("registry", "peer", "admin"),
     }

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import attrs
 
@@ -60,6 +60,9 @@ REPOSITORY: Final = "team/application"
 # Objects that are put into a bucket at the same time.
 PUTTING: Final = 8
 
+Req = TypeVar("Req")
+Rep = TypeVar("Rep")
+
 
 class Caller(RpcSocket):
     """One connection to the index."""
@@ -68,7 +71,7 @@ class Caller(RpcSocket):
         super().__init__("index", port, SECONDS_MAX)
         self.shake_hands()
 
-    def call(self, method: Method[object, object], request: object) -> object:
+    def call(self, method: Method[Req, Rep], request: Req) -> Rep:
         """One call, waited for."""
         frame = RpcRequest(0, int(SECONDS_MAX * 1000), method.name, encode(request))
         self.socket.sendall(pack(frame))
@@ -99,12 +102,13 @@ class Bench:
     """An index process over some backend."""
 
     def __init__(self, directory: Path, url: str, ports: Iterator[int]) -> None:
-        self.port, self._admin = next(ports), next(ports)
+        self.port, self._admin, api_port = next(ports), next(ports), next(ports)
         command = [sys.executable, "-m", "swarmpull", "run", "--role", "index"]
         command += ["--data-dir", str(directory), "-o", f"index.backend.url={url}"]
         command += ["-o", f"cluster.indexes=127.0.0.1:{self.port}"]
         command += ["-o", f"index.rpc.listen=127.0.0.1:{self.port}"]
         command += ["-o", f"index.admin.listen=127.0.0.1:{self._admin}"]
+        command += ["-o", f"index.api.listen=127.0.0.1:{api_port}"]
         self.index = Server("index", command, directory)
         self.index.wait_until(lambda: get(self._admin, "/readiness")[0] == 200, "it is ready")
 

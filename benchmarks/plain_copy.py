@@ -31,18 +31,21 @@ def receive(port: int, file: str) -> None:
         connection.sendall(b"!")
 
 
-def send(port: int, files: Sequence[str]) -> None:
-    """Send files one after the other; return when the other side has them."""
+def connect(port: int) -> socket.socket:
+    """To the other side, as soon as it listens."""
     end = time.monotonic() + CONNECT_SECONDS_MAX
     while True:
         try:
-            connection = socket.create_connection(("127.0.0.1", port))
-            break
+            return socket.create_connection(("127.0.0.1", port))
         except ConnectionRefusedError:
             if time.monotonic() > end:
                 raise
             time.sleep(0.01)
-    with connection:
+
+
+def send(port: int, files: Sequence[str]) -> None:
+    """Send files one after the other; return when the other side has them."""
+    with connect(port) as connection:
         for file in files:
             with open(file, "rb") as content:
                 connection.sendfile(content)

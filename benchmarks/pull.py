@@ -88,6 +88,7 @@ class Ports:
     nginx: int
     tracker: int
     index: int
+    index_api: int
     origin_rpc: int
     origin_registry: int
     origin_peer: int
@@ -101,6 +102,7 @@ class Ports:
             nginx=next(ports),
             tracker=next(ports),
             index=next(ports),
+            index_api=next(ports),
             origin_rpc=next(ports),
             origin_registry=next(ports),
             origin_peer=next(ports),
@@ -114,6 +116,7 @@ class Ports:
         listen = {
             "tracker.rpc": self.tracker,
             "index.rpc": self.index,
+            "index.api": self.index_api,
             "origin.rpc": self.origin_rpc,
             "origin.registry": self.origin_registry,
             "origin.peer": self.origin_peer,
@@ -371,7 +374,7 @@ def measure(directory: Path, size: int, rounds: int, *, tls: bool) -> dict[str, 
 
 
 def measure_memory(directory: Path, size: int) -> dict[str, Memory]:
-    bench = Bench(directory, size)
+    bench = Bench(directory, size, free_ports())
     try:
         return bench.pull_into_nowhere()
     finally:

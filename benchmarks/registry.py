@@ -31,6 +31,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -71,7 +72,7 @@ class Bench:
         self.content.mkdir()
         ports = free_ports()
         roles = ("tracker.rpc", "index.rpc", "origin.rpc", "origin.registry", "origin.peer")
-        admins = ("tracker.admin", "index.admin", "origin.admin")
+        admins = ("tracker.admin", "index.admin", "index.api", "origin.admin")
         self.ports = {name: next(ports) for name in (*roles, *admins, "nginx", "docker-registry")}
         for number in range(AGENTS):
             for part in ("registry", "peer", "admin"):
@@ -209,7 +210,7 @@ def measure_warm(bench: Bench, size: int, rounds: int) -> Iterator[str]:
         for into in ("file", "/dev/null"):
             target = downloaded if into == "file" else Path(into)
             for name in in_turn(list(urls), number):
-                measured = bench.measure([name], lambda n=name, t=target: download(urls[n], t))
+                measured = bench.measure([name], partial(download, urls[name], target))
                 if into == "file":
                     assert file_digest(downloaded) == digest, f"{name} served something else"
                     downloaded.unlink()
@@ -302,6 +303,7 @@ def measure_small(bench: Bench, rounds: int) -> Iterator[str]:
     calls: dict[str, float] = {}
     for number in range(rounds):
         for name in in_turn(list(found), number):
+            before: dict[str, float] = {}
             if name == "nginx":
                 bases, servers = [nginx] * AGENTS, ["nginx"]
             else:
@@ -312,7 +314,7 @@ def measure_small(bench: Bench, rounds: int) -> Iterator[str]:
                 ]
                 servers += ["tracker", "origin"]
                 before = tracker_calls(bench)
-            measured = bench.measure(servers, lambda b=bases: get_by_all(bench, small, b))
+            measured = bench.measure(servers, partial(get_by_all, bench, small, bases))
             if name == "agents":
                 calls = {k: v - before[k] for k, v in tracker_calls(bench).items()}
             for client in range(AGENTS):
@@ -388,7 +390,7 @@ def measure_push(bench: Bench, size: int, rounds: int) -> Iterator[str]:
     for number in range(rounds):
         digest = write_random(file, size)
         for name in in_turn(list(ports), number):
-            measured = bench.measure([name], lambda n=name, d=digest: push(ports[n], d, file))
+            measured = bench.measure([name], partial(push, ports[name], digest, file))
             url = f"http://127.0.0.1:{ports[name]}/v2/team/app/blobs/{digest}"
             download(url, bench.directory / "downloaded")
             assert file_digest(bench.directory / "downloaded") == digest, name

@@ -91,6 +91,7 @@ class Cluster:
 
         ``backend``: URL of that of its origin; without it a directory of its own.
         """
+        self.name = name
         ports = free_ports()
         self.ports = {
             role: {what: next(ports) for what in listeners} for role, listeners in LISTENERS.items()
@@ -112,7 +113,6 @@ class Cluster:
                 f"replications.{number}.pattern={first}/**",
                 f"replications.{number}.remote={other.name}",
             ]
-        self.name = name
         self.data = directory / name
         command = [sys.executable, "-m", "swarmpull", "run", "--role", "all"]
         command += ["--data-dir", str(self.data)]

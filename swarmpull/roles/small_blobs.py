@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Final, Self
 
 import structlog
@@ -140,6 +140,12 @@ class SmallBlobs:
             self._storing = True
             self._nursery.start_soon(self._store_all)
         return blob
+
+    async def settle(self) -> None:
+        """Return when the store has taken all of them, or has refused."""
+        for blob in tuple(self._blobs.values()):
+            with suppress(SwarmpullError):
+                await blob.wait()
 
     def _hurry_up(self) -> None:
         self._hurry.set()

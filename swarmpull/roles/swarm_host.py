@@ -305,6 +305,7 @@ class SwarmHost:
         while len(self._connections) or self._announcing:
             self._something_ended = trio.Event()
             await self._something_ended.wait()
+        await self._small.settle()
 
     def pins(self) -> dict[Digest, Pin]:
         """The blobs that must not be evicted now: those of downloads, and those that peers fetch.

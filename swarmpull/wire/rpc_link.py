@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import os
 from typing import Final, TypeVar
 
@@ -22,7 +21,6 @@ from swarmpull.wire.rpc_messages import (
 from swarmpull.wire.tls import AnyStream
 
 RECEIVE_BYTES: Final = 64 * 1024
-LAST_WORDS_TIMEOUT: Final = 1.0
 
 # What may end a connection without being a bug of ours: the network, or the other side.
 CONNECTION_ERRORS: Final = (
@@ -192,16 +190,6 @@ class FrameWriter:
         if scope.cancelled_caught:
             raise trio.TooSlowError
         self._mid_frame = False
-
-    async def last_words(self, frame: bytes) -> None:
-        """Send a last frame, if the stream stands between frames; `run` must have ended."""
-        if self._mid_frame:
-            return
-        with (
-            trio.move_on_after(LAST_WORDS_TIMEOUT),
-            contextlib.suppress(OSError, trio.BrokenResourceError, trio.ClosedResourceError),
-        ):
-            await self._stream.send_all(frame)
 
     def _forget(self, frame: bytes | memoryview) -> None:
         self._bytes -= len(frame)

@@ -85,6 +85,21 @@ async def test_without_a_tracker_the_origin_sends_it_along(tmp_path: Path) -> No
         assert await cluster.metric("agent", "small_blobs_received_total") == 1
 
 
+async def test_a_host_that_drains_keeps_what_it_has_handed_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small_blobs, "PAUSE", 3600.0)
+    async with running_node(tmp_path / "node") as node:
+        await node.host.download(LARGEST.digest, "", finder(LARGEST).find)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert not node.store.has(LARGEST.digest)
+
+        with trio.fail_after(30):
+            await node.host.drain()
+
+        assert node.store.has(LARGEST.digest)
+
+
 async def test_a_small_blob_is_seeded_like_any_other(tmp_path: Path) -> None:
     """Who has only its peers, and no content in the answer, gets it as a piece."""
     told: list[AnnounceState] = []
