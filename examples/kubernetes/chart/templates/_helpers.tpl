@@ -49,6 +49,10 @@ capabilities:
   value: /etc/swarmpull-tls/tls.crt
 - name: SWARMPULL_TLS__KEY
   value: /etc/swarmpull-tls/tls.key
+{{- if .root.Values.tls.crl }}
+- name: SWARMPULL_TLS__CRL
+  value: /etc/swarmpull-tls/ca.crl
+{{- end }}
 {{- end }}
 {{- end -}}
 
