@@ -153,7 +153,8 @@ class _Connection(TCPServer):
     """A connection of hypercorn, with what that lacks: a cap, a way to cut it, an end with its client.
 
     Hypercorn takes fourteen turns of the event loop for a small response; without its locks around sends that
-    need not wait, and its task for each time of idleness, it is five.
+    need not wait, and its task for each time of idleness, it is five.  All this leans on what hypercorn does
+    inside, so setup.cfg names the versions that the tests were run with.
     """
 
     config: _Config
