@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from swarmpull.cli.options import (
     admin_outcome,
     fail,
     local_admins,
+    print_documents,
     read_admin_addresses,
 )
 
@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 addresses_argument = click.argument(
     "addresses", nargs=-1, metavar="[HOST:PORT]...", callback=read_admin_addresses
 )
+
+
+def selection(**given: str | None) -> dict[str, object]:
+    """What an operator chose of a queue, by the options that were given."""
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def show_queues(
@@ -40,7 +45,7 @@ def show_queues(
     answers = run_command(partial(get_queues, queue, addresses or local_admins()))
     found = [answer for answer in answers if answer.document is not None]
     if as_json:
-        _print_json(found)
+        print_documents(found)
     elif found:
         show(found)
     return admin_outcome(answers, addresses, queue.whose)
@@ -64,7 +69,7 @@ def change_queues_of(
     done = run_command(partial(change_queues, queue, asked, change))
     found = [answer for answer in done if answer.document is not None]
     if as_json:
-        _print_json(found)
+        print_documents(found)
     else:
         for each in found:
             click.echo(f"{each.address}: {key} {(each.document or {}).get(key)}")
@@ -74,8 +79,3 @@ def change_queues_of(
         lines = (f"{each.address}: {each.failure}" for each in refused)
         return fail(EXIT_UNAVAILABLE if is_unheard else EXIT_FAILED, *lines)
     return admin_outcome(answers, addresses, queue.whose)
-
-
-def _print_json(found: Sequence[AdminAnswer]) -> None:
-    documents = [{"address": each.address, **(each.document or {})} for each in found]
-    click.echo(json.dumps(documents, indent=2))

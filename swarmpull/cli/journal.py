@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from swarmpull.cli.admin_queues import addresses_argument, change_queues_of, show_queues
+from swarmpull.cli.admin_queues import addresses_argument, change_queues_of, selection, show_queues
 from swarmpull.cli.options import json_option
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def retry(
     as_json: bool,
 ) -> int:
     """Try what was set aside once more, at all indexes that have it."""
-    wanted = _wanted(repository, reference, change_id)
+    wanted = selection(repository=repository, reference=reference, id=change_id)
     return _change(addresses, {"retry": wanted}, "retried", as_json=as_json)
 
 
@@ -72,17 +72,10 @@ def drop(
     as_json: bool,
 ) -> int:
     """Forget what was set aside, at all indexes that have it: what was acknowledged then is lost."""
-    wanted = _wanted(repository, reference, change_id)
+    wanted = selection(repository=repository, reference=reference, id=change_id)
     if not wanted:
         raise click.UsageError("say what to drop: --repository, --reference or --id")
     return _change(addresses, {"drop": wanted}, "dropped", as_json=as_json)
-
-
-def _wanted(
-    repository: str | None, reference: str | None, change_id: str | None
-) -> dict[str, object]:
-    given = {"repository": repository, "reference": reference, "id": change_id}
-    return {key: value for key, value in given.items() if value is not None}
 
 
 def _change(

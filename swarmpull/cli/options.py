@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -311,6 +312,12 @@ def progress_bars(*, quiet: bool) -> Iterator[ProgressOf]:
             return show
 
         yield progress_of
+
+
+def print_documents(answers: Sequence[AdminAnswer]) -> None:
+    """Print what admin listeners answered as JSON, each with its address."""
+    documents = [{"address": each.address, **(each.document or {})} for each in answers]
+    click.echo(json.dumps(documents, indent=2))
 
 
 def print_table(table: Table) -> None:

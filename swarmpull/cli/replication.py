@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from swarmpull.cli.admin_queues import addresses_argument, change_queues_of, show_queues
+from swarmpull.cli.admin_queues import addresses_argument, change_queues_of, selection, show_queues
 from swarmpull.cli.options import json_option
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ def retry(
     as_json: bool,
 ) -> int:
     """Try what waits at once, also what was set aside because it could not succeed."""
-    given = {"remote": remote, "repository": repository, "tag": tag}
-    wanted = {key: value for key, value in given.items() if value is not None}
+    wanted = selection(remote=remote, repository=repository, tag=tag)
     return _change(addresses, {"retry": wanted}, "retried", as_json=as_json)
 
 

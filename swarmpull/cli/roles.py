@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -15,6 +14,7 @@ from swarmpull.cli.options import (
     admin_outcome,
     fail,
     local_admins,
+    print_documents,
     read_admin_addresses,
     read_rate,
 )
@@ -37,8 +37,7 @@ def status(addresses: tuple[str, ...], as_json: bool) -> int:
     answers = run_command(partial(get_statuses, addresses or local_admins()))
     found = [answer for answer in answers if answer.document is not None]
     if as_json:
-        documents = [{"address": answer.address, **(answer.document or {})} for answer in found]
-        click.echo(json.dumps(documents, indent=2))
+        print_documents(found)
     elif found:
         _print_statuses(found)
     return admin_outcome(answers, addresses, "role")
@@ -101,8 +100,7 @@ def rates(
 
 def _print_rates(answers: Sequence[AdminAnswer], *, as_json: bool) -> None:
     if as_json:
-        documents = [{"address": each.address, **(each.document or {})} for each in answers]
-        click.echo(json.dumps(documents, indent=2))
+        print_documents(answers)
     elif answers:
         from rich.console import Console
 

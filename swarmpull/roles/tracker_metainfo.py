@@ -268,8 +268,7 @@ class MetainfoSource:
         given = self._missed.pop(metainfo.digest)
         if given is None:
             return False
-        cost = len(metainfo.piece_hashes) + ENTRY_BYTES
-        self._hearsay.put(metainfo.digest, metainfo, trio.current_time(), cost=cost)
+        _keep(self._hearsay, metainfo)
         given.set()
         return True
 
@@ -341,7 +340,7 @@ class MetainfoSource:
         if reply.metainfo is not None:
             if reply.metainfo.digest != digest:
                 raise ProtocolError(f"an origin answered with metainfo of {reply.metainfo.digest}")
-            self._keep(reply.metainfo)
+            _keep(self._cache, reply.metainfo)
             if reply.content is not None and len(reply.content) <= INLINE_BYTES_MAX:
                 cost = len(reply.content) + ENTRY_BYTES
                 self._contents.put(digest, reply.content, trio.current_time(), cost=cost)
@@ -354,10 +353,6 @@ class MetainfoSource:
             self._nursery.start_soon(self._follow, known, namespace, reply.growth)
         return known
 
-    def _keep(self, metainfo: Metainfo) -> None:
-        cost = len(metainfo.piece_hashes) + ENTRY_BYTES
-        self._cache.put(metainfo.digest, metainfo, trio.current_time(), cost=cost)
-
     async def _follow(self, known: HashLog, namespace: str, growth: Growth) -> None:
         digest = known.metainfo.digest
         try:
@@ -368,9 +363,14 @@ class MetainfoSource:
         else:
             metainfo = known.metainfo.complete()
             assert metainfo is not None
-            self._keep(metainfo)
+            _keep(self._cache, metainfo)
         finally:
             del self._growing[digest]
+
+
+def _keep(cache: TtlCache[Digest, Metainfo], metainfo: Metainfo) -> None:
+    cost = len(metainfo.piece_hashes) + ENTRY_BYTES
+    cache.put(metainfo.digest, metainfo, trio.current_time(), cost=cost)
 
 
 def _is_silence(error: SwarmpullError) -> bool:
